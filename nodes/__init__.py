@@ -1,0 +1,1 @@
+"""People's command line."""

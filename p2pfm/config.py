@@ -1,0 +1,201 @@
+"""What peers agree on (`NetworkConfig`) and what is local to one node (`NodeConfig`).
+
+The digest of a NetworkConfig is the network's id: two nodes whose rules differ in anything never hear each other.
+Knows no file: the command line reads the TOML text and passes it here.
+"""
+
+import tomllib
+from typing import Literal
+
+import msgspec
+
+from p2pfm.errors import ConfigError
+from p2pfm.types import Digest, Millis, Wei, compute_digest
+
+WEI_PER_PFM = 10**18
+
+
+class AdapterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The LoRA adapter on the frozen backbone (Hu et al. 2021); every peer starts from the same seeded A and B = 0."""
+
+    rank: int = 8
+    alpha: int = 16
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    seed: int = 0
+
+
+class TrainingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Local work of a round: `steps` AdamW steps on `batch` samples of at most `tokens_max` tokens."""
+
+    steps: int = 30
+    batch: int = 4
+    tokens_max: int = 64
+    learning_rate: float = 1e-3
+
+
+class CompressionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Chunked top-k with error feedback (ALGORITHMS, part 2): `keep` of every `chunk` values; residual decay `beta`."""
+
+    chunk: int = 4096
+    keep: int = 256
+    beta: float = 0.95
+
+
+class PhaseConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How long each phase of a round lasts [ms], in the order in which they come."""
+
+    train_ms: Millis = Millis(120_000)
+    exchange_ms: Millis = Millis(30_000)
+    score_ms: Millis = Millis(60_000)
+    reveal_ms: Millis = Millis(10_000)
+    attest_ms: Millis = Millis(20_000)
+    merge_ms: Millis = Millis(10_000)
+
+
+class ScoringConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How contributions are measured: the probe's draw and the committee's size (ALGORITHMS, part 4)."""
+
+    committee_size: int = 9
+    samples_per_stratum: int = 10
+    stake_cap_pfm: int = 1_000_000
+
+
+class SettlementConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Rewards: `pool_per_epoch_pfm` whole tokens are divided when an epoch's last round is certified."""
+
+    rounds_per_epoch: int = 8
+    pool_per_epoch_pfm: int = 100
+
+
+class ChainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which contract on which chain is this network's arbiter."""
+
+    chain_id: int
+    federation: str
+    token: str
+
+
+class LimitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Bounds that all peers enforce against any sender."""
+
+    peers_max: int = 128
+    payload_bytes_max: int = 64 * 1024 * 1024
+    message_bytes_max: int = 512 * 1024
+
+
+class NetworkConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """All that peers of one network agree on. Its digest is the network id."""
+
+    name: str
+    genesis_ms: Millis
+    backbone: str
+    probe: str
+    """SHA-256 (hex) of the declared probe set's bytes."""
+    chain: ChainConfig
+    adapter: AdapterConfig = AdapterConfig()
+    training: TrainingConfig = TrainingConfig()
+    compression: CompressionConfig = CompressionConfig()
+    phases: PhaseConfig = PhaseConfig()
+    scoring: ScoringConfig = ScoringConfig()
+    settlement: SettlementConfig = SettlementConfig()
+    limits: LimitConfig = LimitConfig()
+
+    def network_id(self) -> Digest:
+        """SHA-256 of the canonical MessagePack of this struct (fields in the order of declaration)."""
+        return compute_digest(b"p2pfm network 1" + msgspec.msgpack.encode(self))
+
+    def pool_per_epoch(self) -> Wei:
+        """What an epoch divides [wei]."""
+        return Wei(self.settlement.pool_per_epoch_pfm * WEI_PER_PFM)
+
+    def stake_cap(self) -> Wei:
+        """Stake above this gives no further weight in the scoring game [wei]."""
+        return Wei(self.scoring.stake_cap_pfm * WEI_PER_PFM)
+
+
+class HttpConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the OpenAI-compatible API, /metrics and /status listen."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+
+
+class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """This node as a replica and gateway. `local`: prefer its own replica, avoid it, or use nothing else."""
+
+    enabled: bool = True
+    local: Literal["prefer", "avoid", "only"] = "prefer"
+    sessions_max: int = 4
+    versions_kept: int = 3
+
+
+class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One node: its folder, addresses, data, and the network that it joins."""
+
+    home: str
+    data: str
+    """Private training samples: JSON lines of {"topic", "prompt", "completion"}."""
+    rpc: str
+    """URL of any Ethereum JSON-RPC endpoint of the network's chain."""
+    network: NetworkConfig
+    probe: str = ""
+    """File with the network's probe set; empty: fetched from a peer by its digest."""
+    listen: str = "/ip4/127.0.0.1/tcp/0"
+    bootstrap: tuple[str, ...] = ()
+    http: HttpConfig = HttpConfig()
+    serving: ServingConfig = ServingConfig()
+    auto_claim: bool = True
+    confirmations: int = 1
+    log_json: bool = False
+    adversary: Literal["", "zero", "replay"] = ""
+    """Tests and demonstrations only: announce a zero update, or the last aggregate again, instead of training."""
+
+
+def parse_node_config(text: str) -> NodeConfig:
+    """The validated configuration in the TOML `text`.
+
+    Raises:
+        ConfigError: not TOML, a wrong or unknown key, or values that cannot work together.
+    """
+    try:
+        config = msgspec.convert(tomllib.loads(text), NodeConfig, strict=True)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"expected TOML, but {error}") from error
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{error}. See `p2pfm init --help` for the keys a node's TOML has") from error
+    validate_network(config.network)
+    if not 0 <= config.http.port < 65536:
+        raise ConfigError(f"http.port: expected 0 to 65535, got {config.http.port}")
+    return config
+
+
+def validate_network(network: NetworkConfig) -> None:
+    """Refuse rules that cannot work.
+
+    Raises:
+        ConfigError: names the key, what is allowed, and what it was.
+    """
+    checks: tuple[tuple[str, int | float, float, float], ...] = (
+        ("adapter.rank", network.adapter.rank, 1, 1024),
+        ("training.steps", network.training.steps, 1, 100_000),
+        ("training.batch", network.training.batch, 1, 4096),
+        ("training.tokens_max", network.training.tokens_max, 8, 1_000_000),
+        ("training.learning_rate", network.training.learning_rate, 1e-9, 10),
+        ("compression.chunk", network.compression.chunk, 16, 65536),
+        ("compression.keep", network.compression.keep, 1, network.compression.chunk),
+        ("compression.beta", network.compression.beta, 0, 1),
+        ("scoring.committee_size", network.scoring.committee_size, 1, network.limits.peers_max),
+        ("scoring.samples_per_stratum", network.scoring.samples_per_stratum, 1, 10_000),
+        ("scoring.stake_cap_pfm", network.scoring.stake_cap_pfm, 1, 2**63),
+        ("settlement.rounds_per_epoch", network.settlement.rounds_per_epoch, 1, 1_000_000),
+        ("settlement.pool_per_epoch_pfm", network.settlement.pool_per_epoch_pfm, 0, 10**12),
+        ("limits.peers_max", network.limits.peers_max, 1, 128),
+        ("limits.payload_bytes_max", network.limits.payload_bytes_max, 1024, 2**32),
+        ("limits.message_bytes_max", network.limits.message_bytes_max, 4096, 1_000_000),
+        *((f"phases.{name}", value, 50, 86_400_000) for name, value in msgspec.structs.asdict(network.phases).items()),
+    )
+    for key, value, low, high in checks:
+        if not low <= value <= high:
+            raise ConfigError(f"network.{key}: expected {low:g} to {high:g}, got {value}")
+    if len(network.probe) != 64 or any(c not in "0123456789abcdef" for c in network.probe):
+        raise ConfigError(f"network.probe: expected 64 lower-case hex digits (a SHA-256), got {network.probe!r}")

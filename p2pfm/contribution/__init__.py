@@ -1,0 +1,1 @@
+"""What each update was worth: the round's game and estimators of its Shapley value."""

@@ -1,0 +1,47 @@
+"""The only door to a model. Knows nothing of torch, peers or rounds' messages.
+
+`p2pfm.lora.torch_learner` implements it with peft on a transformer; `sim.learners` with a convex problem whose
+optimum is known.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from p2pfm.types import Round, Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What local steps gave: `delta` = trained minus base, tokens seen, mean training loss [nats/token]."""
+
+    delta: Tensors
+    num_tokens: int
+    loss_nats: float
+
+
+class Learner(Protocol):
+    """A frozen backbone with one adapter, and this peer's data."""
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The adapter's tensor names and shapes: all that a payload may contain."""
+        ...
+
+    def initial(self) -> Tensors:
+        """The adapter before round 0: the same bytes on every peer (seeded by the network)."""
+        ...
+
+    def train(self, base: Tensors, round: Round) -> Training:
+        """Local steps from `base` on private data; deterministic in (data, base, round)."""
+        ...
+
+    def gradient(self, at: Tensors, seed: int) -> tuple[float, Tensors]:
+        """Loss [nats/token] and its gradient at adapter `at`, on a fresh stratified probe sample drawn from `seed`.
+
+        Every stratum weighs as the network declared, whatever number of tokens it has (ALGORITHMS, part 5).
+        """
+        ...
+
+    def evaluate(self, at: Tensors) -> float:
+        """Held-out loss [nats/token] at `at` on the fixed test split: for reports, never for rewards."""
+        ...

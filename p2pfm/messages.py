@@ -1,0 +1,290 @@
+"""Every wire struct, its bytes, and what is signed. Nothing else in the house knows bytes.
+
+MessagePack arrays (msgspec, `array_like`), tagged by the struct's name; `docs/wire.md` and `tests/vectors/` describe them
+for other implementations. Decoding is validation: a wrong type, an unknown tag, a digest of another length or a message
+over its limit raises `Reject`. Signatures are checked by the driver before the core hears of a message.
+"""
+
+from typing import Annotated, TypeVar
+
+import msgspec
+
+from p2pfm.errors import Reject
+from p2pfm.types import Contribution, Digest, MemberIndex, PeerId, Round, Wei, Weight, compute_digest
+
+SIGNING_DOMAIN = b"p2pfm/1 envelope"
+LIST_MAX = 4096
+"""No list in any message may be longer (a network level has at most 128 peers; a registry a few times that)."""
+
+Bytes32 = Annotated[Digest, msgspec.Meta(min_length=32, max_length=32)]
+Salt = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+BlsSignature = Annotated[bytes, msgspec.Meta(min_length=96, max_length=96)]
+Name = Annotated[PeerId, msgspec.Meta(min_length=1, max_length=128)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+RoundNumber = Annotated[Round, msgspec.Meta(ge=0, le=2**53)]
+Index = Annotated[MemberIndex, msgspec.Meta(ge=0, le=2**31)]
+NanoNats = Annotated[Contribution, msgspec.Meta(ge=-(2**60), le=2**60)]
+WireWei = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+"""Wei as 16 bytes, big endian: MessagePack integers end at 64 bits, 18.4 tokens."""
+
+
+def wei_to_wire(amount: Wei) -> bytes:
+    """16 bytes, big endian."""
+    return amount.to_bytes(16, "big")
+
+
+def wei_from_wire(data: bytes) -> Wei:
+    """Inverse of `wei_to_wire`."""
+    return Wei(int.from_bytes(data, "big"))
+
+
+class Wire(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Base of what travels."""
+
+
+class Announcement(Wire, tag="announcement"):
+    """A peer's commitment to its update of a round. The payload itself is served only after TRAIN closes."""
+
+    round: RoundNumber
+    peer: Name
+    base: Bytes32
+    payload: Bytes32
+    payload_bytes: Count
+    num_tokens: Count
+
+
+class ScoreCommit(Wire, tag="commit"):
+    """Hash of a member's contributions, so that no evaluator can copy another."""
+
+    round: RoundNumber
+    member: Index
+    commitment: Bytes32
+
+
+class Score(Wire):
+    """One update's contribution as one member measured it."""
+
+    payload: Bytes32
+    contribution: NanoNats
+
+
+class ScoreReveal(Wire, tag="reveal"):
+    """What the commitment was of; scores sorted by payload digest."""
+
+    round: RoundNumber
+    member: Index
+    salt: Salt
+    scores: Annotated[tuple[Score, ...], msgspec.Meta(max_length=LIST_MAX)]
+
+
+class IncludedUpdate(Wire):
+    """An update in a proposal: the median of its contributions, and its merge weight (sum over all: WEIGHT_ONE or 0)."""
+
+    peer: Name
+    member: Index
+    payload: Bytes32
+    contribution: NanoNats
+    weight: Annotated[Weight, msgspec.Meta(ge=0, le=10**9)]
+
+
+class Leaf(Wire):
+    """A member's leaf in the rewards tree; the tuple's position is the registry index.
+
+    `contribution` is the sum over the current epoch so far, this round included.
+    """
+
+    cumulative_wei: WireWei
+    reward_wei: WireWei
+    contribution: NanoNats
+
+
+class Proposal(Wire, tag="proposal"):
+    """All that a certificate certifies; everyone recomputes it. Its digest is the data hash on chain."""
+
+    round: RoundNumber
+    proposer: Index
+    epoch: Count
+    """The contract's committee epoch at which members sign."""
+    nonce: Count
+    """The contract's restart nonce."""
+    base: Bytes32
+    """The base that the updates start from."""
+    new_base: Bytes32
+    prev_root: Bytes32
+    root: Bytes32
+    updates: Annotated[tuple[IncludedUpdate, ...], msgspec.Meta(max_length=LIST_MAX)]
+    reveals: Annotated[tuple[ScoreReveal, ...], msgspec.Meta(max_length=LIST_MAX)]
+    leaves: Annotated[tuple[Leaf, ...], msgspec.Meta(max_length=LIST_MAX)]
+
+
+class Attestation(Wire, tag="attestation"):
+    """A member's BLS signature of `settlement.rewards.round_message` of one proposal."""
+
+    round: RoundNumber
+    member: Index
+    message: Bytes32
+    signature: BlsSignature
+
+
+class Certificate(Wire, tag="certificate"):
+    """A proposal and the aggregated signature of more than 2/3 of its committee."""
+
+    proposal: Proposal
+    absent: Annotated[tuple[Index, ...], msgspec.Meta(max_length=LIST_MAX)]
+    """Committee members who did not sign, sorted by registry index."""
+    signature: BlsSignature
+
+
+class Presence(Wire, tag="presence"):
+    """What a node serves right now. Short-lived: routing forgets it after `ttl_ms`."""
+
+    peer: Name
+    versions: Annotated[tuple[Bytes32, ...], msgspec.Meta(max_length=64)]
+    """Adapter digests that it can serve at once, newest first."""
+    sessions: Count
+    sessions_max: Count
+    ttl_ms: Count
+    sequence: Count
+    """Grows with every record of one peer, so that an old one cannot be replayed over a new one."""
+
+
+Message = Announcement | ScoreCommit | ScoreReveal | Proposal | Attestation | Certificate | Presence
+
+
+class Envelope(Wire):
+    """A message with its author's Ed25519 signature: it can pass through strangers' hands."""
+
+    author: Name
+    body: Annotated[bytes, msgspec.Meta(max_length=1_000_000)]
+    signature: Annotated[bytes, msgspec.Meta(max_length=64)]
+
+
+# Requests between two peers, one tagged union for all. Replies follow on the same stream.
+
+
+class BlobRequest(Wire, tag="blob"):
+    """Bytes [start, start + length) of a content-addressed blob."""
+
+    digest: Bytes32
+    start: Count
+    length: Annotated[int, msgspec.Meta(ge=1, le=262_144)]
+
+
+class BlobReply(Wire, tag="blob_reply"):
+    """`total` 0: not held, or not served yet."""
+
+    total: Count
+    chunk: Annotated[bytes, msgspec.Meta(max_length=262_144)]
+
+
+class SyncRequest(Wire, tag="sync"):
+    """Anti-entropy: what I have of this round; tell me what I lack, and your newest certificate."""
+
+    round: RoundNumber
+    have: Annotated[tuple[Bytes32, ...], msgspec.Meta(max_length=LIST_MAX)]
+    head_round: Annotated[int, msgspec.Meta(ge=-1, le=2**53)]
+
+
+class SyncReply(Wire, tag="sync_reply"):
+    """Envelopes the asker lacked; the head is the newest certificate, if newer than the asker's."""
+
+    envelopes: Annotated[tuple[Envelope, ...], msgspec.Meta(max_length=LIST_MAX)]
+    head: Certificate | None
+
+
+class PeersRequest(Wire, tag="peers"):
+    """Who else do you know? Tells the asker's own addresses, so that both learn."""
+
+    addresses: Annotated[tuple[str, ...], msgspec.Meta(max_length=8)]
+
+
+class PeersReply(Wire, tag="peers_reply"):
+    """Multiaddresses (with /p2p/ID) of peers seen lately."""
+
+    addresses: Annotated[tuple[str, ...], msgspec.Meta(max_length=256)]
+
+
+class GenerateRequest(Wire, tag="generate"):
+    """Continue a token stream. `emitted` is what the client already holds: the replica starts at that very position."""
+
+    version: Bytes32
+    prompt: Annotated[tuple[int, ...], msgspec.Meta(max_length=32_768)]
+    emitted: Annotated[tuple[int, ...], msgspec.Meta(max_length=32_768)]
+    tokens_max: Annotated[int, msgspec.Meta(ge=1, le=32_768)]
+    temperature_milli: Annotated[int, msgspec.Meta(ge=0, le=100_000)]
+    top_p_milli: Annotated[int, msgspec.Meta(ge=1, le=1000)]
+    seed: Count
+
+
+class TokenChunk(Wire, tag="tokens"):
+    """Tokens from `position` of the generated text on; `finish`: "" while more come, else stop, length or error."""
+
+    position: Count
+    tokens: Annotated[tuple[int, ...], msgspec.Meta(max_length=4096)]
+    finish: Annotated[str, msgspec.Meta(max_length=200)]
+
+
+Request = BlobRequest | SyncRequest | PeersRequest | GenerateRequest
+Reply = BlobReply | SyncReply | PeersReply | TokenChunk
+
+T = TypeVar("T")
+
+_message = msgspec.msgpack.Decoder(Message)
+_envelope = msgspec.msgpack.Decoder(Envelope)
+_request = msgspec.msgpack.Decoder(Request)
+_reply = msgspec.msgpack.Decoder(Reply)
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(value: Wire) -> bytes:
+    """The canonical bytes of a struct (one value has one encoding)."""
+    return _encoder.encode(value)
+
+
+def decode_message(data: bytes, bytes_max: int = 1_000_000) -> Message:
+    """A gossip message.
+
+    Raises:
+        Reject: too long, not MessagePack, an unknown tag, or a field out of range.
+    """
+    return _decode(_message, data, bytes_max)
+
+
+def decode_envelope(data: bytes, bytes_max: int = 1_000_000) -> Envelope:
+    """A signed message; its signature is not checked here (that is the driver's door). Raises: Reject."""
+    return _decode(_envelope, data, bytes_max)
+
+
+def decode_request(data: bytes, bytes_max: int = 1_000_000) -> Request:
+    """A request of another peer. Raises: Reject."""
+    return _decode(_request, data, bytes_max)
+
+
+def decode_reply(data: bytes, bytes_max: int = 8_000_000) -> Reply:
+    """An answer of another peer. Raises: Reject."""
+    return _decode(_reply, data, bytes_max)
+
+
+def signed_bytes(network_id: Digest, author: PeerId, body: bytes) -> bytes:
+    """What an envelope's Ed25519 signature covers: domain, network, author, body."""
+    name = author.encode()
+    return SIGNING_DOMAIN + network_id + len(name).to_bytes(2, "big") + name + body
+
+
+def compute_commitment(reveal: ScoreReveal) -> Digest:
+    """The hash that a member gossips before its scores."""
+    return compute_digest(b"p2pfm/1 commit" + encode(reveal))
+
+
+def proposal_digest(proposal: Proposal) -> Digest:
+    """The data hash on chain: SHA-256 of the proposal's bytes."""
+    return compute_digest(encode(proposal))
+
+
+def _decode(decoder: "msgspec.msgpack.Decoder[T]", data: bytes, bytes_max: int) -> T:
+    if len(data) > bytes_max:
+        raise Reject(f"expected at most {bytes_max} bytes, got {len(data)}")
+    try:
+        return decoder.decode(data)
+    except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Reject(f"not a p2pfm message: {error}") from error

@@ -1,0 +1,325 @@
+"""The whole interface of a peer on one page: what can happen to it, and what it can ask its driver to do.
+
+    Peer.handle(event, now_ms) -> list[Action]
+
+The driver carries out actions in the order in which they come. It has checked every signature, and every blob against
+its digest and its format, before the core hears of it; the core checks meaning. Both are msgspec structs, so that an
+event log is a file of MessagePack and replays anywhere.
+"""
+
+import msgspec
+
+from p2pfm.messages import Attestation, Certificate, Envelope, Message, SyncReply, SyncRequest
+from p2pfm.settlement.ledger import Roster, SettledRound
+from p2pfm.types import Contribution, Digest, MemberIndex, Millis, PeerId, Round, Weight
+
+
+class Event(msgspec.Struct, frozen=True, array_like=True):
+    """Base of what happens to a peer."""
+
+
+class Action(msgspec.Struct, frozen=True, array_like=True):
+    """Base of what a peer asks for."""
+
+
+# --- durable state -------------------------------------------------------------------------------------------------
+
+
+class Durable(msgspec.Struct, frozen=True, array_like=True):
+    """What a peer must find again after it was stopped at any instruction."""
+
+    base: Digest
+    """The last certified base (before round 0: the initial adapter)."""
+    residual: Digest | None
+    """Blob of the error-feedback residual; None: nothing left out yet."""
+    head: Certificate | None
+    """The newest certificate."""
+    signed_round: int
+    """The last round in which this member signed a proposal: it signs at most one a round."""
+    announced_round: int
+    """The last round in which this peer announced an update: it commits to at most one a round."""
+    pending_residual: Digest | None
+    """The residual that holds once the announced update is merged."""
+    announced_payload: Digest | None
+
+
+# --- events --------------------------------------------------------------------------------------------------------
+
+
+class Tick(Event, tag="tick"):
+    """A timer that the peer set has passed."""
+
+
+class RosterChanged(Event, tag="roster"):
+    """The chain's registry or committee, as the driver read it."""
+
+    roster: Roster
+
+
+class SettledChanged(Event, tag="settled"):
+    """The newest round that the chain has accepted."""
+
+    settled: SettledRound
+
+
+class Received(Event, tag="received"):
+    """A gossip message; `envelope.author` is proven, `message` is its decoded body."""
+
+    envelope: Envelope
+    message: Message
+
+
+class Trained(Event, tag="trained"):
+    """Local work is done: the payload and the next residual lie in the blob store."""
+
+    round: Round
+    payload: Digest
+    payload_bytes: int
+    num_tokens: int
+    residual: Digest
+    loss_nano: int
+    """Mean training loss [nano-nats/token], for people."""
+
+
+class Fetched(Event, tag="fetched"):
+    """A blob has come, matches its digest, and is well-formed for its kind."""
+
+    digest: Digest
+
+
+class FetchFailed(Event, tag="fetch_failed"):
+    """No provider gave the blob (`is_malformed` False), or its bytes match the digest but are not a valid payload."""
+
+    digest: Digest
+    is_malformed: bool
+
+
+class Scored(Event, tag="scored"):
+    """Contributions of a round's updates, in the order asked; `salt` is 32 fresh secret bytes."""
+
+    round: Round
+    contributions: tuple[Contribution, ...]
+    salt: bytes
+
+
+class Merged(Event, tag="merged"):
+    """The merged base lies in the blob store."""
+
+    request: Digest
+    new_base: Digest
+
+
+class Signed(Event, tag="signed"):
+    """This member's BLS signature of a proposal's message."""
+
+    round: Round
+    message: Digest
+    signature: bytes
+
+
+class Aggregated(Event, tag="aggregated"):
+    """Attestations of one message, made into one signature."""
+
+    round: Round
+    message: Digest
+    absent: tuple[MemberIndex, ...]
+    signature: bytes
+
+
+class Evaluated(Event, tag="evaluated"):
+    """Held-out loss at a base, for reports [nano-nats/token]."""
+
+    round: Round
+    loss_nano: int
+
+
+class SyncAsked(Event, tag="sync_asked"):
+    """A peer asks what it lacks; answer with `AnswerSync` and the same token."""
+
+    peer: PeerId
+    request: SyncRequest
+    token: int
+
+
+class SyncAnswered(Event, tag="sync_answered"):
+    """A peer's answer. The driver has checked the head's signature and delivers the envelopes as `Received`."""
+
+    peer: PeerId
+    head: Certificate | None
+
+
+class PeersChanged(Event, tag="peers"):
+    """Peers that are connected now, sorted."""
+
+    peers: tuple[PeerId, ...]
+
+
+# --- actions -------------------------------------------------------------------------------------------------------
+
+
+class SetTimer(Action, tag="set_timer"):
+    """Deliver a `Tick` at this time; a new timer replaces the old one."""
+
+    at_ms: Millis
+
+
+class Persist(Action, tag="persist"):
+    """Make this durable before the next action is carried out."""
+
+    durable: Durable
+
+
+class Train(Action, tag="train"):
+    """Local steps from `base`, error feedback from `residual`, compression; answer: `Trained`."""
+
+    round: Round
+    base: Digest
+    residual: Digest | None
+
+
+class Publish(Action, tag="publish"):
+    """Sign and gossip a message; the driver also delivers it back as `Received`."""
+
+    message: Message
+
+
+class Serve(Action, tag="serve"):
+    """From now on this blob may be given to whoever asks (a payload: only after TRAIN has closed)."""
+
+    digest: Digest
+
+
+class Fetch(Action, tag="fetch"):
+    """Get a blob from these providers, the first first; answer: `Fetched` or `FetchFailed`."""
+
+    digest: Digest
+    kind: str
+    """"payload" or "base": what its bytes must be."""
+    bytes_max: int
+    providers: tuple[PeerId, ...]
+
+
+class Weighted(msgspec.Struct, frozen=True, array_like=True):
+    """An update by its payload, with its weight in the scoring game or the merge."""
+
+    payload: Digest
+    weight: Weight
+
+
+class ScoreUpdates(Action, tag="score"):
+    """Measure the contribution of every update to the round's game; answer: `Scored`."""
+
+    round: Round
+    base: Digest
+    updates: tuple[Weighted, ...]
+
+
+class Merge(Action, tag="merge"):
+    """base + sum(weight * clipped update), deterministic; answer: `Merged` with the same `request`."""
+
+    request: Digest
+    base: Digest
+    updates: tuple[Weighted, ...]
+
+
+class Sign(Action, tag="sign"):
+    """Sign a proposal's message with the BLS key; answer: `Signed`."""
+
+    round: Round
+    message: Digest
+
+
+class Aggregate(Action, tag="aggregate"):
+    """Make one signature of these; answer: `Aggregated`."""
+
+    round: Round
+    message: Digest
+    attestations: tuple[Attestation, ...]
+    absent: tuple[MemberIndex, ...]
+
+
+class Adopt(Action, tag="adopt"):
+    """A certified base: serving swaps to it."""
+
+    round: Round
+    base: Digest
+
+
+class Evaluate(Action, tag="evaluate"):
+    """Held-out loss at a base, when there is time; answer: `Evaluated`."""
+
+    round: Round
+    base: Digest
+
+
+class Settle(Action, tag="settle"):
+    """Bring a certificate on chain, whoever does it first; keep trying. `rank` 0 goes first."""
+
+    certificate: Certificate
+    rank: int
+
+
+class AskSync(Action, tag="ask_sync"):
+    """Anti-entropy with one peer; answer: `SyncAnswered` and `Received`s."""
+
+    peer: PeerId
+    request: SyncRequest
+
+
+class AnswerSync(Action, tag="answer_sync"):
+    """The answer to a `SyncAsked`."""
+
+    token: int
+    reply: SyncReply
+
+
+class Blame(Action, tag="blame"):
+    """A peer broke a rule that honest peers never break."""
+
+    peer: PeerId
+    reason: str
+
+
+class Note(Action, tag="note"):
+    """Something an operator wants to see (phase changes, a void round and why)."""
+
+    round: Round
+    text: str
+
+
+AnyEvent = (
+    Tick
+    | RosterChanged
+    | SettledChanged
+    | Received
+    | Trained
+    | Fetched
+    | FetchFailed
+    | Scored
+    | Merged
+    | Signed
+    | Aggregated
+    | Evaluated
+    | SyncAsked
+    | SyncAnswered
+    | PeersChanged
+)
+AnyAction = (
+    SetTimer
+    | Persist
+    | Train
+    | Publish
+    | Serve
+    | Fetch
+    | ScoreUpdates
+    | Merge
+    | Sign
+    | Aggregate
+    | Adopt
+    | Evaluate
+    | Settle
+    | AskSync
+    | AnswerSync
+    | Blame
+    | Note
+)

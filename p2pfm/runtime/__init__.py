@@ -1,0 +1,1 @@
+"""The real driver: trio, libp2p, web3, torch."""

@@ -1,0 +1,1 @@
+"""Answering requests while nodes die: pure routing and replayable sessions."""

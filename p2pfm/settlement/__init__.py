@@ -1,0 +1,1 @@
+"""From contributions to money: rewards tree, ledger, signatures of the committee."""

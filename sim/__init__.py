@@ -1,0 +1,1 @@
+"""The other driver: the same peers in virtual time."""
