@@ -42,7 +42,7 @@ class Wire(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     """Base of what travels."""
 
 
-class Announcement(Wire, tag="announcement"):
+class Announcement(Wire, frozen=True, tag="announcement"):
     """A peer's commitment to its update of a round. The payload itself is served only after TRAIN closes."""
 
     round: RoundNumber
@@ -53,7 +53,7 @@ class Announcement(Wire, tag="announcement"):
     num_tokens: Count
 
 
-class ScoreCommit(Wire, tag="commit"):
+class ScoreCommit(Wire, frozen=True, tag="commit"):
     """Hash of a member's contributions, so that no evaluator can copy another."""
 
     round: RoundNumber
@@ -61,14 +61,14 @@ class ScoreCommit(Wire, tag="commit"):
     commitment: Bytes32
 
 
-class Score(Wire):
+class Score(Wire, frozen=True):
     """One update's contribution as one member measured it."""
 
     payload: Bytes32
     contribution: NanoNats
 
 
-class ScoreReveal(Wire, tag="reveal"):
+class ScoreReveal(Wire, frozen=True, tag="reveal"):
     """What the commitment was of; scores sorted by payload digest."""
 
     round: RoundNumber
@@ -77,7 +77,7 @@ class ScoreReveal(Wire, tag="reveal"):
     scores: Annotated[tuple[Score, ...], msgspec.Meta(max_length=LIST_MAX)]
 
 
-class IncludedUpdate(Wire):
+class IncludedUpdate(Wire, frozen=True):
     """An update in a proposal: the median of its contributions, and its merge weight (sum over all: WEIGHT_ONE or 0)."""
 
     peer: Name
@@ -87,7 +87,7 @@ class IncludedUpdate(Wire):
     weight: Annotated[Weight, msgspec.Meta(ge=0, le=10**9)]
 
 
-class Leaf(Wire):
+class Leaf(Wire, frozen=True):
     """A member's leaf in the rewards tree; the tuple's position is the registry index.
 
     `contribution` is the sum over the current epoch so far, this round included.
@@ -98,7 +98,7 @@ class Leaf(Wire):
     contribution: NanoNats
 
 
-class Proposal(Wire, tag="proposal"):
+class Proposal(Wire, frozen=True, tag="proposal"):
     """All that a certificate certifies; everyone recomputes it. Its digest is the data hash on chain."""
 
     round: RoundNumber
@@ -117,7 +117,7 @@ class Proposal(Wire, tag="proposal"):
     leaves: Annotated[tuple[Leaf, ...], msgspec.Meta(max_length=LIST_MAX)]
 
 
-class Attestation(Wire, tag="attestation"):
+class Attestation(Wire, frozen=True, tag="attestation"):
     """A member's BLS signature of `settlement.rewards.round_message` of one proposal."""
 
     round: RoundNumber
@@ -126,7 +126,7 @@ class Attestation(Wire, tag="attestation"):
     signature: BlsSignature
 
 
-class Certificate(Wire, tag="certificate"):
+class Certificate(Wire, frozen=True, tag="certificate"):
     """A proposal and the aggregated signature of more than 2/3 of its committee."""
 
     proposal: Proposal
@@ -135,7 +135,7 @@ class Certificate(Wire, tag="certificate"):
     signature: BlsSignature
 
 
-class Presence(Wire, tag="presence"):
+class Presence(Wire, frozen=True, tag="presence"):
     """What a node serves right now. Short-lived: routing forgets it after `ttl_ms`."""
 
     peer: Name
@@ -151,7 +151,7 @@ class Presence(Wire, tag="presence"):
 Message = Announcement | ScoreCommit | ScoreReveal | Proposal | Attestation | Certificate | Presence
 
 
-class Envelope(Wire):
+class Envelope(Wire, frozen=True):
     """A message with its author's Ed25519 signature: it can pass through strangers' hands."""
 
     author: Name
@@ -162,7 +162,7 @@ class Envelope(Wire):
 # Requests between two peers, one tagged union for all. Replies follow on the same stream.
 
 
-class BlobRequest(Wire, tag="blob"):
+class BlobRequest(Wire, frozen=True, tag="blob"):
     """Bytes [start, start + length) of a content-addressed blob."""
 
     digest: Bytes32
@@ -170,14 +170,14 @@ class BlobRequest(Wire, tag="blob"):
     length: Annotated[int, msgspec.Meta(ge=1, le=262_144)]
 
 
-class BlobReply(Wire, tag="blob_reply"):
+class BlobReply(Wire, frozen=True, tag="blob_reply"):
     """`total` 0: not held, or not served yet."""
 
     total: Count
     chunk: Annotated[bytes, msgspec.Meta(max_length=262_144)]
 
 
-class SyncRequest(Wire, tag="sync"):
+class SyncRequest(Wire, frozen=True, tag="sync"):
     """Anti-entropy: what I have of this round; tell me what I lack, and your newest certificate."""
 
     round: RoundNumber
@@ -185,26 +185,26 @@ class SyncRequest(Wire, tag="sync"):
     head_round: Annotated[int, msgspec.Meta(ge=-1, le=2**53)]
 
 
-class SyncReply(Wire, tag="sync_reply"):
+class SyncReply(Wire, frozen=True, tag="sync_reply"):
     """Envelopes the asker lacked; the head is the newest certificate, if newer than the asker's."""
 
     envelopes: Annotated[tuple[Envelope, ...], msgspec.Meta(max_length=LIST_MAX)]
     head: Certificate | None
 
 
-class PeersRequest(Wire, tag="peers"):
+class PeersRequest(Wire, frozen=True, tag="peers"):
     """Who else do you know? Tells the asker's own addresses, so that both learn."""
 
     addresses: Annotated[tuple[str, ...], msgspec.Meta(max_length=8)]
 
 
-class PeersReply(Wire, tag="peers_reply"):
+class PeersReply(Wire, frozen=True, tag="peers_reply"):
     """Multiaddresses (with /p2p/ID) of peers seen lately."""
 
     addresses: Annotated[tuple[str, ...], msgspec.Meta(max_length=256)]
 
 
-class GenerateRequest(Wire, tag="generate"):
+class GenerateRequest(Wire, frozen=True, tag="generate"):
     """Continue a token stream. `emitted` is what the client already holds: the replica starts at that very position."""
 
     version: Bytes32
@@ -216,7 +216,7 @@ class GenerateRequest(Wire, tag="generate"):
     seed: Count
 
 
-class TokenChunk(Wire, tag="tokens"):
+class TokenChunk(Wire, frozen=True, tag="tokens"):
     """Tokens from `position` of the generated text on; `finish`: "" while more come, else stop, length or error."""
 
     position: Count

@@ -46,30 +46,30 @@ class Durable(msgspec.Struct, frozen=True, array_like=True):
 # --- events --------------------------------------------------------------------------------------------------------
 
 
-class Tick(Event, tag="tick"):
+class Tick(Event, frozen=True, tag="tick"):
     """A timer that the peer set has passed."""
 
 
-class RosterChanged(Event, tag="roster"):
+class RosterChanged(Event, frozen=True, tag="roster"):
     """The chain's registry or committee, as the driver read it."""
 
     roster: Roster
 
 
-class SettledChanged(Event, tag="settled"):
+class SettledChanged(Event, frozen=True, tag="settled"):
     """The newest round that the chain has accepted."""
 
     settled: SettledRound
 
 
-class Received(Event, tag="received"):
+class Received(Event, frozen=True, tag="received"):
     """A gossip message; `envelope.author` is proven, `message` is its decoded body."""
 
     envelope: Envelope
     message: Message
 
 
-class Trained(Event, tag="trained"):
+class Trained(Event, frozen=True, tag="trained"):
     """Local work is done: the payload and the next residual lie in the blob store."""
 
     round: Round
@@ -81,20 +81,20 @@ class Trained(Event, tag="trained"):
     """Mean training loss [nano-nats/token], for people."""
 
 
-class Fetched(Event, tag="fetched"):
+class Fetched(Event, frozen=True, tag="fetched"):
     """A blob has come, matches its digest, and is well-formed for its kind."""
 
     digest: Digest
 
 
-class FetchFailed(Event, tag="fetch_failed"):
+class FetchFailed(Event, frozen=True, tag="fetch_failed"):
     """No provider gave the blob (`is_malformed` False), or its bytes match the digest but are not a valid payload."""
 
     digest: Digest
     is_malformed: bool
 
 
-class Scored(Event, tag="scored"):
+class Scored(Event, frozen=True, tag="scored"):
     """Contributions of a round's updates, in the order asked; `salt` is 32 fresh secret bytes."""
 
     round: Round
@@ -102,14 +102,14 @@ class Scored(Event, tag="scored"):
     salt: bytes
 
 
-class Merged(Event, tag="merged"):
+class Merged(Event, frozen=True, tag="merged"):
     """The merged base lies in the blob store."""
 
     request: Digest
     new_base: Digest
 
 
-class Signed(Event, tag="signed"):
+class Signed(Event, frozen=True, tag="signed"):
     """This member's BLS signature of a proposal's message."""
 
     round: Round
@@ -117,7 +117,7 @@ class Signed(Event, tag="signed"):
     signature: bytes
 
 
-class Aggregated(Event, tag="aggregated"):
+class Aggregated(Event, frozen=True, tag="aggregated"):
     """Attestations of one message, made into one signature."""
 
     round: Round
@@ -126,14 +126,14 @@ class Aggregated(Event, tag="aggregated"):
     signature: bytes
 
 
-class Evaluated(Event, tag="evaluated"):
+class Evaluated(Event, frozen=True, tag="evaluated"):
     """Held-out loss at a base, for reports [nano-nats/token]."""
 
     round: Round
     loss_nano: int
 
 
-class SyncAsked(Event, tag="sync_asked"):
+class SyncAsked(Event, frozen=True, tag="sync_asked"):
     """A peer asks what it lacks; answer with `AnswerSync` and the same token."""
 
     peer: PeerId
@@ -141,14 +141,14 @@ class SyncAsked(Event, tag="sync_asked"):
     token: int
 
 
-class SyncAnswered(Event, tag="sync_answered"):
+class SyncAnswered(Event, frozen=True, tag="sync_answered"):
     """A peer's answer. The driver has checked the head's signature and delivers the envelopes as `Received`."""
 
     peer: PeerId
     head: Certificate | None
 
 
-class PeersChanged(Event, tag="peers"):
+class PeersChanged(Event, frozen=True, tag="peers"):
     """Peers that are connected now, sorted."""
 
     peers: tuple[PeerId, ...]
@@ -157,19 +157,19 @@ class PeersChanged(Event, tag="peers"):
 # --- actions -------------------------------------------------------------------------------------------------------
 
 
-class SetTimer(Action, tag="set_timer"):
+class SetTimer(Action, frozen=True, tag="set_timer"):
     """Deliver a `Tick` at this time; a new timer replaces the old one."""
 
     at_ms: Millis
 
 
-class Persist(Action, tag="persist"):
+class Persist(Action, frozen=True, tag="persist"):
     """Make this durable before the next action is carried out."""
 
     durable: Durable
 
 
-class Train(Action, tag="train"):
+class Train(Action, frozen=True, tag="train"):
     """Local steps from `base`, error feedback from `residual`, compression; answer: `Trained`."""
 
     round: Round
@@ -177,19 +177,19 @@ class Train(Action, tag="train"):
     residual: Digest | None
 
 
-class Publish(Action, tag="publish"):
+class Publish(Action, frozen=True, tag="publish"):
     """Sign and gossip a message; the driver also delivers it back as `Received`."""
 
     message: Message
 
 
-class Serve(Action, tag="serve"):
+class Serve(Action, frozen=True, tag="serve"):
     """From now on this blob may be given to whoever asks (a payload: only after TRAIN has closed)."""
 
     digest: Digest
 
 
-class Fetch(Action, tag="fetch"):
+class Fetch(Action, frozen=True, tag="fetch"):
     """Get a blob from these providers, the first first; answer: `Fetched` or `FetchFailed`."""
 
     digest: Digest
@@ -206,7 +206,7 @@ class Weighted(msgspec.Struct, frozen=True, array_like=True):
     weight: Weight
 
 
-class ScoreUpdates(Action, tag="score"):
+class ScoreUpdates(Action, frozen=True, tag="score"):
     """Measure the contribution of every update to the round's game; answer: `Scored`."""
 
     round: Round
@@ -214,7 +214,7 @@ class ScoreUpdates(Action, tag="score"):
     updates: tuple[Weighted, ...]
 
 
-class Merge(Action, tag="merge"):
+class Merge(Action, frozen=True, tag="merge"):
     """base + sum(weight * clipped update), deterministic; answer: `Merged` with the same `request`."""
 
     request: Digest
@@ -222,14 +222,14 @@ class Merge(Action, tag="merge"):
     updates: tuple[Weighted, ...]
 
 
-class Sign(Action, tag="sign"):
+class Sign(Action, frozen=True, tag="sign"):
     """Sign a proposal's message with the BLS key; answer: `Signed`."""
 
     round: Round
     message: Digest
 
 
-class Aggregate(Action, tag="aggregate"):
+class Aggregate(Action, frozen=True, tag="aggregate"):
     """Make one signature of these; answer: `Aggregated`."""
 
     round: Round
@@ -238,49 +238,49 @@ class Aggregate(Action, tag="aggregate"):
     absent: tuple[MemberIndex, ...]
 
 
-class Adopt(Action, tag="adopt"):
+class Adopt(Action, frozen=True, tag="adopt"):
     """A certified base: serving swaps to it."""
 
     round: Round
     base: Digest
 
 
-class Evaluate(Action, tag="evaluate"):
+class Evaluate(Action, frozen=True, tag="evaluate"):
     """Held-out loss at a base, when there is time; answer: `Evaluated`."""
 
     round: Round
     base: Digest
 
 
-class Settle(Action, tag="settle"):
+class Settle(Action, frozen=True, tag="settle"):
     """Bring a certificate on chain, whoever does it first; keep trying. `rank` 0 goes first."""
 
     certificate: Certificate
     rank: int
 
 
-class AskSync(Action, tag="ask_sync"):
+class AskSync(Action, frozen=True, tag="ask_sync"):
     """Anti-entropy with one peer; answer: `SyncAnswered` and `Received`s."""
 
     peer: PeerId
     request: SyncRequest
 
 
-class AnswerSync(Action, tag="answer_sync"):
+class AnswerSync(Action, frozen=True, tag="answer_sync"):
     """The answer to a `SyncAsked`."""
 
     token: int
     reply: SyncReply
 
 
-class Blame(Action, tag="blame"):
+class Blame(Action, frozen=True, tag="blame"):
     """A peer broke a rule that honest peers never break."""
 
     peer: PeerId
     reason: str
 
 
-class Note(Action, tag="note"):
+class Note(Action, frozen=True, tag="note"):
     """Something an operator wants to see (phase changes, a void round and why)."""
 
     round: Round
