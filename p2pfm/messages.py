@@ -1,8 +1,8 @@
 """Every wire struct, its bytes, and what is signed. Nothing else in the house knows bytes.
 
-MessagePack arrays (msgspec, `array_like`), tagged by the struct's name; `docs/wire.md` and `tests/vectors/` describe them
-for other implementations. Decoding is validation: a wrong type, an unknown tag, a digest of another length or a message
-over its limit raises `Reject`. Signatures are checked by the driver before the core hears of a message.
+MessagePack arrays (msgspec, `array_like`), tagged by the struct's name: any MessagePack library reads them. Decoding is
+validation: a wrong type, an unknown tag, a digest of another length or a message over its limit raises `Reject`.
+Signatures are checked by the driver before the core hears of a message.
 """
 
 from typing import Annotated, TypeVar
@@ -78,7 +78,7 @@ class ScoreReveal(Wire, frozen=True, tag="reveal"):
 
 
 class IncludedUpdate(Wire, frozen=True):
-    """An update in a proposal: the median of its contributions, and its merge weight (sum over all: WEIGHT_ONE or 0)."""
+    """An update in a proposal: its median contribution and its merge weight (all sum to WEIGHT_ONE, or to 0)."""
 
     peer: Name
     member: Index
@@ -229,10 +229,10 @@ Reply = BlobReply | SyncReply | PeersReply | TokenChunk
 
 T = TypeVar("T")
 
-_message = msgspec.msgpack.Decoder(Message)
-_envelope = msgspec.msgpack.Decoder(Envelope)
-_request = msgspec.msgpack.Decoder(Request)
-_reply = msgspec.msgpack.Decoder(Reply)
+_message: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+_envelope: msgspec.msgpack.Decoder[Envelope] = msgspec.msgpack.Decoder(Envelope)
+_request: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_reply: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 _encoder = msgspec.msgpack.Encoder()
 
 

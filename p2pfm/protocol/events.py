@@ -73,6 +73,8 @@ class Trained(Event, frozen=True, tag="trained"):
     """Local work is done: the payload and the next residual lie in the blob store."""
 
     round: Round
+    base: Digest
+    """The base it started from: a result for another base is stale."""
     payload: Digest
     payload_bytes: int
     num_tokens: int
