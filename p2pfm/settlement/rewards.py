@@ -1,0 +1,195 @@
+"""Contributions into merge weights, rewards and the 32 bytes that members sign. Pure integers.
+
+Everything here is recomputed by every member and compared byte for byte; wei are rounded once, in `compute_leaves`.
+Knows no signature scheme, socket or clock.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from eth_hash.auto import keccak
+
+from p2pfm.config import ChainConfig
+from p2pfm.messages import Certificate, Leaf, Proposal, proposal_digest, wei_from_wire, wei_to_wire
+from p2pfm.settlement import merkle
+from p2pfm.settlement.ledger import LeafValue, Submission, Sums
+from p2pfm.types import WEIGHT_ONE, Contribution, Digest, MemberIndex, Round, Wei, Weight
+
+CONTRIBUTION_MAX = 2**60
+"""An epoch's accumulated contribution saturates here: the wire's bound [nano-nats]."""
+
+ROUND_TYPEHASH = keccak(
+    b"Round(uint256 chainId,address federation,uint64 epoch,uint64 nonce,uint64 round,bytes32 prevRoot,bytes32 root,"
+    b"uint128 cumulative,uint128 reward,uint128 contribution,bytes32 data,bytes32 base)"
+)
+
+
+def compute_median(values: Sequence[Contribution]) -> Contribution:
+    """The lower median: an element of `values`, the smaller of the middle two. Raises: ValueError if empty."""
+    if not values:
+        raise ValueError("expected at least one value")
+    return sorted(values)[(len(values) - 1) // 2]
+
+
+def compute_weights(contributions: Sequence[int]) -> tuple[Weight, ...]:
+    """Merge weights proportional to max(0, contribution), by largest remainder; ties go to the lower position.
+
+    They sum to WEIGHT_ONE exactly, or all are 0 when no contribution is positive.
+    """
+    positive = [max(0, value) for value in contributions]
+    total = sum(positive)
+    if total == 0:
+        return tuple(Weight(0) for _ in positive)
+    weights = [value * WEIGHT_ONE // total for value in positive]
+    by_remainder = sorted(range(len(positive)), key=lambda i: (-(positive[i] * WEIGHT_ONE % total), i))
+    for position in by_remainder[: WEIGHT_ONE - sum(weights)]:
+        weights[position] += 1
+    return tuple(Weight(weight) for weight in weights)
+
+
+def compute_leaves(
+    previous: tuple[LeafValue, ...],
+    contributions: Mapping[MemberIndex, int],
+    num_members: int,
+    pool: Wei,
+    is_payout: bool,
+    is_epoch_start: bool,
+) -> tuple[LeafValue, ...]:
+    """The next rewards tree's leaves, one a registered member, in registry order.
+
+    A leaf's contribution accumulates over the epoch (from 0 at `is_epoch_start`), saturating at +-CONTRIBUTION_MAX. At
+    `is_payout`, reward = floor(pool * max(0, Phi_i) / sum of max(0, Phi)); in other rounds it is 0; the cumulative sum
+    grows by it. The rewards never exceed `pool`, and fall short of it by less than one wei a member (or pay nothing
+    when nobody's contribution is positive).
+
+    Raises:
+        ValueError: fewer members than before, or a contribution of somebody who is not registered.
+    """
+    if num_members < len(previous):
+        raise ValueError(f"expected at least {len(previous)} members (a registry never shrinks), got {num_members}")
+    strangers = sorted(index for index in contributions if not 0 <= index < num_members)
+    if strangers:
+        raise ValueError(f"expected registry indices below {num_members}, got {strangers}")
+    totals: list[int] = []
+    for position in range(num_members):
+        is_carried = position < len(previous) and not is_epoch_start
+        total = (previous[position].contribution if is_carried else 0) + contributions.get(MemberIndex(position), 0)
+        totals.append(max(-CONTRIBUTION_MAX, min(CONTRIBUTION_MAX, total)))
+    divisor = sum(max(0, total) for total in totals)
+    leaves = []
+    for position, total in enumerate(totals):
+        reward = pool * max(0, total) // divisor if is_payout and divisor else 0
+        drawn = previous[position].cumulative_wei if position < len(previous) else 0
+        leaves.append(LeafValue(Wei(drawn + reward), Wei(reward), total))
+    return tuple(leaves)
+
+
+def compute_sums(leaves: Sequence[LeafValue]) -> Sums:
+    """Totals over the leaves; of the contributions only the positive ones count."""
+    return Sums(
+        Wei(sum(leaf.cumulative_wei for leaf in leaves)),
+        Wei(sum(leaf.reward_wei for leaf in leaves)),
+        sum(max(0, leaf.contribution) for leaf in leaves),
+    )
+
+
+def to_wire(leaves: Sequence[LeafValue]) -> tuple[Leaf, ...]:
+    """The leaves as a proposal carries them."""
+    return tuple(
+        Leaf(wei_to_wire(leaf.cumulative_wei), wei_to_wire(leaf.reward_wei), Contribution(leaf.contribution))
+        for leaf in leaves
+    )
+
+
+def from_wire(leaves: Sequence[Leaf]) -> tuple[LeafValue, ...]:
+    """Inverse of `to_wire`."""
+    return tuple(
+        LeafValue(wei_from_wire(leaf.cumulative_wei), wei_from_wire(leaf.reward_wei), leaf.contribution)
+        for leaf in leaves
+    )
+
+
+def round_message(
+    chain: ChainConfig,
+    *,
+    epoch: int,
+    nonce: int,
+    round: Round,
+    prev_root: Digest,
+    root: Digest,
+    sums: Sums,
+    data_digest: Digest,
+    base: Digest,
+) -> Digest:
+    """The 32 bytes that committee members sign: exactly what the contract rebuilds from a submission.
+
+    keccak256 over 32-byte words; binds chain, contract, committee epoch and restart nonce, so that a signature is good
+    for one round of one federation only.
+    """
+    words = (chain.chain_id, int(chain.federation, 16), epoch, nonce, round)
+    totals = (sums.cumulative_wei, sums.reward_wei, sums.contribution)
+    return Digest(
+        keccak(
+            ROUND_TYPEHASH
+            + b"".join(word.to_bytes(32, "big") for word in words)
+            + prev_root
+            + root
+            + b"".join(total.to_bytes(32, "big") for total in totals)
+            + data_digest
+            + base
+        )
+    )
+
+
+def proposal_message(chain: ChainConfig, proposal: Proposal) -> Digest:
+    """`round_message` of a proposal: what an attestation signs."""
+    return round_message(
+        chain,
+        epoch=proposal.epoch,
+        nonce=proposal.nonce,
+        round=proposal.round,
+        prev_root=proposal.prev_root,
+        root=proposal.root,
+        sums=compute_sums(from_wire(proposal.leaves)),
+        data_digest=proposal_digest(proposal),
+        base=proposal.new_base,
+    )
+
+
+def submission_message(chain: ChainConfig, submission: Submission) -> Digest:
+    """`round_message` of a submission: what its signature must be of."""
+    return round_message(
+        chain,
+        epoch=submission.epoch,
+        nonce=submission.nonce,
+        round=submission.round,
+        prev_root=submission.prev_root,
+        root=submission.root,
+        sums=submission.sums,
+        data_digest=submission.data_digest,
+        base=submission.base,
+    )
+
+
+def make_submission(chain: ChainConfig, certificate: Certificate) -> Submission:
+    """The transaction that settles a certified round.
+
+    Raises:
+        ValueError: the proposal's root is not the root of its leaves, so no claim against it could ever succeed.
+    """
+    del chain  # the contract knows itself; kept so that callers name the federation they mean
+    proposal = certificate.proposal
+    tree = merkle.compute_root(from_wire(proposal.leaves))
+    if tree.digest != proposal.root:
+        raise ValueError(f"expected root {tree.digest.hex()} of the proposal's leaves, got {proposal.root.hex()}")
+    return Submission(
+        round=proposal.round,
+        epoch=proposal.epoch,
+        nonce=proposal.nonce,
+        prev_root=proposal.prev_root,
+        root=proposal.root,
+        sums=tree.sums,
+        data_digest=proposal_digest(proposal),
+        base=proposal.new_base,
+        absent=certificate.absent,
+        signature=certificate.signature,
+    )
