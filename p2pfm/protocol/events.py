@@ -22,7 +22,7 @@ class Action(msgspec.Struct, frozen=True, array_like=True):
     """Base of what a peer asks for."""
 
 
-# --- durable state -------------------------------------------------------------------------------------------------
+# --- durable state
 
 
 class Durable(msgspec.Struct, frozen=True, array_like=True):
@@ -43,7 +43,7 @@ class Durable(msgspec.Struct, frozen=True, array_like=True):
     announced_payload: Digest | None
 
 
-# --- events --------------------------------------------------------------------------------------------------------
+# --- events
 
 
 class Tick(Event, frozen=True, tag="tick"):
@@ -156,7 +156,7 @@ class PeersChanged(Event, frozen=True, tag="peers"):
     peers: tuple[PeerId, ...]
 
 
-# --- actions -------------------------------------------------------------------------------------------------------
+# --- actions
 
 
 class SetTimer(Action, frozen=True, tag="set_timer"):

@@ -1,0 +1,165 @@
+"""What a committee certifies, as pure functions: from revealed vectors to a proposal, and back as a check.
+
+A proposal has one right content for given reveals, head and roster; everyone recomputes it with `draft_proposal`.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from p2pfm.config import NetworkConfig
+from p2pfm.errors import Reject
+from p2pfm.messages import (
+    Announcement,
+    Certificate,
+    IncludedUpdate,
+    Proposal,
+    Score,
+    ScoreReveal,
+    compute_commitment,
+    encode,
+)
+from p2pfm.protocol.events import Merge, Weighted
+from p2pfm.protocol.membership import compute_ranks, get_member
+from p2pfm.settlement import merkle
+from p2pfm.settlement.ledger import LeafValue, Roster
+from p2pfm.settlement.rewards import (
+    compute_leaves,
+    compute_median,
+    compute_sums,
+    compute_weights,
+    from_wire,
+    to_wire,
+)
+from p2pfm.settlement.sampling import compute_quorum
+from p2pfm.types import Contribution, Digest, MemberIndex, Round, compute_digest
+
+NO_DIGEST = Digest(bytes(32))
+"""Stands for the new base while a proposal is a draft, and for the root before the first."""
+
+
+def draft_proposal(
+    config: NetworkConfig,
+    roster: Roster,
+    head: Certificate | None,
+    round: Round,
+    base: Digest,
+    reveals: Sequence[ScoreReveal],
+    announcements: Mapping[Digest, Announcement],
+) -> Proposal:
+    """The one right proposal for these reveals, its `new_base` left open (`NO_DIGEST`).
+
+    An update is included if more than half of the reveals scored it; its contribution is their lower median; its
+    merge weight is proportional to max(0, contribution) (ALGORITHMS, part 5).
+
+    Args:
+        announcements: by payload digest; an update nobody here saw announced raises `Reject`.
+    """
+    reveals = tuple(sorted(reveals, key=lambda reveal: reveal.member))
+    readings: dict[Digest, list[Contribution]] = {}
+    for reveal in reveals:
+        for score in reveal.scores:
+            readings.setdefault(score.payload, []).append(score.contribution)
+    included = []
+    for payload in sorted(payload for payload, values in readings.items() if 2 * len(values) > len(reveals)):
+        announcement = announcements.get(payload)
+        if announcement is None:
+            raise Reject(f"update {payload.hex()[:10]} was scored, but its announcement is not known here")
+        member = get_member(roster, announcement.peer)
+        if member is not None:
+            median = compute_median(readings[payload])
+            included.append((announcement.peer, member.index, payload, Contribution(median)))
+    weights = compute_weights([contribution for *_, contribution in included])
+    updates = tuple(
+        IncludedUpdate(peer, member_index, payload, contribution, weight)
+        for (peer, member_index, payload, contribution), weight in zip(included, weights, strict=True)
+    )
+    leaves = _compute_next_leaves(config, roster, head, round, updates)
+    ranks = compute_ranks(roster, round)
+    return Proposal(
+        round=round,
+        proposer=ranks[0],
+        epoch=roster.epoch,
+        nonce=roster.nonce,
+        base=base,
+        new_base=NO_DIGEST,
+        prev_root=head.proposal.root if head else NO_DIGEST,
+        root=merkle.compute_root(leaves).digest,
+        updates=updates,
+        reveals=reveals,
+        leaves=to_wire(leaves),
+    )
+
+
+def merge_request(draft: Proposal) -> Merge | None:
+    """The merge that gives a draft's new base; None when no update has a positive weight (then the base stays)."""
+    updates = tuple(Weighted(update.payload, update.weight) for update in draft.updates if update.weight > 0)
+    if not updates:
+        return None
+    return Merge(request=draft_digest(draft), base=draft.base, updates=updates)
+
+
+def draft_digest(proposal: Proposal) -> Digest:
+    """What a proposal is known by before its new base is: the same for its proposer and whoever recomputes it."""
+    return compute_digest(encode(msgspec.structs.replace(proposal, new_base=NO_DIGEST)))
+
+
+def validate_reveals(
+    roster: Roster, reveals: Sequence[ScoreReveal], round: Round, commitments: Mapping[MemberIndex, Digest]
+) -> None:
+    """Enough members, each once, each as it committed before it could see another's vector.
+
+    Raises:
+        Reject: names the rule and the member.
+    """
+    seen: set[MemberIndex] = set()
+    for reveal in reveals:
+        if reveal.round != round or reveal.member not in roster.committee or reveal.member in seen:
+            raise Reject(f"reveal of member {reveal.member} is of another round, no committee member's, or twice there")
+        seen.add(reveal.member)
+        if commitments.get(reveal.member) != compute_commitment(reveal):
+            raise Reject(f"reveal of member {reveal.member} does not match a commitment known here")
+        validate_scores(reveal.scores)
+    needed = compute_quorum(len(roster.committee))
+    if len(seen) < needed:
+        raise Reject(f"expected reveals of at least {needed} committee members, got {len(seen)}")
+
+
+def validate_scores(scores: Sequence[Score]) -> None:
+    """Sorted by payload, none twice. Raises: Reject."""
+    if any(a.payload >= b.payload for a, b in itertools.pairwise(scores)):
+        raise Reject("scores are not sorted by payload digest, or one payload is scored twice")
+
+
+def validate_proposal(proposal: Proposal, expected: Proposal) -> None:
+    """Compare a received proposal with the recomputed draft, field by field (all but `new_base`).
+
+    Raises:
+        Reject: names the first field that differs.
+    """
+    for name in Proposal.__struct_fields__:
+        if name != "new_base" and getattr(proposal, name) != getattr(expected, name):
+            raise Reject(f"proposal of round {proposal.round}: field {name!r} differs from what its reveals give here")
+
+
+def _compute_next_leaves(
+    config: NetworkConfig,
+    roster: Roster,
+    head: Certificate | None,
+    round: Round,
+    updates: Sequence[IncludedUpdate],
+) -> tuple[LeafValue, ...]:
+    previous = from_wire(head.proposal.leaves) if head else ()
+    last_round = head.proposal.round if head else -1
+    per_epoch = config.settlement.rounds_per_epoch
+    # Pays when an epoch's end lies after the last certified round: a void last round defers the payment, not loses it.
+    is_payout = (round + 1) // per_epoch > (last_round + 1) // per_epoch
+    return compute_leaves(
+        previous,
+        {update.member: update.contribution for update in updates},
+        num_members=len(roster.members),
+        pool=config.pool_per_epoch(),
+        is_payout=is_payout,
+        is_epoch_start=compute_sums(previous).reward_wei > 0,
+    )

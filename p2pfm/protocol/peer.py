@@ -1,0 +1,663 @@
+"""A peer's whole protocol: one pure state machine. It knows no socket, clock, file, model or tensor.
+
+    Peer.handle(event, now_ms) -> list[Action]
+
+Each handler validates, changes state, returns actions, in that order. The same class runs in the node and in the
+simulator; a node's event log replays here to the same actions.
+"""
+
+import msgspec
+
+from p2pfm.config import NetworkConfig
+from p2pfm.errors import Reject
+from p2pfm.messages import (
+    Announcement,
+    Attestation,
+    Certificate,
+    Envelope,
+    Message,
+    Presence,
+    Proposal,
+    Score,
+    ScoreCommit,
+    ScoreReveal,
+    SyncReply,
+    SyncRequest,
+    compute_commitment,
+)
+from p2pfm.protocol.committee import (
+    draft_digest,
+    draft_proposal,
+    merge_request,
+    validate_proposal,
+    validate_reveals,
+    validate_scores,
+)
+from p2pfm.protocol.events import (
+    Action,
+    Adopt,
+    Aggregate,
+    Aggregated,
+    AnswerSync,
+    AnyEvent,
+    AskSync,
+    Blame,
+    Durable,
+    Evaluate,
+    Evaluated,
+    Fetch,
+    Fetched,
+    FetchFailed,
+    Merged,
+    Note,
+    PeersChanged,
+    Persist,
+    Publish,
+    Received,
+    RosterChanged,
+    Scored,
+    ScoreUpdates,
+    Serve,
+    SetTimer,
+    Settle,
+    SettledChanged,
+    Sign,
+    Signed,
+    SyncAnswered,
+    SyncAsked,
+    Tick,
+    Train,
+    Trained,
+    Weighted,
+)
+from p2pfm.protocol.membership import compute_ranks, compute_shares, get_member, get_peer
+from p2pfm.protocol.phases import Phase, compute_position
+from p2pfm.protocol.round_state import EarlyMessages, RoundState
+from p2pfm.settlement.ledger import Roster, SettledRound
+from p2pfm.settlement.rewards import proposal_message
+from p2pfm.settlement.sampling import compute_quorum
+from p2pfm.types import Digest, MemberIndex, Millis, PeerId, Round, compute_digest
+
+SYNC_MS = 3_000
+"""How often a peer asks another for what it lacks: three chances in the shortest usual phase."""
+
+FETCH_TRIES_MAX = 4
+"""How often a payload is asked for again before the update counts as absent."""
+
+BASE_BYTES_MAX = 1 << 30
+"""No adapter's base is larger."""
+
+ROOTS_MAX = 64
+"""Certified roots remembered, to compare with the chain's."""
+
+
+class Peer:
+    """One participant. `handle` is its only door."""
+
+    def __init__(self, me: PeerId, config: NetworkConfig, durable: Durable) -> None:
+        self.me = me
+        self.config = config
+        self.durable = durable
+        self.roster: Roster | None = None
+        self.settled: SettledRound | None = None
+        self.peers: tuple[PeerId, ...] = ()
+        self.state = RoundState(Round(-1), Phase.MERGE, saw_train=False, roster=None)
+        self.wanted: Certificate | None = None
+        """A certificate whose base is being fetched."""
+        self.roots: dict[Round, Digest] = {}
+        self.losses: dict[Round, int] = {}
+        """Held-out loss after each round [nano-nats/token], as evaluated here."""
+        self._early = EarlyMessages()
+        self._next_sync_ms = Millis(0)
+        self._num_syncs = 0
+        if durable.head:
+            self.roots[durable.head.proposal.round] = durable.head.proposal.root
+
+    @property
+    def round(self) -> Round:
+        """The round this peer is in; -1 before genesis."""
+        return self.state.round
+
+    @property
+    def phase(self) -> Phase:
+        """The phase this peer is in."""
+        return self.state.phase
+
+    def handle(self, event: AnyEvent, now_ms: Millis) -> list[Action]:
+        """What to do about `event`: first whatever the clock made due, then the event itself."""
+        actions = self._advance(now_ms)
+        match event:
+            case Tick():
+                pass
+            case RosterChanged(roster=roster):
+                actions += self._on_roster(roster)
+            case SettledChanged(settled=settled):
+                actions += self._on_settled(settled)
+            case Received(envelope=envelope, message=message):
+                actions += self._on_received(envelope, message)
+            case Trained():
+                actions += self._on_trained(event)
+            case Fetched(digest=digest):
+                actions += self._on_fetched(digest)
+            case FetchFailed(digest=digest, is_malformed=is_malformed):
+                actions += self._on_fetch_failed(digest, is_malformed)
+            case Scored():
+                actions += self._on_scored(event)
+            case Merged(request=request, new_base=new_base):
+                actions += self._on_merged(request, new_base)
+            case Signed():
+                actions += self._on_signed(event)
+            case Aggregated():
+                actions += self._on_aggregated(event)
+            case Evaluated(round=round, loss_nano=loss_nano):
+                self.losses[round] = loss_nano
+            case SyncAsked(request=request, token=token):
+                actions += self._on_sync_asked(request, token)
+            case SyncAnswered(head=head):
+                actions += self._on_certificate(head) if head else []
+            case PeersChanged(peers=peers):
+                self.peers = peers
+        return [*actions, *self._on_housekeeping(now_ms)]
+
+    # --- the clock
+
+    def _advance(self, now_ms: Millis) -> list[Action]:
+        """Enter every phase that is due. A clock that jumped back changes nothing: no phase goes backwards."""
+        position = compute_position(self.config, now_ms)
+        actions: list[Action] = []
+        if position.round > self.state.round:
+            actions += self._start_round(position.round, position.phase)
+        while position.round == self.state.round and position.phase > self.state.phase:
+            self.state.phase = Phase(self.state.phase + 1)
+            actions += self._enter_phase()
+        return actions
+
+    def _start_round(self, round: Round, phase: Phase) -> list[Action]:
+        actions = self._close_round()
+        self.state = RoundState(round, Phase.TRAIN, saw_train=phase == Phase.TRAIN, roster=self.roster)
+        actions.append(Note(round, "round begins" if phase == Phase.TRAIN else f"joins the round in {phase.name}"))
+        if phase == Phase.TRAIN:
+            actions += self._start_training()
+        for envelope, message in self._early.take():
+            actions += self._on_received(envelope, message)
+        return actions
+
+    def _close_round(self) -> list[Action]:
+        state = self.state
+        if state.round < 0 or state.is_certified:
+            return []
+        return [Note(state.round, f"round is void here: {state.failure or 'no certificate in time'}")]
+
+    def _enter_phase(self) -> list[Action]:
+        match self.state.phase:
+            case Phase.TRAIN:
+                return []
+            case Phase.EXCHANGE:
+                return self._enter_exchange()
+            case Phase.SCORE:
+                return self._enter_score()
+            case Phase.REVEAL:
+                return [Publish(self.state.my_reveal)] if self.state.my_reveal else []
+            case Phase.ATTEST:
+                return self._propose()
+            case Phase.MERGE:
+                return self._aggregate()
+
+    def _on_housekeeping(self, now_ms: Millis) -> list[Action]:
+        """Ask a neighbour for what is missing, when it is time; set the next timer."""
+        actions: list[Action] = []
+        if now_ms >= self._next_sync_ms:
+            self._next_sync_ms = Millis(now_ms + SYNC_MS)
+            actions += self._ask_sync()
+            actions += self._fetch_missing()
+        ends_ms = compute_position(self.config, now_ms).ends_ms
+        return [*actions, SetTimer(min(ends_ms, self._next_sync_ms))]
+
+    # --- TRAIN
+
+    def _start_training(self) -> list[Action]:
+        """Train once a round from the base held now; a peer that is not registered, or lacks the base, waits."""
+        state, durable = self.state, self.durable
+        if state.phase != Phase.TRAIN or state.is_training or state.roster is None or self.wanted is not None:
+            return []
+        if get_member(state.roster, self.me) is None or durable.announced_round >= state.round:
+            return []
+        state.is_training = True
+        return [Train(state.round, durable.base, durable.residual)]
+
+    def _on_trained(self, event: Trained) -> list[Action]:
+        state = self.state
+        if event.round != state.round or event.base != self.durable.base:
+            return [Note(state.round, f"work for round {event.round} came too late or from an old base: dropped")]
+        if state.phase != Phase.TRAIN:
+            state.failure = "training took longer than TRAIN"
+            return [Note(state.round, "training took longer than TRAIN: no announcement; give it fewer steps")]
+        if self.durable.announced_round >= state.round:
+            return []
+        announcement = Announcement(
+            state.round, self.me, event.base, event.payload, event.payload_bytes, event.num_tokens
+        )
+        state.held.add(event.payload)
+        self.durable = msgspec.structs.replace(
+            self.durable,
+            announced_round=state.round,
+            announced_payload=event.payload,
+            pending_residual=event.residual,
+        )
+        return [Persist(self.durable), Publish(announcement)]
+
+    # --- EXCHANGE
+
+    def _enter_exchange(self) -> list[Action]:
+        mine = self.durable.announced_payload
+        own: list[Action] = []
+        if mine is not None and self.durable.announced_round == self.state.round:
+            self.state.held.add(mine)
+            own = [Serve(mine)]
+        return own + self._fetch_missing()
+
+    def _fetch_missing(self) -> list[Action]:
+        """Ask for every announced payload that is not here, from its announcer first, then from anyone."""
+        state = self.state
+        if state.phase == Phase.TRAIN or state.round < 0:
+            return []
+        proposed = (
+            {update.payload for update in state.proposal.updates} if state.is_proposal_valid and state.proposal else ()
+        )
+        late = {peer: a for peer, a in state.late.items() if a.payload in proposed}
+        actions: list[Action] = []
+        for peer, announcement in sorted({**late, **state.announcements}.items()):
+            digest = announcement.payload
+            is_due = digest not in state.held and digest not in state.bad and digest not in state.fetching
+            if is_due and peer != self.me:
+                state.fetching[digest] = 1
+                actions.append(self._fetch_payload(announcement))
+        return actions
+
+    def _fetch_payload(self, announcement: Announcement) -> Fetch:
+        others = tuple(peer for peer in self.peers if peer != announcement.peer)
+        # Start at another holder for each payload, so that no single node serves all of them.
+        shift = announcement.payload[0] % len(others) if others else 0
+        providers = (announcement.peer, *others[shift:], *others[:shift])
+        return Fetch(announcement.payload, "payload", announcement.payload_bytes, providers)
+
+    def _on_fetched(self, digest: Digest) -> list[Action]:
+        if self.wanted and digest == self.wanted.proposal.new_base:
+            certificate, self.wanted = self.wanted, None
+            return self._adopt(certificate)
+        if digest in self.state.fetching:
+            self.state.held.add(digest)
+            return [Serve(digest), *self._consider_proposal()]
+        return []
+
+    def _on_fetch_failed(self, digest: Digest, is_malformed: bool) -> list[Action]:
+        state = self.state
+        if self.wanted and digest == self.wanted.proposal.new_base:
+            wanted, self.wanted = self.wanted, None
+            return [Note(state.round, f"base of round {wanted.proposal.round} could not be fetched: asking again")]
+        tries = state.fetching.get(digest)
+        if tries is None:
+            return []
+        announcement = self._by_payload().get(digest)
+        if announcement is None:
+            return []
+        if is_malformed:
+            state.bad.add(digest)
+            return [Blame(announcement.peer, "announced a payload that does not decode")]
+        if tries < FETCH_TRIES_MAX:
+            state.fetching[digest] = tries + 1
+            return [self._fetch_payload(announcement)]
+        return [Note(state.round, f"payload of {announcement.peer[-6:]} is not to be had: it counts as absent")]
+
+    # --- SCORE and REVEAL
+
+    def _my_index(self) -> MemberIndex | None:
+        """This peer's registry index, if it sits on the round's committee."""
+        roster = self.state.roster
+        member = get_member(roster, self.me) if roster else None
+        return member.index if roster and member and member.index in roster.committee else None
+
+    def _enter_score(self) -> list[Action]:
+        state = self.state
+        if self._my_index() is None or state.roster is None or self.wanted is not None:
+            return []
+        shares = compute_shares(state.roster, self.config.stake_cap())
+        updates = {
+            announcement.payload: Weighted(announcement.payload, shares[peer])
+            for peer, announcement in sorted(state.announcements.items())
+            if announcement.payload in state.held and announcement.base == self.durable.base
+        }
+        if not updates:
+            state.failure = "no update to score"
+            return [Note(state.round, "no update to score")]
+        state.scored = tuple(sorted(updates))
+        return [ScoreUpdates(state.round, self.durable.base, tuple(updates[digest] for digest in state.scored))]
+
+    def _on_scored(self, event: Scored) -> list[Action]:
+        state, index = self.state, self._my_index()
+        if event.round != state.round or index is None or state.my_reveal is not None:
+            return []
+        if state.phase != Phase.SCORE:
+            state.failure = "scoring took longer than SCORE"
+            return [Note(state.round, "scoring took longer than SCORE: no vector from here")]
+        assert len(event.contributions) == len(state.scored), "a driver answers what was asked"
+        scores = tuple(Score(p, c) for p, c in zip(state.scored, event.contributions, strict=True))
+        state.my_reveal = ScoreReveal(state.round, index, event.salt, scores)
+        return [Publish(ScoreCommit(state.round, index, compute_commitment(state.my_reveal)))]
+
+    # --- ATTEST
+
+    def _by_payload(self) -> dict[Digest, Announcement]:
+        """Announcements by payload; of two with one payload the lower peer id stands, the same on every peer."""
+        known = {**self.state.late, **self.state.announcements}
+        return {a.payload: a for _, a in sorted(known.items(), reverse=True)}
+
+    def _draft(self, reveals: tuple[ScoreReveal, ...]) -> Proposal:
+        state = self.state
+        assert state.roster is not None, "only a peer with a roster drafts"
+        validate_reveals(state.roster, reveals, state.round, state.commitments)
+        return draft_proposal(
+            self.config, state.roster, self.durable.head, state.round, self.durable.base, reveals, self._by_payload()
+        )
+
+    def _propose(self) -> list[Action]:
+        state, index = self.state, self._my_index()
+        if index is None or state.roster is None or compute_ranks(state.roster, state.round)[0] != index:
+            return []
+        try:
+            state.draft = self._draft(tuple(state.reveals[member] for member in sorted(state.reveals)))
+        except Reject as error:
+            state.failure = f"nothing to propose: {error}"
+            return [Note(state.round, state.failure)]
+        return self._merge(state.draft)
+
+    def _merge(self, proposal: Proposal) -> list[Action]:
+        """Compute a proposal's base, unless that is under way, done, or not possible yet."""
+        state = self.state
+        request = draft_digest(proposal)
+        if request in state.merged:
+            return self._on_merged(request, state.merged[request])
+        merge = merge_request(proposal)
+        if merge is None:
+            return self._on_merged(request, proposal.base)
+        if request in state.merging or any(update.payload not in state.held for update in merge.updates):
+            return []
+        state.merging.add(request)
+        return [msgspec.structs.replace(merge, request=request)]
+
+    def _on_merged(self, request: Digest, new_base: Digest) -> list[Action]:
+        state = self.state
+        state.merged[request] = new_base
+        actions: list[Action] = []
+        if state.draft is not None and draft_digest(state.draft) == request and state.proposal is None:
+            proposal = msgspec.structs.replace(state.draft, new_base=new_base)
+            state.draft = None
+            actions.append(Publish(proposal))
+        if state.proposal is not None and draft_digest(state.proposal) == request:
+            actions += self._attest(new_base)
+        return actions
+
+    def _consider_proposal(self) -> list[Action]:
+        """Recompute the received proposal; once it is proven right, merge; once merged, sign."""
+        state = self.state
+        if state.proposal is None or state.roster is None or state.is_certified:
+            return []
+        if not state.is_proposal_valid:
+            try:
+                validate_proposal(state.proposal, self._draft(state.proposal.reveals))
+            except Reject as error:
+                # Perhaps a commitment or an announcement has not come yet: the next message or sync tries again.
+                state.failure = f"the proposal does not hold here: {error}"
+                return []
+            state.is_proposal_valid = True
+        return self._fetch_missing() + self._merge(state.proposal)
+
+    def _attest(self, new_base: Digest) -> list[Action]:
+        state, index = self.state, self._my_index()
+        assert state.proposal is not None, "called for a received proposal"
+        if new_base != state.proposal.new_base:
+            state.failure = "the proposed base is not the merge of the proposed updates"
+            proposer = get_peer(state.roster, state.proposal.proposer) if state.roster else None
+            return [Blame(proposer, state.failure)] if proposer else []
+        if index is None or state.phase != Phase.ATTEST or self.durable.signed_round >= state.round:
+            return []
+        self.durable = msgspec.structs.replace(self.durable, signed_round=state.round)
+        message = proposal_message(self.config.chain, state.proposal)
+        return [Persist(self.durable), Sign(state.round, message)]
+
+    def _on_signed(self, event: Signed) -> list[Action]:
+        index = self._my_index()
+        if event.round != self.state.round or index is None:
+            return []
+        return [Publish(Attestation(event.round, index, event.message, event.signature))]
+
+    # --- MERGE
+
+    def _aggregate(self) -> list[Action]:
+        """When ATTEST is over, make the certificate from what more than two thirds signed."""
+        state = self.state
+        if state.proposal is None or not state.is_proposal_valid or state.roster is None:
+            return []
+        if state.is_aggregating or state.is_certified:
+            return []
+        message = proposal_message(self.config.chain, state.proposal)
+        signed = {i: a for i, a in state.attestations.items() if a.message == message}
+        needed = compute_quorum(len(state.roster.committee))
+        if len(signed) < needed:
+            state.failure = f"{len(signed)} of {len(state.roster.committee)} signed, {needed} needed"
+            return []
+        state.is_aggregating = True
+        absent = tuple(sorted(index for index in state.roster.committee if index not in signed))
+        return [Aggregate(state.round, message, tuple(signed[index] for index in sorted(signed)), absent)]
+
+    def _on_aggregated(self, event: Aggregated) -> list[Action]:
+        state = self.state
+        if event.round != state.round or state.proposal is None or state.roster is None or state.is_certified:
+            return []
+        certificate = Certificate(state.proposal, event.absent, event.signature)
+        # All who hold the signatures make the same certificate; one voice is enough for those who do not.
+        is_first = self._my_index() == compute_ranks(state.roster, state.round)[0]
+        return ([Publish(certificate)] if is_first else []) + self._on_certificate(certificate)
+
+    def _on_certificate(self, certificate: Certificate) -> list[Action]:
+        """A certificate whose signature the driver has checked: adopt it if it moves this peer forward."""
+        proposal = certificate.proposal
+        if not self._is_progress(proposal):
+            return []
+        if self.wanted and self.wanted.proposal.round >= proposal.round:
+            return []
+        merged = self.state.merged.get(draft_digest(proposal))
+        if merged == proposal.new_base or proposal.new_base == self.durable.base:
+            return self._adopt(certificate)
+        self.wanted = certificate
+        return [Fetch(proposal.new_base, "base", BASE_BYTES_MAX, self.peers)]
+
+    def _is_progress(self, proposal: Proposal) -> bool:
+        """Newer than the head, or the chain's own round where the chain, the arbiter, contradicts our history."""
+        head, settled = self.durable.head, self.settled
+        if settled and proposal.round == settled.round and proposal.root != settled.root:
+            return False
+        if head is None or proposal.round > head.proposal.round:
+            return True
+        return bool(self._is_orphaned() and settled and proposal.round == settled.round)
+
+    def _is_orphaned(self) -> bool:
+        """The chain took another root for a round that we hold certified."""
+        return bool(self.settled and self.roots.get(self.settled.round, self.settled.root) != self.settled.root)
+
+    def _adopt(self, certificate: Certificate) -> list[Action]:
+        proposal, durable, state = certificate.proposal, self.durable, self.state
+        is_mine_merged = durable.announced_round == proposal.round and any(
+            update.payload == durable.announced_payload and update.weight > 0 for update in proposal.updates
+        )
+        self.durable = msgspec.structs.replace(
+            durable,
+            base=proposal.new_base,
+            head=certificate,
+            # What was announced has arrived only if it was merged: else the old residual still holds all of it.
+            residual=durable.pending_residual if is_mine_merged else durable.residual,
+        )
+        self.roots[proposal.round] = proposal.root
+        for old in sorted(self.roots)[:-ROOTS_MAX]:
+            del self.roots[old]
+        if proposal.round == state.round:
+            state.is_certified = True
+        state.is_training = False
+        return [
+            Persist(self.durable),
+            Serve(proposal.new_base),
+            Adopt(proposal.round, proposal.new_base),
+            Note(proposal.round, f"certified: {len(proposal.updates)} updates, base {proposal.new_base.hex()[:10]}"),
+            Settle(certificate, self._settle_rank(proposal.round)),
+            Evaluate(proposal.round, proposal.new_base),
+            *self._start_training(),
+        ]
+
+    def _settle_rank(self, round: Round) -> int:
+        """Who brings the root on chain first: the committee in its ranks, then the others."""
+        if self.roster is None:
+            return 0
+        ranks = compute_ranks(self.roster, round)
+        member = get_member(self.roster, self.me)
+        if member is None:
+            return len(self.roster.members)
+        return ranks.index(member.index) if member.index in ranks else len(ranks) + member.index
+
+    # --- what others say
+
+    def _on_received(self, envelope: Envelope, message: Message) -> list[Action]:
+        """Sort a message to its handler; what is old, early or of a stranger is dropped without blame."""
+        if isinstance(message, Presence):
+            return []
+        if isinstance(message, Certificate):
+            return self._on_certificate(message)
+        state = self.state
+        if message.round == state.round + 1:
+            self._early.add(envelope, message)
+            return []
+        if message.round != state.round or state.roster is None or get_member(state.roster, envelope.author) is None:
+            return []
+        held = state.log.get(type(message), envelope.author)
+        if held is not None:
+            return self._on_repeated(envelope, message, held)
+        try:
+            is_kept, actions = self._on_message(envelope.author, message)
+        except Reject as error:
+            return [Blame(envelope.author, str(error))]
+        if is_kept:
+            state.log.add(type(message), envelope)
+        return actions + (self._consider_proposal() if is_kept else [])
+
+    def _on_repeated(self, envelope: Envelope, message: Message, held: Digest) -> list[Action]:
+        """The same again is gossip's way; another one from the same author is equivocation: the first stands."""
+        if compute_digest(envelope.body) == held:
+            return []
+        return [Blame(envelope.author, f"said two different things: {type(message).__name__} of {self.state.round}")]
+
+    def _on_message(self, author: PeerId, message: Message) -> tuple[bool, list[Action]]:
+        """Whether to keep (and pass on) the message, and what to do. Raises Reject for a broken rule."""
+        match message:
+            case Announcement():
+                return self._on_announcement(author, message)
+            case ScoreCommit():
+                self._validate_author(author, message.member)
+                # Later, vectors are public: a commitment made then proves nothing.
+                is_kept = self.state.phase <= Phase.SCORE or not self.state.saw_train
+                if is_kept:
+                    self.state.commitments[message.member] = message.commitment
+                return is_kept, []
+            case ScoreReveal():
+                self._validate_author(author, message.member)
+                validate_scores(message.scores)
+                if self.state.commitments.get(message.member) != compute_commitment(message):
+                    return False, []
+                self.state.reveals[message.member] = message
+                return True, []
+            case Proposal():
+                return self._on_proposal(author, message)
+            case Attestation():
+                self._validate_author(author, message.member)
+                self.state.attestations[message.member] = message
+                return True, self._aggregate() if self.state.phase == Phase.MERGE else []
+            case Certificate() | Presence():
+                raise AssertionError("sorted out before")
+
+    def _validate_author(self, author: PeerId, member: MemberIndex) -> None:
+        """A member speaks for itself, and only a committee member's word counts. Raises: Reject."""
+        roster = self.state.roster
+        if roster is None or get_peer(roster, member) != author:
+            raise Reject(f"speaks for member {member}, which is not its own registry index")
+        if member not in roster.committee:
+            raise Reject(f"member {member} does not sit on the committee of round {self.state.round}")
+
+    def _on_announcement(self, author: PeerId, message: Announcement) -> tuple[bool, list[Action]]:
+        if message.peer != author:
+            raise Reject(f"announces for {message.peer}")
+        if message.payload_bytes > self.config.limits.payload_bytes_max:
+            raise Reject(f"announces {message.payload_bytes} bytes, over {self.config.limits.payload_bytes_max}")
+        state = self.state
+        if message.base != self.durable.base:
+            return False, []
+        # Payloads are public once TRAIN is over: whoever announces then may have copied, so it is not scored here.
+        # It is kept all the same, for the case that most of the committee heard it in time. A peer that was away
+        # cannot tell and relies on them.
+        is_late = state.phase > Phase.TRAIN and state.saw_train
+        (state.late if is_late else state.announcements)[author] = message
+        return True, self._fetch_missing()
+
+    def _on_proposal(self, author: PeerId, message: Proposal) -> tuple[bool, list[Action]]:
+        state = self.state
+        assert state.roster is not None, "checked where messages come in"
+        if get_peer(state.roster, message.proposer) != author:
+            raise Reject(f"proposes as member {message.proposer}, which is not its own registry index")
+        if compute_ranks(state.roster, state.round)[0] != message.proposer:
+            raise Reject(f"member {message.proposer} is not the first-ranked of round {state.round}")
+        state.proposal = message
+        return True, []
+
+    def _on_sync_asked(self, request: SyncRequest, token: int) -> list[Action]:
+        envelopes = self.state.log.missing(request.have) if request.round == self.state.round else ()
+        head = self.durable.head
+        is_newer = head is not None and head.proposal.round > request.head_round
+        return [AnswerSync(token, SyncReply(envelopes, head if is_newer else None))]
+
+    def _ask_sync(self) -> list[Action]:
+        others = [peer for peer in self.peers if peer != self.me]
+        if not others:
+            return []
+        self._num_syncs += 1
+        peer = others[self._num_syncs % len(others)]
+        head = self.durable.head
+        head_round = head.proposal.round if head else -1
+        if self._is_orphaned() and self.settled:
+            head_round = self.settled.round - 1
+        return [AskSync(peer, SyncRequest(Round(max(self.state.round, 0)), self.state.log.digests(), head_round))]
+
+    # --- what the chain says
+
+    def _on_roster(self, roster: Roster) -> list[Action]:
+        """A round keeps the roster it began with; only the first one is taken at once."""
+        self.roster = roster
+        if self.state.roster is not None:
+            return []
+        self.state.roster = roster
+        return self._start_training()
+
+    def _on_settled(self, settled: SettledRound) -> list[Action]:
+        self.settled = settled
+        if self._is_orphaned():
+            return [Note(settled.round, "the chain took another root of a round held here: asking for its certificate")]
+        return []
+
+
+def initial_durable(base: Digest) -> Durable:
+    """The state of a peer that has never taken part."""
+    return Durable(
+        base=base,
+        residual=None,
+        head=None,
+        signed_round=-1,
+        announced_round=-1,
+        pending_residual=None,
+        announced_payload=None,
+    )

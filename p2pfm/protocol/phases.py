@@ -1,0 +1,69 @@
+"""Where a moment lies in a round. Rounds follow the clock from the network's genesis; no leader starts them.
+
+phase     ends when        what a peer does in it
+--------  ---------------  ------------------------------------------------------------------------------
+TRAIN     train_ms         local steps; announce the digest of the update
+EXCHANGE  exchange_ms      payloads are served and pulled from here on, never before
+SCORE     score_ms         committee measures contributions; gossips a hash of its vector
+REVEAL    reveal_ms        committee gossips the vectors
+ATTEST    attest_ms        first-ranked member proposes; members recompute and sign at most one proposal
+MERGE     merge_ms         more than 2/3 of the signatures make a certificate; its base is adopted, its root settled
+"""
+
+from enum import IntEnum
+from typing import NamedTuple
+
+from p2pfm.config import NetworkConfig
+from p2pfm.types import Millis, Round
+
+
+class Phase(IntEnum):
+    """In the order in which they come: a phase never goes backwards."""
+
+    TRAIN = 0
+    EXCHANGE = 1
+    SCORE = 2
+    REVEAL = 3
+    ATTEST = 4
+    MERGE = 5
+
+
+class Position(NamedTuple):
+    """A place in the schedule; `round` is -1 before genesis (then `ends_ms` is genesis)."""
+
+    round: Round
+    phase: Phase
+    ends_ms: Millis
+
+
+def get_durations(config: NetworkConfig) -> tuple[Millis, ...]:
+    """Each phase's duration [ms], in the order of `Phase`."""
+    phases = config.phases
+    return (
+        phases.train_ms,
+        phases.exchange_ms,
+        phases.score_ms,
+        phases.reveal_ms,
+        phases.attest_ms,
+        phases.merge_ms,
+    )
+
+
+def compute_position(config: NetworkConfig, now_ms: Millis) -> Position:
+    """The round and phase at `now_ms`, and when the phase ends."""
+    elapsed = now_ms - config.genesis_ms
+    if elapsed < 0:
+        return Position(Round(-1), Phase.MERGE, config.genesis_ms)
+    durations = get_durations(config)
+    number, within = divmod(elapsed, sum(durations))
+    start = now_ms - within
+    for phase, duration in zip(Phase, durations, strict=True):
+        start += duration
+        if now_ms < start:
+            return Position(Round(number), phase, Millis(start))
+    raise AssertionError("a remainder is smaller than the sum it was divided by")
+
+
+def compute_round_start(config: NetworkConfig, round: Round) -> Millis:
+    """When a round's TRAIN begins [ms since the Unix epoch]."""
+    return Millis(config.genesis_ms + round * sum(get_durations(config)))
