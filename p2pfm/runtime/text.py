@@ -1,0 +1,68 @@
+"""Text to tokens and back, for a gateway that may hold no model weights. Knows no version, replica or socket."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from p2pfm.errors import OperatorError
+from p2pfm.serving.session import Vocabulary
+
+
+def read_vocabulary(config: Any, generation: Any, tokenizer: Any) -> Vocabulary:
+    """Sizes and end-of-text ids from a transformers config, its generation config (or None) and its tokenizer."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    ends = {
+        end
+        for source in (getattr(generation, "eos_token_id", None), text.eos_token_id, tokenizer.eos_token_id)
+        for end in (source if isinstance(source, list | tuple) else [source])
+        if end is not None
+    }
+    return Vocabulary(int(text.vocab_size), frozenset(ends), int(text.max_position_embeddings))
+
+
+class TextCodec:
+    """A backbone's tokenizer and chat template."""
+
+    def __init__(self, tokenizer: Any, vocabulary: Vocabulary) -> None:
+        """`tokenizer`: of transformers; `vocabulary`: as `read_vocabulary` gives it."""
+        self._tokenizer = tokenizer
+        self.vocabulary = vocabulary
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Tokens of a plain text, with what the tokenizer puts at its beginning."""
+        return tuple(self._tokenizer.encode(text))
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        """Tokens of a conversation up to where the assistant's answer begins.
+
+        Without a chat template (a base model) the roles are written out as lines.
+        """
+        if self._tokenizer.chat_template:
+            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+        lines = [f"{message['role']}: {message['content']}" for message in messages]
+        return self.encode("\n".join([*lines, "assistant:"]))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of `tokens`, special tokens left out."""
+        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+
+def load_text_codec(backbone: str) -> TextCodec:
+    """The codec of the backbone in folder `backbone`, without its weights.
+
+    Raises:
+        OperatorError: the folder holds no tokenizer or config.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(backbone)
+        config = AutoConfig.from_pretrained(backbone)
+    except (OSError, ValueError) as error:
+        raise OperatorError(f"expected a backbone in {backbone}: {error}. Run `p2pfm models fetch` first") from error
+    try:
+        generation = GenerationConfig.from_pretrained(backbone)
+    except OSError:  # optional: the config then names the end of text
+        generation = None
+    return TextCodec(tokenizer, read_vocabulary(config, generation, tokenizer))
