@@ -2,3 +2,114 @@
 
 Knows a Learner and a blob store; no socket, clock or message. Each function answers one Action of `protocol.events`.
 """
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from p2pfm.config import CompressionConfig, NetworkConfig
+from p2pfm.contribution.aumann_shapley import Player, compute_contributions
+from p2pfm.contribution.rounding import to_contribution
+from p2pfm.learner import Learner
+from p2pfm.lora.compress import Update, compress, decode_payload, feed_back
+from p2pfm.lora.delta import decode_tensors, encode_tensors, subtract
+from p2pfm.lora.merge import clip_factors, merge
+from p2pfm.protocol.events import Evaluate, Evaluated, Merge, Merged, ScoreUpdates, Scored, Train, Trained, Weighted
+from p2pfm.types import NANO, WEIGHT_ONE, Digest, Tensors
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class BlobStore(Protocol):
+    """Content-addressed bytes."""
+
+    def put(self, data: bytes) -> Digest:
+        """Keep `data`; returns its SHA-256."""
+        ...
+
+    def get(self, digest: Digest) -> bytes:
+        """The bytes of a digest.
+
+        Raises:
+            KeyError: not held (the core asks only for what it has heard of as fetched: a bug).
+        """
+        ...
+
+
+def train_update(learner: Learner, blobs: BlobStore, config: NetworkConfig, action: Train) -> Trained:
+    """Local steps from the base, error feedback, compression; payload and next residual go to the store."""
+    shapes = learner.shapes()
+    base = decode_tensors(blobs.get(action.base), shapes)
+    residual = None if action.residual is None else decode_tensors(blobs.get(action.residual), shapes)
+    training = learner.train(base, action.round)
+    payload, payload_bytes, rest = compress_delta(blobs, config.compression, training.delta, residual)
+    return Trained(
+        round=action.round,
+        base=action.base,
+        payload=payload,
+        payload_bytes=payload_bytes,
+        num_tokens=training.num_tokens,
+        residual=rest,
+        loss_nano=round(training.loss_nats * NANO),
+    )
+
+
+def score_updates(
+    learner: Learner, blobs: BlobStore, config: NetworkConfig, action: ScoreUpdates, seed: int, salt: bytes
+) -> Scored:
+    """Aumann-Shapley contributions of the round's updates, in the order asked.
+
+    Weights are p_i in parts of WEIGHT_ONE; updates are clipped to the median norm first. Both gradients are taken on
+    the same fresh sample, drawn from `seed`. `salt`: 32 fresh secret bytes for the commitment.
+    """
+    shapes = learner.shapes()
+    base = decode_tensors(blobs.get(action.base), shapes)
+    updates = _updates(blobs, shapes, config, action.updates)
+    players = [
+        Player(update.positions, update.values, weighted.weight / WEIGHT_ONE * factor)
+        for update, weighted, factor in zip(updates, action.updates, clip_factors(updates), strict=True)
+    ]
+    values = compute_contributions(lambda at: learner.gradient(at, seed)[1], base, players)
+    return Scored(round=action.round, contributions=tuple(to_contribution(value) for value in values), salt=salt)
+
+
+def merge_updates(blobs: BlobStore, shapes: Shapes, config: NetworkConfig, action: Merge) -> Merged:
+    """The merged base, the same bytes on every machine and in every order of `action.updates`."""
+    base = decode_tensors(blobs.get(action.base), shapes)
+    updates = _updates(blobs, shapes, config, action.updates)
+    weights = [weighted.weight for weighted in action.updates]
+    merged = merge(base, list(zip(updates, weights, strict=True)))
+    return Merged(request=action.request, new_base=blobs.put(encode_tensors(merged)))
+
+
+def evaluate(learner: Learner, blobs: BlobStore, action: Evaluate) -> Evaluated:
+    """Held-out loss at a base on the fixed test split."""
+    loss_nats = learner.evaluate(decode_tensors(blobs.get(action.base), learner.shapes()))
+    return Evaluated(round=action.round, loss_nano=round(loss_nats * NANO))
+
+
+def validate_blob(kind: str, data: bytes, shapes: Shapes, config: NetworkConfig) -> None:
+    """Check that bytes are what `Fetch.kind` says: a "payload" or a "base".
+
+    Raises:
+        Reject: malformed.
+    """
+    if kind == "payload":
+        decode_payload(data, shapes, config.compression, config.limits.payload_bytes_max)
+    elif kind == "base":
+        decode_tensors(data, shapes)
+    else:
+        raise AssertionError(f"no such kind of blob: {kind}")
+
+
+def compress_delta(
+    blobs: BlobStore, config: CompressionConfig, delta: Tensors, residual: Tensors | None
+) -> tuple[Digest, int, Digest]:
+    """Compress a delta with error feedback: (payload, its bytes, next residual), all in the store."""
+    wanted = feed_back(residual, delta, config)
+    payload, decoded = compress(wanted, config)
+    return blobs.put(payload), len(payload), blobs.put(encode_tensors(subtract(wanted, decoded)))
+
+
+def _updates(blobs: BlobStore, shapes: Shapes, config: NetworkConfig, weighted: Sequence[Weighted]) -> list[Update]:
+    bytes_max = config.limits.payload_bytes_max
+    return [decode_payload(blobs.get(item.payload), shapes, config.compression, bytes_max) for item in weighted]
