@@ -1,0 +1,645 @@
+"""The node's network: gossip, requests and token streams between peers, over TCP, Noise and Yamux.
+
+`Libp2pTransport` finds the other peers of its network from one address, keeps connections to them, notices when they
+stop, and carries bytes. It does not know what the bytes mean: messages, blobs and rounds are its users' affair.
+"""
+
+import logging
+import random
+import socket
+from collections import Counter, defaultdict, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from types import TracebackType
+from typing import Any, Self, TypeAlias
+
+import trio
+from libp2p.crypto.keys import KeyPair
+from libp2p.custom_types import TProtocol
+from libp2p.network.stream.exceptions import StreamEOF
+from libp2p.peer.id import ID
+from libp2p.tools.anyio_service import background_trio_service
+from multiaddr import Multiaddr
+
+from p2pfm.errors import OperatorError, PeerUnreachable, Reject
+from p2pfm.messages import PeersReply, PeersRequest, decode_reply, decode_request, encode
+from p2pfm.runtime.libp2p_guards import GuardedHost, GuardedPubsub, RuleBroken, TokenBucket, TransportLimits
+from p2pfm.runtime.peer_book import PeerBook, parse_address
+from p2pfm.types import Digest, PeerId, short
+
+log = logging.getLogger(__name__)
+
+REQUEST_PROTOCOL = "/p2pfm/request/1"
+STREAM_PROTOCOL = "/p2pfm/stream/1"
+PEERS_PROTOCOL = "/p2pfm/peers/1"
+LENGTH_BYTES = 4  # every frame: its length, big endian, then its bytes
+READ_BYTES = 256 * 1024
+IDLE_STREAMS_MAX = 4  # kept open to one peer for the next request: 1,400 requests/s against 200 with a stream for each
+IDLE_S = 120.0
+FRAME_S = 30.0  # a frame that has begun must end within this
+EXCHANGE_S = 10.0  # between two peer exchanges; the first follows each new connection at once
+DIAL_TICK_S = 0.5
+BAN_OFFENCES = 3
+BAN_S = 60.0
+
+Handler: TypeAlias = Callable[[PeerId, bytes], Awaitable[bytes]]
+Send: TypeAlias = Callable[[bytes], Awaitable[None]]
+StreamHandler: TypeAlias = Callable[[PeerId, bytes, Send], Awaitable[None]]
+Gate: TypeAlias = Callable[[bytes], None]
+
+
+class Libp2pTransport:
+    """One peer's network. Use as an async context manager inside trio; it owns and ends all its tasks.
+
+    Args:
+        keypair: the libp2p Ed25519 identity.
+        listen: multiaddress to listen on, e.g. `/ip4/127.0.0.1/tcp/0`.
+        bootstrap: addresses (with `/p2p/ID`) that are tried for ever, and first.
+        network_id: peers of another network may connect, but share no gossip topic.
+        limits: bounds against any sender.
+        known: further addresses, e.g. of an earlier run's peer book.
+
+    Raises (on entry):
+        OperatorError: the address cannot be listened on, or a bootstrap address is malformed.
+    """
+
+    def __init__(
+        self,
+        keypair: KeyPair,
+        listen: str,
+        bootstrap: Sequence[str],
+        network_id: Digest,
+        limits: TransportLimits | None = None,
+        known: Sequence[str] = (),
+    ) -> None:
+        self.limits = limits or TransportLimits()
+        self.peer_id = PeerId(str(ID.from_pubkey(keypair.public_key)))
+        self._keypair = keypair
+        self._listen = listen
+        self._network_id = network_id
+        self._topic = f"/p2pfm/{network_id.hex()[:32]}"
+        self.book = PeerBook(self.peer_id, self.limits.known_peers_max, self.limits.addresses_per_peer_max)
+        self._bootstrap = tuple(bootstrap)
+        self._known = tuple(known)
+        self.counters: Counter[str] = Counter()
+        """What happened, by name: bytes and messages in and out, drops, dials, blames; for /metrics."""
+        self._gossip_in, self.gossip = trio.open_memory_channel[tuple[PeerId, bytes]](self.limits.gossip_queue_max)
+        """`gossip`: (forwarder, data) of every new message of another author, once."""
+        self._changes_in, self.peers_changed = trio.open_memory_channel[tuple[PeerId, ...]](1)
+        """`peers_changed`: the peers connected now, whenever that set has changed; only the newest is kept."""
+        self._last_peers: tuple[PeerId, ...] = ()
+        self._handler: Handler | None = None
+        self._stream_handler: StreamHandler | None = None
+        self._gate: Gate | None = None
+        self._idle: dict[PeerId, deque[Any]] = defaultdict(deque)
+        self._serving = trio.CapacityLimiter(self.limits.requests_served_max)
+        self._streaming = trio.CapacityLimiter(self.limits.streams_served_max)
+        self._serving_by_peer: dict[PeerId, trio.CapacityLimiter] = {}
+        self._publish_bucket = TokenBucket(self.limits.gossip_burst_max, self.limits.gossip_per_s)
+        self._offences: Counter[str] = Counter()
+        self._dials = trio.CapacityLimiter(self.limits.dials_max)
+        self._dialling: set[PeerId] = set()
+        self._wake = trio.Event()
+        self._stack = AsyncExitStack()
+        self._host = GuardedHost(keypair, self.limits, self._blame)
+        self._pubsub = GuardedPubsub(
+            self._host, self._topic, self.limits, self._blame, self._on_gossip, self._is_passed_by_gate
+        )
+        self._nursery: trio.Nursery | None = None
+
+    # --- life ---
+
+    async def __aenter__(self) -> Self:
+        for address in self._bootstrap:
+            if parse_address(address) is None:
+                raise OperatorError(f"bootstrap: expected /ip4/HOST/tcp/PORT/p2p/PEER_ID, got {address!r}")
+        _refuse_port_in_use(self._listen)
+        self.book.add_bootstrap(self._bootstrap, trio.current_time())
+        for address in self._known:
+            self.book.add(address, trio.current_time(), is_own_word=True)
+        for protocol, serve in (
+            (REQUEST_PROTOCOL, self._serve_requests),
+            (STREAM_PROTOCOL, self._serve_stream),
+            (PEERS_PROTOCOL, self._serve_peers),
+        ):
+            self._host.set_stream_handler(TProtocol(protocol), serve)
+        stack = AsyncExitStack()
+        try:
+            await stack.enter_async_context(self._host.run([Multiaddr(self._listen)]))
+            if not self.addresses():
+                raise OperatorError(f"listen: cannot listen on {self._listen}; is the address of this machine?")
+            await stack.enter_async_context(background_trio_service(self._pubsub))
+            await stack.enter_async_context(background_trio_service(self._pubsub.router))
+            await self._pubsub.wait_until_ready()
+            await self._pubsub.subscribe(self._topic)
+            self._host.get_network().register_notifee(_Notices(self._on_connections_changed))
+            self._nursery = await stack.enter_async_context(_cancelled_nursery())
+            self._nursery.start_soon(self._dial_loop)
+            self._nursery.start_soon(self._exchange_loop)
+            self._nursery.start_soon(self._sweep_loop)
+        except BaseException:
+            await stack.aclose()
+            raise
+        self._stack = stack
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with trio.CancelScope(shield=True), trio.move_on_after(3.0):
+            async with trio.open_nursery() as nursery:  # one after the other, each would take 0.2 s
+                for connection in self._host.get_network().get_connections():
+                    nursery.start_soon(connection.close)
+            await self._host.close()
+        # Outside that scope: the stack holds nurseries, which must close in the order in which they were opened.
+        await self._stack.aclose()
+        self._gossip_in.close()
+        self._changes_in.close()
+
+    def addresses(self) -> tuple[str, ...]:
+        """Where this peer listens, each with `/p2p/ID`."""
+        return tuple(str(address) for address in self._host.get_addrs())
+
+    def connected(self) -> tuple[PeerId, ...]:
+        """Peers with a live connection, sorted."""
+        connections = self._host.get_network().get_connections_map()
+        return tuple(sorted(PeerId(str(k)) for k, v in connections.items() if any(not c.is_closed for c in v)))
+
+    def is_gossiping_with(self, peer: PeerId) -> bool:
+        """Whether this peer has a gossip stream to `peer` and knows that it listens to our topic."""
+        peer_id = ID.from_base58(peer)
+        return peer_id in self._pubsub.peers and peer_id in self._pubsub.peer_topics.get(self._topic, ())
+
+    # --- gossip ---
+
+    def set_gate(self, gate: Gate) -> None:
+        """`gate` raises `Reject` for gossip that no honest peer forwards: it is dropped and its forwarder blamed.
+
+        Cheap and deterministic (the same answer at every peer at any time): a signature, a format; nothing that depends
+        on what this peer knows.
+        """
+        self._gate = gate
+
+    async def publish(self, data: bytes) -> None:
+        """Send `data` to all peers of the network; waits when more than the burst is published.
+
+        Raises:
+            ValueError: longer than `gossip_bytes_max` (above 1 MB the library loses messages without a word).
+        """
+        if len(data) > self.limits.gossip_bytes_max:
+            raise ValueError(f"gossip carries at most {self.limits.gossip_bytes_max} bytes, got {len(data)}")
+        while wait_s := self._publish_bucket.take(trio.current_time()):
+            await trio.sleep(wait_s)
+        self.counters["gossip_published"] += 1
+        self.counters["gossip_bytes_out"] += len(data)
+        await self._pubsub.publish(self._topic, data)
+
+    def _on_gossip(self, forwarder: str, data: bytes) -> None:
+        self.counters["gossip_received"] += 1
+        self.counters["gossip_bytes_in"] += len(data)
+        _put_newest(self._gossip_in, self.gossip, (PeerId(forwarder), data), self.counters, "gossip_dropped")
+
+    def _is_passed_by_gate(self, data: bytes) -> bool:
+        if self._gate is None:
+            return True
+        try:
+            self._gate(data)
+        except Reject:
+            return False
+        return True
+
+    # --- requests: client ---
+
+    async def request(self, peer: PeerId, data: bytes, timeout_s: float = 10.0) -> bytes:
+        """One request, one reply.
+
+        Raises:
+            PeerUnreachable: no connection, no answer within `timeout_s`, or the peer broke off.
+        """
+        return await self._ask(REQUEST_PROTOCOL, peer, data, timeout_s)
+
+    async def _ask(self, protocol: str, peer: PeerId, data: bytes, timeout_s: float) -> bytes:
+        if len(data) > self.limits.request_bytes_max:
+            raise ValueError(f"a request has at most {self.limits.request_bytes_max} bytes, got {len(data)}")
+        reply: bytes | None = None
+        with trio.move_on_after(timeout_s):
+            idle = self._idle[peer] if protocol == REQUEST_PROTOCOL else deque()
+            while idle:
+                # A kept stream may have died with its peer: then ask once more, on a fresh one.
+                reply = await self._ask_on(idle.popleft(), idle, data)
+                if reply is not None:
+                    return reply
+            stream = await self._open(protocol, peer)
+            reply = await self._ask_on(stream, idle, data)
+            if reply is None:
+                raise PeerUnreachable(f"{short(peer)} broke off before it answered")
+            return reply
+        raise PeerUnreachable(f"{short(peer)} did not answer within {timeout_s:g} s")
+
+    async def _ask_on(self, stream: Any, idle: deque[Any], data: bytes) -> bytes | None:
+        """The reply, or None when the stream broke. The stream goes back to `idle`, or is reset."""
+        is_whole = False
+        try:
+            await _write_frame(stream, data)
+            reply = await _read_frame(stream, self.limits.reply_bytes_max)
+            is_whole = reply is not None
+            self.counters["request_bytes_in"] += len(reply or b"")
+            self.counters["requests_sent"] += 1
+            return reply
+        except RuleBroken as error:
+            self._blame(str(stream.muxed_conn.peer_id), str(error))
+            return None
+        except Exception as error:  # noqa: BLE001 - the library's streams raise a dozen unrelated classes when they end
+            log.debug("request to %s failed: %r", stream.muxed_conn.peer_id, error)
+            return None
+        finally:
+            if is_whole and len(idle) < IDLE_STREAMS_MAX:
+                idle.append(stream)
+            else:
+                await _end(stream, is_clean=is_whole)
+
+    async def _open(self, protocol: str, peer: PeerId) -> Any:
+        if peer not in self.connected():
+            await self._dial(peer)
+        try:
+            return await self._host.new_stream(ID.from_base58(peer), [TProtocol(protocol)])
+        except Exception as error:  # the library raises a dozen unrelated classes here
+            raise PeerUnreachable(f"no stream to {short(peer)}: {error!r}") from error
+
+    @asynccontextmanager
+    async def open_stream_request(self, peer: PeerId, data: bytes) -> AsyncIterator[AsyncIterator[bytes]]:
+        """Frames of a streamed reply, as they come; leaving the block early cancels the peer's handler.
+
+        Use: `async with transport.open_stream_request(peer, data) as frames: async for frame in frames: ...`
+
+        Raises:
+            PeerUnreachable: no connection, or the peer broke off before the end (at entry or while iterating).
+        """
+        with trio.move_on_after(self.limits.negotiate_s * 2) as scope:
+            stream = await self._open(STREAM_PROTOCOL, peer)
+            try:
+                await _write_frame(stream, data)
+            except BaseException:
+                await _end(stream, is_clean=False)
+                raise
+        if scope.cancelled_caught:
+            raise PeerUnreachable(f"{short(peer)} did not accept the stream in time")
+        is_over = False
+
+        async def frames() -> AsyncIterator[bytes]:
+            nonlocal is_over
+            while not is_over:
+                try:
+                    frame = await _read_frame(stream, self.limits.frame_bytes_max, wait_s=None)
+                except Exception as error:  # the library's streams raise a dozen unrelated classes
+                    raise PeerUnreachable(f"{short(peer)} broke off its stream: {error!r}") from error
+                if frame is None:
+                    raise PeerUnreachable(f"{short(peer)} broke off its stream")
+                if not frame:  # the empty frame is the end
+                    is_over = True
+                    return
+                yield frame
+
+        try:
+            yield frames()
+        finally:
+            await _end(stream, is_clean=is_over)
+
+    # --- requests: server ---
+
+    def set_handler(self, handler: Handler) -> None:
+        """`handler(peer, data)` answers requests; when it raises `Reject`, the asker is blamed and gets no answer."""
+        self._handler = handler
+
+    def set_stream_handler(self, handler: StreamHandler) -> None:
+        """`handler(peer, data, send)` answers stream requests; it is cancelled when the asker closes the stream."""
+        self._stream_handler = handler
+
+    async def _serve_requests(self, stream: Any) -> None:
+        peer = PeerId(str(stream.muxed_conn.peer_id))
+        is_clean = False
+        try:
+            while True:
+                data = await _read_frame(stream, self.limits.request_bytes_max, wait_s=IDLE_S)
+                if data is None or self._handler is None:
+                    is_clean = True
+                    return
+                await _write_frame(stream, await self._answer(peer, data, self._handler))
+        except (RuleBroken, Reject) as error:
+            self._blame(peer, str(error))
+        finally:
+            await _end(stream, is_clean=is_clean)
+
+    async def _answer(self, peer: PeerId, data: bytes, handler: Handler) -> bytes:
+        limit = self._serving_by_peer.setdefault(peer, trio.CapacityLimiter(self.limits.requests_served_per_peer_max))
+        try:
+            async with limit, self._serving:
+                reply = await handler(peer, data)
+        finally:
+            if not limit.borrowed_tokens and not limit.statistics().tasks_waiting:
+                self._serving_by_peer.pop(peer, None)
+        assert len(reply) <= self.limits.reply_bytes_max
+        self.counters["requests_served"] += 1
+        self.counters["request_bytes_out"] += len(reply)
+        return reply
+
+    async def _serve_stream(self, stream: Any) -> None:
+        peer = PeerId(str(stream.muxed_conn.peer_id))
+        is_clean = False
+
+        async def send(frame: bytes) -> None:
+            assert 0 < len(frame) <= self.limits.frame_bytes_max
+            await _write_frame(stream, frame)
+
+        try:
+            data = await _read_frame(stream, self.limits.request_bytes_max)
+            if data is None or self._stream_handler is None:
+                return
+            async with self._streaming, trio.open_nursery() as nursery:
+                nursery.start_soon(_cancel_at_end, stream, nursery.cancel_scope)
+                await self._stream_handler(peer, data, send)
+                await _write_frame(stream, b"")
+                is_clean = True
+                nursery.cancel_scope.cancel()
+        except (RuleBroken, Reject) as error:
+            self._blame(peer, str(error))
+        finally:
+            await _end(stream, is_clean=is_clean)
+
+    # --- discovery ---
+
+    async def _serve_peers(self, stream: Any) -> None:
+        peer = PeerId(str(stream.muxed_conn.peer_id))
+        try:
+            data = await _read_frame(stream, 16 * 1024)
+            if data is None:
+                return
+            request = decode_request(data)
+            if not isinstance(request, PeersRequest):
+                raise Reject("expected a PeersRequest")
+            self._learn_own(peer, request.addresses, stream.get_remote_address())
+            await _write_frame(stream, encode(PeersReply(self._recommend(peer))))
+        except (RuleBroken, Reject) as error:
+            self._blame(peer, str(error))
+        finally:
+            await _end(stream, is_clean=True)
+
+    def _recommend(self, asker: PeerId) -> tuple[str, ...]:
+        """Addresses of the peers connected now (never hearsay), one or two each."""
+        chosen: list[str] = []
+        for peer in self.connected():
+            if peer != asker:
+                chosen += self.book.get_addresses(peer)[:2]
+        return tuple(chosen[:256])
+
+    def _learn_own(self, peer: PeerId, addresses: Sequence[str], remote: tuple[str, int] | None) -> None:
+        """A peer's statement about itself; what it says about others in that place is ignored."""
+        for text in addresses[: self.limits.addresses_per_peer_max]:
+            parsed = parse_address(text)
+            if parsed is None or parsed.peer != peer:
+                continue
+            if parsed.host == "0.0.0.0" and remote is not None:
+                text = text.replace("/ip4/0.0.0.0/", f"/ip4/{remote[0]}/", 1)
+            self.book.add(text, trio.current_time(), is_own_word=True)
+
+    async def _exchange(self, peer: PeerId) -> None:
+        own = self.addresses()[:8]
+        try:
+            reply = decode_reply(await self._ask(PEERS_PROTOCOL, peer, encode(PeersRequest(own)), 5.0))
+        except PeerUnreachable:
+            return
+        except Reject as error:
+            self._blame(peer, str(error))
+            return
+        if isinstance(reply, PeersReply):
+            fresh = [self.book.add(address, trio.current_time()) for address in reply.addresses]
+            if any(fresh):
+                self._wake.set()
+
+    async def _exchange_loop(self) -> None:
+        """Ask one peer after the other who else is there, so that knowledge spreads even where nobody reconnects."""
+        while True:
+            await trio.sleep(EXCHANGE_S * random.uniform(0.7, 1.3))
+            peers = self.connected()
+            if peers:
+                await self._exchange(random.choice(peers))
+
+    async def _dial_loop(self) -> None:
+        assert self._nursery is not None
+        while True:
+            connected = self.connected()
+            if len(connected) < self.limits.connections_max // 2:
+                for peer in self.book.get_due(trio.current_time(), frozenset(connected) | self._dialling):
+                    self._nursery.start_soon(self._dial_quietly, peer)
+            with trio.move_on_after(DIAL_TICK_S):
+                await self._wake.wait()
+            self._wake = trio.Event()
+
+    async def _dial_quietly(self, peer: PeerId) -> None:
+        try:
+            await self._dial(peer)
+        except PeerUnreachable as error:
+            log.debug("%s", error)
+
+    async def _dial(self, peer: PeerId) -> None:
+        """Connect to a peer, trying its addresses one by one.
+
+        Goes around the library's dialling, which tries one address and then locks the peer out for 60 s.
+
+        Raises:
+            PeerUnreachable: no address works now; the peer book will try again with growing delays.
+        """
+        if peer in self._dialling:
+            raise PeerUnreachable(f"{short(peer)} is being dialled")
+        self._dialling.add(peer)
+        try:
+            async with self._dials:
+                for address in self.book.get_addresses(peer):
+                    if peer in self.connected():
+                        return
+                    self.counters["dials"] += 1
+                    with trio.move_on_after(self.limits.dial_s):
+                        try:
+                            await self._host.get_network().dial_addr(Multiaddr(address), ID.from_base58(peer))
+                        except Exception as error:  # noqa: BLE001 - the library raises anything a stranger causes
+                            log.debug("dialling %s failed: %r", address, error)
+                            self.book.on_failed(peer, address, is_other_peer="mismatch" in repr(error).lower())
+                        else:
+                            self.book.on_connected(peer, trio.current_time(), address)
+                            return
+                self.book.on_unreachable(peer, trio.current_time())
+        finally:
+            self._dialling.discard(peer)
+        raise PeerUnreachable(f"no address of {short(peer)} answers")
+
+    async def _sweep_loop(self) -> None:
+        """Gossip streams that timed out are never retried by the library: open what is missing."""
+        while True:
+            await trio.sleep(2.0)
+            for peer in self.connected():
+                peer_id = ID.from_base58(peer)
+                if peer_id not in self._pubsub.peers:
+                    with trio.move_on_after(self.limits.negotiate_s):
+                        await self._pubsub.ensure_peer_stream(peer_id, self.limits.negotiate_s)
+
+    def _on_connections_changed(self) -> None:
+        now = self.connected()
+        for peer in set(now) - set(self._last_peers):
+            self.book.on_connected(peer, trio.current_time())
+            if self._nursery is not None:
+                self._nursery.start_soon(self._exchange, peer)
+        for peer in set(self._last_peers) - set(now):
+            self._idle.pop(peer, None)
+            self.book.on_lost(peer, trio.current_time())
+            self._wake.set()
+        if now != self._last_peers:
+            self._last_peers = now
+            _put_newest(self._changes_in, self.peers_changed, now, self.counters, "peers_changed_replaced")
+
+    # --- blame ---
+
+    def blame(self, peer: PeerId, reason: str) -> None:
+        """The node's word that a peer broke a rule; after a few offences it is disconnected for a growing time."""
+        self._blame(peer, reason)
+
+    def _blame(self, peer: str, reason: str) -> None:
+        self.counters["blames"] += 1
+        self._offences[peer] += 1
+        if len(self._offences) > self.limits.known_peers_max:
+            self._offences = Counter(dict(self._offences.most_common(self.limits.known_peers_max // 2)))
+        log.info("peer %s broke a rule: %s", peer, reason)
+        bans = self._offences[peer] // BAN_OFFENCES
+        if self._offences[peer] % BAN_OFFENCES == 0 and self._nursery is not None:
+            banned = self._host.get_network().banned_until
+            banned[peer] = trio.current_time() + BAN_S * 2 ** min(bans - 1, 10)
+            if len(banned) > self.limits.known_peers_max:
+                del banned[min(banned, key=lambda name: banned[name])]
+            self.counters["bans"] += 1
+            self._nursery.start_soon(self._disconnect, peer)
+
+    async def _disconnect(self, peer: str) -> None:
+        await self._host.get_network().close_peer(ID.from_base58(peer))
+
+
+class _Notices:
+    """Tells the transport when connections come and go (the library's notifee interface)."""
+
+    def __init__(self, on_change: Callable[[], None]) -> None:
+        self._on_change = on_change
+
+    async def connected(self, network: Any, conn: Any) -> None:
+        self._on_change()
+
+    async def disconnected(self, network: Any, conn: Any) -> None:
+        self._on_change()
+
+    async def opened_stream(self, network: Any, stream: Any) -> None: ...
+
+    async def closed_stream(self, network: Any, stream: Any) -> None: ...
+
+    async def listen(self, network: Any, multiaddr: Any) -> None: ...
+
+    async def listen_close(self, network: Any, multiaddr: Any) -> None: ...
+
+
+# --- frames --------------------------------------------------------------------------------------------------------
+
+
+async def _write_frame(stream: Any, data: bytes) -> None:
+    await stream.write(len(data).to_bytes(LENGTH_BYTES, "big") + data)
+
+
+async def _read_frame(stream: Any, bytes_max: int, wait_s: float | None = FRAME_S) -> bytes | None:
+    """The next frame; None at a clean end or when none begins within `wait_s` (None: waits for ever).
+
+    Raises:
+        RuleBroken: the frame is announced longer than `bytes_max`, or it stalls. Nothing is allocated before.
+    """
+    head = bytearray()
+    with trio.move_on_after(wait_s if wait_s is not None else float("inf")) as scope:
+        head += await _read_some(stream, LENGTH_BYTES)
+    if scope.cancelled_caught or not head:
+        return None
+    with trio.move_on_after(FRAME_S) as scope:
+        await _read_until(stream, head, LENGTH_BYTES)
+        size = int.from_bytes(head, "big")
+        if size > bytes_max:
+            raise RuleBroken(f"a frame of {size} bytes, at most {bytes_max} are allowed")
+        body = bytearray()
+        await _read_until(stream, body, size)
+        return bytes(body)
+    raise RuleBroken("a frame that stalls")
+
+
+async def _read_until(stream: Any, buffer: bytearray, size: int) -> None:
+    while len(buffer) < size:
+        chunk = await _read_some(stream, min(READ_BYTES, size - len(buffer)))
+        if not chunk:
+            raise RuleBroken("a frame that ends early")
+        buffer += chunk
+
+
+async def _read_some(stream: Any, size: int) -> bytes:
+    try:
+        return bytes(await stream.read(size))
+    except StreamEOF:
+        return b""
+
+
+async def _cancel_at_end(stream: Any, scope: trio.CancelScope) -> None:
+    """Cancel `scope` as soon as the asker closes, resets or says anything more on its stream."""
+    try:
+        await stream.read(1)
+    except Exception:  # noqa: BLE001 - the library's streams raise a dozen unrelated classes when they end
+        log.debug("the asker closed its stream")
+    scope.cancel()
+
+
+async def _end(stream: Any, *, is_clean: bool) -> None:
+    """Close or reset a stream, in bounded time, also while being cancelled."""
+    with trio.CancelScope(shield=True), trio.move_on_after(1.0):
+        try:
+            await (stream.close() if is_clean else stream.reset())
+        except Exception:  # noqa: BLE001 - the connection may be gone, in any of the library's ways
+            log.debug("a stream was gone before it was closed")
+
+
+def _put_newest(send: Any, receive: Any, item: Any, counters: Counter[str], dropped: str) -> None:
+    """Put into a bounded channel, dropping its oldest item when it is full."""
+    try:
+        send.send_nowait(item)
+    except trio.WouldBlock:
+        try:
+            receive.receive_nowait()
+            counters[dropped] += 1
+        except trio.WouldBlock:
+            counters[dropped] += 1
+            return
+        send.send_nowait(item)
+    except (trio.BrokenResourceError, trio.ClosedResourceError):
+        counters[dropped] += 1
+
+
+@asynccontextmanager
+async def _cancelled_nursery() -> AsyncIterator[trio.Nursery]:
+    async with trio.open_nursery() as nursery:
+        try:
+            yield nursery
+        finally:
+            nursery.cancel_scope.cancel()
+
+
+def _refuse_port_in_use(listen: str) -> None:
+    """The library listens with SO_REUSEPORT, so that two nodes on one port would share it without a word."""
+    parsed = parse_address(listen)
+    if parsed is None:
+        raise OperatorError(f"listen: expected e.g. /ip4/127.0.0.1/tcp/4001, got {listen!r}")
+    family = socket.AF_INET6 if ":" in parsed.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((parsed.host, parsed.port))
+        except OSError as error:
+            raise OperatorError(
+                f"listen: cannot use {listen}: {error.strerror}. Choose another port, or stop the program that has it"
+            ) from error
