@@ -21,7 +21,7 @@ from transformers import DynamicCache
 
 from p2pfm.config import AdapterConfig
 from p2pfm.errors import Reject
-from p2pfm.lora.torch_learner import adapter_shapes, build_peft, load_backbone, set_adapter_tensors
+from p2pfm.lora.layers import adapter_shapes, build_peft, load_backbone, set_adapter_tensors
 from p2pfm.messages import GenerateRequest, TokenChunk
 from p2pfm.runtime.text import read_vocabulary
 from p2pfm.serving.sampling import choose_token

@@ -34,15 +34,9 @@ class TextCodec:
         return tuple(self._tokenizer.encode(text))
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        """Tokens of a conversation up to where the assistant's answer begins.
-
-        Without a chat template (a base model) the roles are written out as lines.
-        """
-        if self._tokenizer.chat_template:
-            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-            return tuple(self._tokenizer.encode(text, add_special_tokens=False))
-        lines = [f"{message['role']}: {message['content']}" for message in messages]
-        return self.encode("\n".join([*lines, "assistant:"]))
+        """Tokens of a conversation, by the backbone's chat template, up to where the assistant's answer begins."""
+        text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of `tokens`, special tokens left out."""
