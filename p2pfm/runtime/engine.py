@@ -58,9 +58,9 @@ class Engine:
         model, tokenizer = load_backbone(backbone)
         self.tokenizer = tokenizer
         self.vocabulary = read_vocabulary(model.config, model.generation_config, tokenizer)
-        self._model = build_peft(model, adapter)
-        self._model.eval()
-        self._shapes = dict(adapter_shapes(self._model))
+        self.model = build_peft(model, adapter)
+        self.model.eval()
+        self.shapes = dict(adapter_shapes(self.model))
         self._versions_max = versions_max
         self._versions: dict[Digest, Tensors] = {}  # oldest first
         self._active: Tensors | None = None
@@ -74,9 +74,9 @@ class Engine:
             Reject: not the names and shapes of this network's adapter.
         """
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if shapes != self._shapes:
+        if shapes != self.shapes:
             raise Reject(
-                f"expected the {len(self._shapes)} tensors of this network's adapter, got other names or shapes"
+                f"expected the {len(self.shapes)} tensors of this network's adapter, got other names or shapes"
             )
         with self._versions_lock:
             self._versions.pop(version, None)
@@ -116,10 +116,10 @@ class Engine:
             if self._active is not tensors:
                 self._active = None  # whatever happens inside, nobody trusts half a swap
                 with torch.inference_mode(False):
-                    set_adapter_tensors(self._model, tensors)
+                    set_adapter_tensors(self.model, tensors)
                 self._active = tensors
             input_ids = torch.tensor([tokens], dtype=torch.long)  # (1, num_tokens)
-            output: Any = self._model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            output: Any = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits: Array = output.logits[0, -1].float().numpy()  # (vocab_size,)
         return logits
 
