@@ -1,0 +1,229 @@
+"""A node's memory on disk: blobs by digest, and in SQLite the durable state, the settle queue and the peer book.
+
+What a method has acknowledged by returning is there after SIGKILL or a power cut. Blocking and safe to call from
+several threads; knows no network, no model, and not what a blob means.
+"""
+
+import os
+import sqlite3
+import threading
+from collections.abc import Collection
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from p2pfm.errors import OperatorError
+from p2pfm.messages import Certificate, encode
+from p2pfm.protocol.events import Durable
+from p2pfm.runtime.files import make_private_folder, sync_folder, write_durably
+from p2pfm.types import DIGEST_BYTES, Digest, Round, compute_digest
+
+BLOB_FOLDER = "blobs"
+DATABASE = "node.db"
+SCHEMA_VERSION = 1
+SETTLEMENTS_MAX = 10_000
+ADDRESSES_MAX = 1024
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS durable (id INTEGER PRIMARY KEY CHECK (id = 1), state BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS settlements (round INTEGER PRIMARY KEY, certificate BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS addresses (position INTEGER PRIMARY KEY, address TEXT NOT NULL);
+"""
+
+
+class Store:
+    """One node's folder.
+
+    Raises (on creation):
+        OperatorError: another node uses the folder, it cannot be written, or its database is of a newer p2pfm.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._blobs = folder / BLOB_FOLDER
+        make_private_folder(self._blobs)
+        self._lock = threading.RLock()
+        try:
+            self._database = sqlite3.connect(
+                folder / DATABASE, check_same_thread=False, isolation_level=None, timeout=1
+            )
+            self._open()
+        except sqlite3.Error as error:
+            raise OperatorError(
+                f"cannot open {folder / DATABASE}: {error}. Does another node use this folder? Else restore a backup"
+            ) from error
+        self._remove_leftovers()
+
+    def _open(self) -> None:
+        run = self._database.execute
+        run("PRAGMA locking_mode = EXCLUSIVE")  # one process a folder: two nodes with one key would sign twice
+        run("PRAGMA journal_mode = WAL")
+        run("PRAGMA synchronous = FULL")
+        (version,) = run("PRAGMA user_version").fetchone()
+        if version > SCHEMA_VERSION:
+            raise OperatorError(f"the database is of a newer p2pfm (schema {version}, expected {SCHEMA_VERSION})")
+        run("BEGIN IMMEDIATE")
+        for statement in filter(str.strip, _SCHEMA.split(";")):
+            run(statement)
+        run(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        run("COMMIT")
+
+    def close(self) -> None:
+        """Release the folder."""
+        with self._lock:
+            self._database.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- blobs ---
+
+    def put(self, data: bytes) -> Digest:
+        """Keep `data`; returns its SHA-256. Durable on return. Raises: OSError when the disk is full."""
+        digest = compute_digest(data)
+        path = self._path(digest)
+        if self.find(digest) is None:
+            path.parent.mkdir(exist_ok=True)
+            write_durably(path, data)
+            sync_folder(self._blobs)
+        return digest
+
+    def find(self, digest: Digest) -> bytes | None:
+        """The bytes of a digest, checked; None when not held. A damaged file is removed and counts as not held."""
+        path = self._path(digest)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        if compute_digest(data) != digest:
+            path.unlink(missing_ok=True)
+            return None
+        return data
+
+    def get(self, digest: Digest) -> bytes:
+        """The bytes of a digest.
+
+        Raises:
+            KeyError: not held.
+        """
+        data = self.find(digest)
+        if data is None:
+            raise KeyError(f"blob {digest.hex()[:10]} is not in the store")
+        return data
+
+    def get_part(self, digest: Digest, start: int, length: int) -> tuple[int, bytes]:
+        """The blob's size and its bytes [start, start + length), unchecked (the asker checks all); (0, b"") if absent.
+
+        Reads only that part, so that serving a large blob does not read it whole for every chunk.
+        """
+        try:
+            with self._path(digest).open("rb") as file:
+                total = os.fstat(file.fileno()).st_size
+                file.seek(min(start, total))
+                return total, file.read(length)
+        except FileNotFoundError:
+            return 0, b""
+
+    def has(self, digest: Digest) -> bool:
+        """Whether there is a file of that name (its bytes are checked when they are read)."""
+        return self._path(digest).exists()
+
+    def prune(self, keep: Collection[Digest], bytes_max: int) -> int:
+        """Remove the oldest blobs that are not in `keep` until all of them take at most `bytes_max`.
+
+        Returns the bytes freed. What is in `keep` stays, whatever its size.
+        """
+        kept = set(keep)
+        files = [(p.stat().st_mtime_ns, p.stat().st_size, p) for p in sorted(self._blobs.glob("??/*"))]
+        excess = sum(size for _, size, _ in files) - bytes_max
+        freed = 0
+        for _, size, path in sorted(files):
+            if freed >= excess:
+                break
+            if bytes.fromhex(path.name) not in kept:
+                path.unlink(missing_ok=True)
+                freed += size
+        return freed
+
+    def _path(self, digest: Digest) -> Path:
+        assert len(digest) == DIGEST_BYTES
+        name = digest.hex()
+        return self._blobs / name[:2] / name
+
+    def _remove_leftovers(self) -> None:
+        """Temporary files of writers that were killed (the folder is ours alone by now)."""
+        for path in self._blobs.glob("??/.*.tmp"):
+            path.unlink(missing_ok=True)
+
+    # --- durable state ---
+
+    def save_durable(self, durable: Durable) -> None:
+        """Replace the durable state, in one step."""
+        with self._lock:
+            self._database.execute("INSERT OR REPLACE INTO durable VALUES (1, ?)", (msgspec.msgpack.encode(durable),))
+
+    def load_durable(self) -> Durable | None:
+        """The newest saved state; None at the first start.
+
+        Raises:
+            OperatorError: the record is damaged.
+        """
+        with self._lock:
+            row = self._database.execute("SELECT state FROM durable").fetchone()
+        if row is None:
+            return None
+        try:
+            return msgspec.msgpack.decode(row[0], type=Durable)
+        except (msgspec.ValidationError, msgspec.DecodeError) as error:
+            raise OperatorError(
+                f"the saved state is damaged or of another version ({error}); restore a backup"
+            ) from error
+
+    # --- certificates not yet on chain ---
+
+    def queue_settlement(self, certificate: Certificate) -> None:
+        """Remember a certificate until `drop_settlement`; the oldest go beyond SETTLEMENTS_MAX."""
+        with self._lock:
+            self._database.execute("BEGIN IMMEDIATE")
+            self._database.execute(
+                "INSERT OR REPLACE INTO settlements VALUES (?, ?)", (certificate.proposal.round, encode(certificate))
+            )
+            self._database.execute(
+                "DELETE FROM settlements WHERE round NOT IN (SELECT round FROM settlements ORDER BY round DESC LIMIT ?)",
+                (SETTLEMENTS_MAX,),
+            )
+            self._database.execute("COMMIT")
+
+    def get_settlements(self) -> tuple[Certificate, ...]:
+        """Certificates not yet dropped, by round."""
+        with self._lock:
+            rows = self._database.execute("SELECT certificate FROM settlements ORDER BY round").fetchall()
+        return tuple(msgspec.msgpack.decode(row[0], type=Certificate) for row in rows)
+
+    def drop_settlement(self, round: Round) -> None:
+        """The round is on chain, or given up."""
+        with self._lock:
+            self._database.execute("DELETE FROM settlements WHERE round = ?", (round,))
+
+    # --- peer book ---
+
+    def save_addresses(self, addresses: Collection[str]) -> None:
+        """Replace the addresses that were good lately, best first."""
+        with self._lock:
+            self._database.execute("BEGIN IMMEDIATE")
+            self._database.execute("DELETE FROM addresses")
+            self._database.executemany(
+                "INSERT INTO addresses VALUES (?, ?)", list(enumerate(list(addresses)[:ADDRESSES_MAX]))
+            )
+            self._database.execute("COMMIT")
+
+    def get_addresses(self) -> tuple[str, ...]:
+        """What `save_addresses` kept."""
+        with self._lock:
+            return tuple(row[0] for row in self._database.execute("SELECT address FROM addresses ORDER BY position"))
