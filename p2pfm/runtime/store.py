@@ -181,9 +181,7 @@ class Store:
         try:
             return msgspec.msgpack.decode(row[0], type=Durable)
         except (msgspec.ValidationError, msgspec.DecodeError) as error:
-            raise OperatorError(
-                f"the saved state is damaged or of another version ({error}); restore a backup"
-            ) from error
+            raise OperatorError(f"the saved state is of another version, or damaged: {error}") from error
 
     # --- certificates not yet on chain ---
 
@@ -195,7 +193,8 @@ class Store:
                 "INSERT OR REPLACE INTO settlements VALUES (?, ?)", (certificate.proposal.round, encode(certificate))
             )
             self._database.execute(
-                "DELETE FROM settlements WHERE round NOT IN (SELECT round FROM settlements ORDER BY round DESC LIMIT ?)",
+                "DELETE FROM settlements WHERE round NOT IN "
+                "(SELECT round FROM settlements ORDER BY round DESC LIMIT ?)",
                 (SETTLEMENTS_MAX,),
             )
             self._database.execute("COMMIT")

@@ -179,5 +179,7 @@ def test_a_log_rotates_and_the_oldest_files_go(tmp_path: Path) -> None:
     paths = sorted(tmp_path.iterdir())
     assert len(paths) == 3
     assert all(path.stat().st_size <= 1000 for path in paths)
+    parts = [read_log(path)[0].part for path in paths]
+    assert parts == list(range(parts[0], parts[0] + 3))
     times = [record.now_ms for path in paths for record in read_log(path)[1]]
     assert times == list(range(100 - len(times), 100))
