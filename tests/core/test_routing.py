@@ -23,7 +23,9 @@ def table_of(*records: Presence) -> ReplicaTable:
     return table
 
 
-def order(table: ReplicaTable, version=V1, local=A, policy="prefer", now=NOW, exclude=frozenset()) -> tuple[PeerId, ...]:
+def order(
+    table: ReplicaTable, version=V1, local=A, policy="prefer", now=NOW, exclude=frozenset()
+) -> tuple[PeerId, ...]:
     return choose(table.live(now), version, local, policy, now, exclude)
 
 

@@ -56,7 +56,9 @@ def test_any_interleaving_gives_a_prefix_of_the_undisturbed_text_or_reject(case)
 
 
 @given(texts, st.lists(st.tuples(st.integers(1, 6), st.integers(0, 3)), max_size=8))
-def test_replicas_that_fail_anywhere_and_continue_from_the_resume_request_give_the_undisturbed_text(truth, cuts) -> None:
+def test_replicas_that_fail_anywhere_and_continue_from_the_resume_request_give_the_undisturbed_text(
+    truth, cuts
+) -> None:
     session = Session(ask(), VOCABULARY)
     for num_tokens, num_repeated in [*cuts, (len(truth), 0)]:
         request = session.resume_request()
@@ -116,7 +118,14 @@ def test_finish_is_known_from_the_tokens_alone() -> None:
 
 @pytest.mark.parametrize(
     "request_",
-    [ask(prompt=()), ask(tokens_max=63), ask(prompt=(10,)), ask(emitted=(END, 1)), ask(1, emitted=(1, 1)), ask(emitted=(-1,))],
+    [
+        ask(prompt=()),
+        ask(tokens_max=63),
+        ask(prompt=(10,)),
+        ask(emitted=(END, 1)),
+        ask(1, emitted=(1, 1)),
+        ask(emitted=(-1,)),
+    ],
 )
 def test_a_session_rejects_what_no_replica_could_continue(request_: GenerateRequest) -> None:
     with pytest.raises(Reject):
@@ -174,7 +183,9 @@ def test_a_long_run_of_broken_bytes_keeps_the_window_bounded() -> None:
     st.lists(st.integers(1, 4), min_size=1),
 )
 @settings(max_examples=300)
-def test_text_is_cut_at_the_first_stop_string_wherever_pieces_end(text: str, stops: list[str], sizes: list[int]) -> None:
+def test_text_is_cut_at_the_first_stop_string_wherever_pieces_end(
+    text: str, stops: list[str], sizes: list[int]
+) -> None:
     filter_, shown, rest, index = StopStrings(stops), "", text, 0
     while rest:
         size = sizes[index % len(sizes)]
@@ -193,7 +204,9 @@ def test_text_is_cut_at_the_first_stop_string_wherever_pieces_end(text: str, sto
 
 # --- sampling ------------------------------------------------------------------------------------------------------
 
-logits = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=40).map(lambda values: np.array(values, np.float32))
+logits = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=40).map(
+    lambda values: np.array(values, np.float32)
+)
 
 
 @given(logits, st.integers(0, 2**63 - 1), st.integers(0, 10_000))
