@@ -17,6 +17,7 @@ from eth_hash.auto import keccak
 from requests.exceptions import RequestException
 from web3 import HTTPProvider, Web3
 from web3.exceptions import BadFunctionCallOutput, ContractLogicError, TimeExhausted, Web3Exception
+from web3.types import RPCEndpoint
 
 from p2pfm.config import ChainConfig
 from p2pfm.errors import ChainError, Reverted
@@ -304,7 +305,11 @@ class _Rpc:
 
     def __init__(self, url: str, chain_id: int | None, private_key: bytes, confirmations: int) -> None:
         provider = HTTPProvider(
-            url, request_kwargs={"timeout": REQUEST_SECONDS_MAX}, exception_retry_configuration=None
+            url,
+            request_kwargs={"timeout": REQUEST_SECONDS_MAX},
+            cache_allowed_requests=True,  # web3 asks for the chain id before every call
+            cacheable_requests={RPCEndpoint("eth_chainId")},
+            exception_retry_configuration=None,
         )
         self._url = url
         self._web3 = Web3(provider)
