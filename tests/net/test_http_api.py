@@ -1,158 +1,24 @@
 """The unmodified `openai` client against the real app on a real port, with real replicas that fail on purpose."""
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from functools import partial
-from pathlib import Path
 
 import httpx
-import numpy as np
 import openai
 import pytest
 import trio
-from prometheus_client import CollectorRegistry
+from serving_world import QUESTION, V1, V2, World, make_engine, prompt_of, read_stream, running, with_world
 
-from p2pfm.config import AdapterConfig, ServingConfig
-from p2pfm.errors import OperatorError, PeerUnreachable
-from p2pfm.lora.layers import compute_initial
-from p2pfm.messages import GenerateRequest, TokenChunk
+from p2pfm.errors import OperatorError
+from p2pfm.messages import GenerateRequest
 from p2pfm.runtime.engine import Engine
-from p2pfm.runtime.gateway import Gateway, Patience
 from p2pfm.runtime.http_api import HttpApi, HttpLimits, serve_http
-from p2pfm.runtime.text import TextCodec
-from p2pfm.types import Digest, Millis, PeerId, Tensors
-
-TINY = Path(__file__).parents[1] / "fixtures" / "tiny-llama"
-V1, V2 = Digest(b"\x11" * 32), Digest(b"\x22" * 32)
-QUICK = Patience(
-    first_floor_ms=300, first_ceiling_ms=2_000, next_floor_ms=300, next_ceiling_ms=2_000, retry_ms=20, replica_ms=1_500
-)
-QUESTION = [{"role": "user", "content": "What is the state of the Union?"}]
-
-
-class Memory:
-    """`ReplicaTransport` in one process: real gateways, and links that break where a test says."""
-
-    def __init__(self) -> None:
-        self.gateways: dict[PeerId, Gateway] = {}
-        self.faults: dict[PeerId, tuple[int, str]] = {}
-        """Peer: after how many tokens of a stream what happens."""
-        self.asked: list[PeerId] = []
-
-    async def generate(self, peer: PeerId, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
-        self.asked.append(peer)
-        after, fault = self.faults.get(peer, (0, ""))
-        num_tokens = 0
-        if peer not in self.gateways:
-            raise PeerUnreachable("no such peer")
-        async with aclosing(self.gateways[peer].serve(request)) as chunks:
-            async for chunk in chunks:
-                if fault and num_tokens >= after:
-                    if fault == "cut":
-                        raise PeerUnreachable("the connection broke")
-                    if fault == "freeze":
-                        await trio.sleep_forever()
-                    if fault == "end":
-                        return
-                    if fault == "empty":
-                        while True:
-                            yield TokenChunk(chunk.position, (), "")
-                    yield {
-                        "gap": TokenChunk(chunk.position + 1, chunk.tokens, ""),
-                        "restart": TokenChunk(0, chunk.tokens, ""),
-                        "huge": TokenChunk(chunk.position, (10**9,), ""),
-                        "stop": TokenChunk(chunk.position, (), "stop"),
-                        "error": TokenChunk(chunk.position, (), "error"),
-                    }[fault]
-                yield chunk
-                num_tokens += len(chunk.tokens)
-
-
-def make_adapter(shapes, seed: int) -> Tensors:
-    rng = np.random.default_rng(seed)
-    return {
-        name: (tensor + rng.normal(0, 0.05, tensor.shape)).astype(np.float32)
-        for name, tensor in compute_initial(shapes, seed).items()
-    }
+from p2pfm.types import Digest, PeerId
 
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    made = Engine(str(TINY), AdapterConfig(), versions_max=3)
-    made.add_version(V2, make_adapter(made.shapes, 2))
-    made.add_version(V1, make_adapter(made.shapes, 1))
-    return made
-
-
-class World:
-    """Three peers on one engine (their backbones are equal anyway); `home` has the HTTP side."""
-
-    def __init__(self, engine: Engine, memory: Memory, port: int, home: Gateway, registry: CollectorRegistry) -> None:
-        self.engine, self.memory, self.home, self.registry = engine, memory, home, registry
-        self.url = f"http://127.0.0.1:{port}"
-
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=30)
-
-    def text(self, prompt_tokens: tuple[int, ...], num_tokens: int, version: Digest = V1, temperature: int = 0) -> str:
-        request = GenerateRequest(version, prompt_tokens, (), num_tokens, temperature, 1000, 5)
-        tokens = [token for chunk in self.engine.generate(request) for token in chunk.tokens]
-        return self.engine.tokenizer.decode(tokens, skip_special_tokens=True)
-
-
-@asynccontextmanager
-async def running(
-    engine: Engine, *, is_home_serving: bool = False, sessions_max: int = 4, limits: HttpLimits | None = None
-) -> AsyncIterator[World]:
-    memory = Memory()
-    clock = lambda: Millis(int(trio.current_time() * 1000))  # noqa: E731
-    home_engine = engine if is_home_serving else None
-    config = ServingConfig(sessions_max=sessions_max)
-    registry = CollectorRegistry()
-
-    def gateway(name: str, engine: Engine | None, registry: CollectorRegistry) -> Gateway:
-        return Gateway(PeerId(name), config, engine, vocabulary, memory, registry, clock, QUICK)
-
-    vocabulary = engine.vocabulary
-    home = gateway("home", home_engine, registry)
-    for name in ("one", "two"):
-        memory.gateways[PeerId(name)] = gateway(name, engine, CollectorRegistry())
-    for peer, other in memory.gateways.items():
-        home.on_presence(peer, other.presence())
-    await home.adopt(V1, make_adapter(engine.shapes, 1))
-    api = HttpApi(
-        home,
-        TextCodec(engine.tokenizer, vocabulary),
-        "tiny",
-        registry,
-        lambda: {"round": 3},
-        clock,
-        limits or HttpLimits(),
-    )
-    async with trio.open_nursery() as nursery:
-        port = await nursery.start(serve_http, api.app(), "127.0.0.1", 0)
-        yield World(engine, memory, port, home, registry)
-        nursery.cancel_scope.cancel()
-
-
-def with_world(engine: Engine, check: Callable[[World], None], **options) -> None:
-    """Run the blocking `check` in a thread beside the real server."""
-
-    async def main() -> None:
-        async with running(engine, **options) as world:
-            await trio.to_thread.run_sync(check, world)
-
-    trio.run(main)
-
-
-def prompt_of(engine: Engine) -> tuple[int, ...]:
-    return TextCodec(engine.tokenizer, engine.vocabulary).encode_chat(QUESTION)
-
-
-def read_stream(stream) -> tuple[str, list[dict], list]:
-    chunks = list(stream)
-    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-    return text, [chunk.model_extra["p2pfm"] for chunk in chunks], chunks
+    return make_engine()
 
 
 def test_chat_and_text_answer_whole_and_streamed_alike(engine: Engine) -> None:
