@@ -13,7 +13,7 @@ from p2pfm.learner import Learner
 from p2pfm.lora.compress import Update, compress, decode_payload, feed_back
 from p2pfm.lora.delta import decode_tensors, encode_tensors, subtract
 from p2pfm.lora.merge import clip_factors, merge
-from p2pfm.protocol.events import Evaluate, Evaluated, Merge, Merged, ScoreUpdates, Scored, Train, Trained, Weighted
+from p2pfm.protocol.events import Evaluate, Evaluated, Merge, Merged, Scored, ScoreUpdates, Train, Trained, Weighted
 from p2pfm.types import NANO, WEIGHT_ONE, Digest, Tensors
 
 Shapes = Mapping[str, tuple[int, ...]]
