@@ -1,7 +1,8 @@
 """The format of a peer's event log: bytes in, structs out, so that any driver can replay what happened to a peer.
 
-A log is a sequence of length-prefixed MessagePack records: one `LogHeader`, then one `LogRecord` for each event. Knows
-no file. A log that ends in the middle of a record (the process was killed) reads up to the record before.
+A log is a sequence of length-prefixed JSON records (wei exceed MessagePack's 64 bits): one `LogHeader`, then one
+`LogRecord` for each event. Knows no file. A log that ends in the middle of a record (the process was killed) reads up to
+the record before.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,8 +38,8 @@ class LogRecord(msgspec.Struct, frozen=True, array_like=True):
     actions: Digest
 
 
-_header = msgspec.msgpack.Decoder(LogHeader)
-_record = msgspec.msgpack.Decoder(LogRecord)
+_header = msgspec.json.Decoder(LogHeader)
+_record = msgspec.json.Decoder(LogRecord)
 _actions = msgspec.msgpack.Encoder()
 
 
@@ -49,12 +50,12 @@ def digest_actions(actions: Sequence[AnyAction]) -> Digest:
 
 def encode_header(network: NetworkConfig, peer: PeerId, durable: Durable, part: int = 0) -> bytes:
     """The first record of a log."""
-    return _frame(msgspec.msgpack.encode(LogHeader(FORMAT, network, peer, durable, part)))
+    return _frame(msgspec.json.encode(LogHeader(FORMAT, network, peer, durable, part)))
 
 
 def encode_record(now_ms: Millis, event: AnyEvent, actions: Sequence[AnyAction]) -> bytes:
     """One event and the digest of its actions."""
-    return _frame(msgspec.msgpack.encode(LogRecord(now_ms, event, digest_actions(actions))))
+    return _frame(msgspec.json.encode(LogRecord(now_ms, event, digest_actions(actions))))
 
 
 def read_log(data: bytes) -> tuple[LogHeader, Iterator[LogRecord]]:
