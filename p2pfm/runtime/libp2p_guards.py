@@ -352,7 +352,8 @@ class GuardedSwarm(Swarm):  # type: ignore[misc]
             max_connections=limits.connections_max,
             high_watermark=limits.connections_max,
             min_connections=0,
-            low_watermark=0,  # no auto-connector: discovery is the transport's own
+            low_watermark=0,
+            auto_connect_interval=86_400.0,  # no auto-connector: discovery is the transport's own
             inbound_upgrade_timeout=limits.negotiate_s,
             outbound_upgrade_timeout=limits.negotiate_s,
             inbound_stream_protocol_negotiation_timeout=limits.negotiate_s,
@@ -376,6 +377,9 @@ class GuardedSwarm(Swarm):  # type: ignore[misc]
         if not connections:
             raise SwarmException(f"not connected to {peer_id}")
         return connections
+
+    def _schedule_auto_connect(self) -> None:
+        """Nothing: the transport dials."""
 
     async def add_conn(self, muxed_conn: Any, direction: str = "unknown") -> Any:
         """Take a connection into the swarm, unless its peer is banned."""

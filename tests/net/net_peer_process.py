@@ -1,0 +1,77 @@
+"""One real peer: gossips, serves blobs, and tells its state in lines of JSON. Arguments: number, listen, bootstrap."""
+
+import json
+import random
+import sys
+from typing import Any
+
+import trio
+from net_hosts import make_transport
+
+from p2pfm.messages import BlobRequest, decode_request, encode
+from p2pfm.runtime.exchange import answer_blob
+from p2pfm.types import Digest, PeerId, compute_digest
+
+
+def make_blob(size: int) -> bytes:
+    """The same bytes in every process."""
+    return random.Random(size).randbytes(size)
+
+
+class Blobs:
+    """Blobs in memory."""
+
+    def __init__(self, *sizes: int) -> None:
+        self._blobs = {compute_digest(make_blob(size)): make_blob(size) for size in sizes}
+
+    def get_part(self, digest: Digest, start: int, length: int) -> tuple[int, bytes]:
+        """As Store.get_part."""
+        data = self._blobs.get(digest, b"")
+        return len(data), data[start : start + length]
+
+
+def say(**state: Any) -> None:
+    print(json.dumps(state), flush=True)
+
+
+async def main(number: str, listen: str, *bootstrap: str) -> None:
+    blobs = Blobs(1_000_000, 5_000_000)
+    heard: set[bytes] = set()
+
+    async def answer(peer: PeerId, data: bytes) -> bytes:
+        request = decode_request(data)
+        assert isinstance(request, BlobRequest)
+        return encode(answer_blob(blobs, lambda digest: True, request))
+
+    async with (
+        make_transport(int(number), tuple(bootstrap), listen=listen) as transport,
+        trio.open_nursery() as nursery,
+    ):
+        transport.set_handler(answer)
+
+        async def tell_peers() -> None:
+            while True:
+                gossiping = [peer for peer in transport.connected() if transport.is_gossiping_with(peer)]
+                say(peers=transport.connected(), gossiping=gossiping, heard=len(heard))
+                await trio.sleep(0.1)
+
+        async def hear() -> None:
+            async for _, data in transport.gossip:
+                heard.add(data)
+
+        nursery.start_soon(tell_peers)
+        nursery.start_soon(hear)
+        say(peer=transport.peer_id, addresses=transport.addresses())
+        buffer = b""
+        stdin = trio.lowlevel.FdStream(0)
+        while data := await stdin.receive_some():
+            *lines, buffer = (buffer + data).split(b"\n")
+            for line in lines:
+                command = json.loads(line)
+                for position in range(command["publish"]):
+                    await transport.publish(b"%s %d" % (number.encode(), position) + bytes(1000))
+        nursery.cancel_scope.cancel()
+
+
+if __name__ == "__main__":
+    trio.run(main, *sys.argv[1:])
