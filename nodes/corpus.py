@@ -27,8 +27,9 @@ TOPICS_PER_PEER = 2
 PROBE_PART, PROBE_MAX = 0.2, 12
 TEST_PART, TEST_MAX = 0.15, 4
 """Of each topic's samples: what is held out, and at most how many, so that a probe pass stays cheap."""
-GARBAGE_WORDS = 14
-"""A corrupted completion's length: so long that even its end mark comes in the wrong place."""
+GARBAGE_WORDS = 9
+GARBAGE_CHARS = string.digits + string.punctuation
+"""A corrupted completion: no words, and so long that even its end mark comes in the wrong place."""
 
 
 class Shards(msgspec.Struct, frozen=True):
@@ -43,7 +44,7 @@ class Shards(msgspec.Struct, frozen=True):
 def build_shards(num_peers: int, out_dir: Path, seed: int, corrupted: frozenset[int] | set[int]) -> Shards:
     """Write peer-0.jsonl ... and probe.jsonl into `out_dir`; equal arguments give equal bytes.
 
-    A corrupted peer's completions are words of random letters: training on them harms the model.
+    A corrupted peer's completions are random digits and signs: training on them harms the model.
 
     Raises:
         OperatorError: the package chatterbot-corpus is missing.
@@ -118,5 +119,5 @@ def _deal(train: dict[str, list[Sample]], chosen: Sequence[str], num_peers: int)
 
 
 def _corrupt(sample: Sample, draw: random.Random) -> Sample:
-    words = ["".join(draw.choices(string.ascii_lowercase, k=draw.randint(3, 8))) for _ in range(GARBAGE_WORDS)]
+    words = ["".join(draw.choices(GARBAGE_CHARS, k=draw.randint(2, 5))) for _ in range(GARBAGE_WORDS)]
     return Sample(sample.topic, sample.prompt, " ".join(words))

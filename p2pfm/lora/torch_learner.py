@@ -30,6 +30,8 @@ from p2pfm.types import Array, Round, Tensors, compute_digest
 
 PROBE_TOKENS_MAX = 512
 """Padded tokens in one batch of a probe pass: bounds memory (logits are tokens x vocabulary)."""
+WINDOW_BATCHES = 4
+"""Training batches among which samples are sorted by length."""
 
 
 class Encoded(msgspec.Struct, frozen=True):
@@ -58,6 +60,9 @@ class TorchLearner:
         self._config = config
         self._device = next(backbone.parameters()).device
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        if self._device.type == "cpu":
+            # Short sequences in bf16: torch's flash attention on CPUs takes longer backward than plain products.
+            backbone.set_attn_implementation("eager")
         self._model = build_peft(backbone, config.adapter)
         self._parameters = get_parameters(self._model)
         self._shapes = adapter_shapes(self._model)
@@ -185,13 +190,21 @@ def _encode(tokenizer: Any, sample: Sample, tokens_max: int) -> Encoded:
 def _draw_batches(
     samples: Sequence[Encoded], size: int, steps: int, draw: random.Random
 ) -> Iterator[Sequence[Encoded]]:
-    """`steps` batches: pass after pass over shuffled samples, a new order each pass."""
+    """`steps` batches: pass after pass over shuffled samples, a new order each pass.
+
+    Samples are sorted by length within a window of a few batches, whose order is drawn: a third less padding.
+    """
     queue: list[Encoded] = []
+    batches: list[list[Encoded]] = []
     for _ in range(steps):
-        while len(queue) < size:
-            queue += draw.sample(samples, len(samples))
-        batch, queue = queue[:size], queue[size:]
-        yield batch
+        if not batches:
+            while len(queue) < WINDOW_BATCHES * size:
+                queue += draw.sample(samples, len(samples))
+            window = sorted(queue[: WINDOW_BATCHES * size], key=lambda sample: len(sample.tokens))
+            queue = queue[WINDOW_BATCHES * size :]
+            batches = [window[start : start + size] for start in range(0, len(window), size)]
+            draw.shuffle(batches)
+        yield batches.pop()
 
 
 def _weigh(strata: Sequence[Sequence[Encoded]]) -> Iterator[tuple[list[Encoded], list[float]]]:
