@@ -1,0 +1,122 @@
+"""The chain of a simulated world: the in-memory ledger, its clock and outages, and checks of what it must have signed.
+
+Knows the ledger, certificates and time; no peer's state.
+"""
+
+from collections.abc import Callable, Sequence
+
+from p2pfm.config import WEI_PER_PFM, NetworkConfig
+from p2pfm.errors import ChainError
+from p2pfm.messages import Attestation, Certificate
+from p2pfm.settlement.ledger import Roster, SettledRound
+from p2pfm.settlement.memory_ledger import FederationParams, InMemoryLedger
+from p2pfm.settlement.rewards import from_wire, make_submission, proposal_message
+from p2pfm.settlement.sampling import compute_quorum
+from p2pfm.types import Digest, MemberIndex, Millis, PeerId, Wei
+from sim.scenarios import Scenario
+from sim.signatures import Signatures
+
+STAKE = Wei(100 * WEI_PER_PFM)
+CHALLENGE_WINDOW_S = 30
+SPONSOR = "sponsor"
+
+
+class Chain:
+    """One federation with all peers of a scenario registered, funded for the whole run, its first committee drawn."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        network: NetworkConfig,
+        signatures: Signatures,
+        clock: Callable[[], Millis],
+        peers: Sequence[PeerId],
+    ) -> None:
+        """`clock` tells the virtual time [ms]."""
+        self._scenario = scenario
+        self._network = network
+        self._signatures = signatures
+        self._clock = clock
+        num_epochs = scenario.num_rounds // scenario.rounds_per_epoch + 2
+        self.deposits = Wei(network.pool_per_epoch() * num_epochs)
+        self.accounts = [f"0x{index + 1:040x}" for index in range(len(peers))]
+        self.ledger = InMemoryLedger(
+            network.chain,
+            FederationParams(
+                committee_size=network.scoring.committee_size,
+                min_stake=STAKE,
+                challenge_window_s=CHALLENGE_WINDOW_S,
+                pool_per_epoch=network.pool_per_epoch(),
+                rounds_per_epoch=network.settlement.rounds_per_epoch,
+            ),
+            signatures,
+            lambda: clock() // 1000,
+            {SPONSOR: self.deposits, **dict.fromkeys(self.accounts, STAKE)},
+            seed=scenario.seed.to_bytes(32, "big"),
+        )
+        self.ledger.fund(SPONSOR, self.deposits)
+        for account, peer in zip(self.accounts, peers, strict=True):
+            possession = signatures.prove_possession(network.chain, account, peer)
+            self.ledger.register(account, peer, signatures.bls_key(peer), possession, STAKE)
+        self._rosters: dict[int, Roster] = {}
+        self.rotate()
+
+    @property
+    def roster(self) -> Roster:
+        """Registry and committee now."""
+        return self._rosters[max(self._rosters)]
+
+    def rotate(self) -> None:
+        """Draw the next committee."""
+        self.ledger.rotate()
+        roster = self.ledger.get_roster()
+        self._rosters[roster.epoch] = roster
+
+    def get_head(self) -> SettledRound | None:
+        """The newest round that the chain has taken."""
+        return self.ledger.get_head()
+
+    def submit(self, certificate: Certificate) -> bool:
+        """Bring a certified round on chain; False: it is there already, or a later one is.
+
+        Raises:
+            ChainError: the chain is down, or (Reverted) refuses.
+        """
+        elapsed = self._clock() - self._network.genesis_ms
+        if any(outage.start_ms <= elapsed < outage.end_ms for outage in self._scenario.outages):
+            raise ChainError("the chain cannot be reached: its outage is part of the scenario")
+        head = self.get_head()
+        if head is not None and head.round >= certificate.proposal.round:
+            return False
+        self.ledger.submit_round(make_submission(self._network.chain, certificate))
+        return True
+
+    def claim(self, certificate: Certificate) -> None:
+        """Every member draws what the round of this certificate, which the chain has taken, owes it."""
+        tree = from_wire(certificate.proposal.leaves)
+        for index, account in enumerate(self.accounts[: len(tree)]):
+            self.ledger.as_account(account).claim(certificate.proposal.round, MemberIndex(index), tree)
+
+    def get_claimed(self) -> list[Wei]:
+        """What each peer has drawn so far [wei]."""
+        return [self.ledger.get_claimed(MemberIndex(index)) for index in range(len(self.accounts))]
+
+    def verify_attestation(self, attestation: Attestation) -> bool:
+        """Whether it carries its member's signature."""
+        if attestation.member >= len(self.roster.members):
+            return False
+        key = self.roster.members[attestation.member].bls_key
+        return attestation.signature == self._signatures.sign(key, attestation.message)
+
+    def verify_certificate(self, certificate: Certificate) -> bool:
+        """Whether more than two thirds of the committee of its epoch signed it."""
+        roster = self._rosters.get(certificate.proposal.epoch)
+        absent = set(certificate.absent)
+        if roster is None or not absent <= set(roster.committee) or len(absent) != len(certificate.absent):
+            return False
+        signers = [index for index in roster.committee if index not in absent]
+        if len(signers) < compute_quorum(len(roster.committee)):
+            return False
+        keys = [roster.members[index].bls_key for index in signers]
+        message: Digest = proposal_message(self._network.chain, certificate.proposal)
+        return self._signatures.verify_round(keys, message, certificate.signature)

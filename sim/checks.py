@@ -1,0 +1,153 @@
+"""The invariants of ARCHITECTURE, asserted after every step of a simulated world. Knows peers' states, changes nothing.
+
+A violation names the seed, the step, the peers involved and a command that replays the run.
+"""
+
+import shlex
+from collections.abc import Sequence
+
+import msgspec
+
+from p2pfm.messages import Announcement, Certificate
+from p2pfm.protocol.events import Adopt, AnyAction, Blame, Publish, Serve, Sign
+from p2pfm.protocol.gossip import SLOTS_MAX
+from p2pfm.protocol.peer import LOSSES_MAX, ROOTS_MAX
+from p2pfm.protocol.phases import Phase
+from p2pfm.protocol.round_state import EARLY_MAX
+from p2pfm.settlement.rewards import compute_sums, from_wire
+from p2pfm.types import Digest, Millis, PeerId, Round
+from sim.chain import Chain
+from sim.host import Host
+from sim.scenarios import AdversaryKind, Scenario
+
+LIAR_KINDS: frozenset[AdversaryKind | None] = frozenset({"equivocator", "two_faced"})
+"""Kinds that break a rule which honest peers never break, and may be blamed for it."""
+
+
+class Violation(AssertionError):
+    """An invariant does not hold: a bug in p2pfm, found."""
+
+
+def replay_command(scenario: Scenario) -> str:
+    """What a person types to see the run again."""
+    fields = {
+        name: value
+        for name, value in msgspec.structs.asdict(scenario).items()
+        if value != getattr(Scenario(), name) or name == "seed"
+    }
+    return f"p2pfm sim run --scenario {shlex.quote(msgspec.json.encode(fields).decode())}"
+
+
+class Checks:
+    """What has been seen of one world's honest peers so far."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.num_steps = 0
+        self.certificates: dict[Round, Certificate] = {}
+        """By round, as honest peers adopted them."""
+        self.num_holders: dict[Round, int] = {}
+        """How many honest peers adopted each round's certificate."""
+        self.blamed: set[PeerId] = set()
+        self._scenario = scenario
+        self._kinds: dict[PeerId, AdversaryKind | None] = {}
+        self._positions: dict[PeerId, tuple[int, int]] = {}
+        self._signed: dict[tuple[PeerId, Round], Digest] = {}
+        self._announced: dict[tuple[PeerId, Round], Digest] = {}
+
+    def add(self, host: Host) -> None:
+        """Watch a host."""
+        self._kinds[host.me] = host.kind
+
+    def after_step(self, host: Host, now_ms: Millis, actions: Sequence[AnyAction]) -> None:
+        """Check one host after one event.
+
+        Raises:
+            Violation: an invariant does not hold.
+        """
+        self.num_steps += 1
+        peer = host.peer
+        assert peer is not None, "only a running peer takes steps"
+        position = (peer.round, peer.phase)
+        self._require(position >= self._positions.get(host.me, position), "no phase goes backwards", now_ms, host.me)
+        self._positions[host.me] = position
+        self._check_bounds(host, now_ms)
+        for action in actions:
+            self._check_action(host, now_ms, action)
+
+    def after_settlement(self, chain: Chain, certificate: Certificate, now_ms: Millis) -> None:
+        """Check what the chain has just taken.
+
+        Raises:
+            Violation: an invariant does not hold.
+        """
+        head, sums = chain.get_head(), compute_sums(from_wire(certificate.proposal.leaves))
+        assert head is not None, "called after a submission"
+        self._require(head.sums == sums, "the leaves sum to the root's totals exactly", now_ms)
+        self._require(sums.reward_wei <= chain.ledger.params.pool_per_epoch, "a root pays at most its pool", now_ms)
+        self._require(sums.cumulative_wei <= chain.deposits, "roots pay at most what was deposited", now_ms)
+
+    def after_claims(self, chain: Chain, now_ms: Millis) -> None:
+        """Check what was drawn.
+
+        Raises:
+            Violation: an invariant does not hold.
+        """
+        head = chain.get_head()
+        total = sum(chain.get_claimed())
+        self._require(total <= chain.deposits, "the sum of claims never exceeds deposits", now_ms)
+        self._require(
+            total == (head.sums.cumulative_wei if head else 0), "claims sum to what the newest root allots", now_ms
+        )
+
+    def _check_action(self, host: Host, now_ms: Millis, action: AnyAction) -> None:
+        me, peer = host.me, host.peer
+        assert peer is not None, "only a running peer acts"
+        match action:
+            case Adopt(round=round, base=base):
+                held = self.certificates.setdefault(round, peer.durable.head) if peer.durable.head else None
+                assert held is not None, "a base is adopted with its certificate"
+                self._require(
+                    held.proposal.new_base == base, f"holders of round {round}'s certificate hold one base", now_ms, me
+                )
+                self.num_holders[round] = self.num_holders.get(round, 0) + 1
+            case Sign(round=round, message=message):
+                signed = self._signed.setdefault((me, round), message)
+                self._require(signed == message, f"a member signs one proposal of round {round}", now_ms, me)
+            case Publish(message=Announcement(round=round, payload=payload)):
+                announced = self._announced.setdefault((me, round), payload)
+                self._require(announced == payload, f"a peer announces one update in round {round}", now_ms, me)
+            case Serve(digest=digest):
+                is_secret = (
+                    digest == peer.durable.announced_payload
+                    and peer.durable.announced_round == peer.round
+                    and peer.phase == Phase.TRAIN
+                )
+                self._require(not is_secret, "a payload is served only after TRAIN", now_ms, me)
+            case Blame(peer=blamed, reason=reason):
+                self.blamed.add(blamed)
+                self._require(
+                    self._kinds[blamed] in LIAR_KINDS, f"no honest peer is blamed ({reason})", now_ms, me, blamed
+                )
+            case _:
+                pass
+
+    def _check_bounds(self, host: Host, now_ms: Millis) -> None:
+        peer = host.peer
+        assert peer is not None, "only a running peer has queues"
+        num_members = len(peer.roster.members) if peer.roster else self._scenario.num_peers
+        bounds = (
+            ("early messages", len(peer.early), EARLY_MAX),
+            ("message log", len(peer.state.log), SLOTS_MAX * 5 * num_members),
+            ("payloads asked for", len(peer.state.fetching), SLOTS_MAX * num_members),
+            ("certified roots", len(peer.roots), ROOTS_MAX),
+            ("losses", len(peer.losses), LOSSES_MAX),
+        )
+        for name, size, bound in bounds:
+            self._require(size <= bound, f"{name}: {size} of at most {bound}", now_ms, host.me)
+
+    def _require(self, is_true: bool, rule: str, now_ms: Millis, *peers: PeerId) -> None:
+        if not is_true:
+            raise Violation(
+                f"seed {self._scenario.seed}, step {self.num_steps}, {now_ms} ms, peers {', '.join(peers) or 'none'}: "
+                f"violated: {rule}. Replay: {replay_command(self._scenario)}"
+            )

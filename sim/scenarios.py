@@ -1,0 +1,113 @@
+"""What a simulated run is: who takes part, what the network does to them, and the rules that they agree on.
+
+Knows no peer; a Scenario and nothing else decides a run, to the last byte of its trace.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from p2pfm.config import (
+    ChainConfig,
+    CompressionConfig,
+    LimitConfig,
+    NetworkConfig,
+    PhaseConfig,
+    ScoringConfig,
+    SettlementConfig,
+    validate_network,
+)
+from p2pfm.errors import ConfigError
+from p2pfm.types import Millis, compute_digest
+from sim.network import NetworkModel
+
+AdversaryKind = Literal[
+    "zero", "replay", "sign_flip", "noise", "liar", "equivocator", "two_faced", "silent", "withholder", "late"
+]
+"""See `sim.faults`, which makes them."""
+
+
+class WorkTimes(msgspec.Struct, frozen=True):
+    """Virtual time that heavy work takes: least and greatest [ms]."""
+
+    train_ms: tuple[int, int] = (3_000, 8_000)
+    score_ms: tuple[int, int] = (1_000, 3_000)
+    merge_ms: tuple[int, int] = (50, 200)
+    evaluate_ms: tuple[int, int] = (50, 200)
+    sign_ms: tuple[int, int] = (2, 10)
+    aggregate_ms: tuple[int, int] = (5, 30)
+
+
+class Outage(msgspec.Struct, frozen=True):
+    """The chain cannot be reached from `start_ms` to `end_ms` after genesis."""
+
+    start_ms: int
+    end_ms: int
+
+
+class Scenario(msgspec.Struct, frozen=True, kw_only=True):
+    """One run."""
+
+    seed: int = 1
+    num_peers: int = 8
+    """All participants, adversaries included."""
+    num_rounds: int = 3
+    crash: float = 0.0
+    """Share of the peers that are killed in each round, at a random action; they come back with their disk."""
+    down_ms: tuple[int, int] = (2_000, 40_000)
+    """How long a crashed peer stays away."""
+    network: NetworkModel = NetworkModel()
+    clock_skew_ms: int = 100
+    """Peers' clocks are off by at most this, to either side."""
+    adversaries: tuple[AdversaryKind, ...] = ()
+    """One peer each, from the first peer on."""
+    outages: tuple[Outage, ...] = ()
+    work: WorkTimes = WorkTimes()
+    phases: PhaseConfig = PhaseConfig(
+        train_ms=Millis(20_000),
+        exchange_ms=Millis(10_000),
+        score_ms=Millis(10_000),
+        reveal_ms=Millis(5_000),
+        attest_ms=Millis(8_000),
+        merge_ms=Millis(7_000),
+    )
+    committee_size: int = 9
+    rounds_per_epoch: int = 1
+    keep_logs: tuple[int, ...] = ()
+    """Peers (by their number) whose event logs are kept, as a node keeps its own."""
+
+
+def validate_scenario(scenario: Scenario) -> None:
+    """Refuse what cannot run.
+
+    Raises:
+        ConfigError: names the field, what is allowed, and what it was.
+    """
+    checks: tuple[tuple[str, float, float, float], ...] = (
+        ("num_peers", scenario.num_peers, 1, LimitConfig().peers_max),
+        ("num_rounds", scenario.num_rounds, 1, 100_000),
+        ("crash", scenario.crash, 0, 1),
+        ("network.loss", scenario.network.loss, 0, 1),
+        ("committee_size", scenario.committee_size, 1, 128),
+        ("adversaries", len(scenario.adversaries), 0, scenario.num_peers),
+        ("seed", scenario.seed, 0, 2**63 - 1),
+    )
+    for key, value, low, high in checks:
+        if not low <= value <= high:
+            raise ConfigError(f"scenario {key}: expected {low:g} to {high:g}, got {value:g}")
+    validate_network(make_network(scenario))
+
+
+def make_network(scenario: Scenario) -> NetworkConfig:
+    """The rules that the peers of a scenario agree on."""
+    return NetworkConfig(
+        name=f"simulation {scenario.seed}",
+        genesis_ms=Millis(1_000_000),
+        backbone="linear regression",
+        probe=compute_digest(b"p2pfm simulated probe" + scenario.seed.to_bytes(8, "big")).hex(),
+        chain=ChainConfig(chain_id=31337, federation="0x" + "fe" * 20, token="0x" + "70" * 20),
+        compression=CompressionConfig(chunk=16, keep=8),
+        phases=scenario.phases,
+        scoring=ScoringConfig(committee_size=min(scenario.committee_size, scenario.num_peers)),
+        settlement=SettlementConfig(rounds_per_epoch=scenario.rounds_per_epoch, pool_per_epoch_pfm=100),
+    )
