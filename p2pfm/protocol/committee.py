@@ -75,6 +75,8 @@ def draft_proposal(
         IncludedUpdate(peer, member_index, payload, contribution, weight)
         for (peer, member_index, payload, contribution), weight in zip(included, weights, strict=True)
     )
+    if head and len(head.proposal.leaves) > len(roster.members):
+        raise Reject("the registry known here is older than the newest certificate")
     leaves = _compute_next_leaves(config, roster, head, round, updates)
     ranks = compute_ranks(roster, round)
     return Proposal(
@@ -106,28 +108,50 @@ def draft_digest(proposal: Proposal) -> Digest:
 
 
 def validate_reveals(
-    roster: Roster, reveals: Sequence[ScoreReveal], round: Round, commitments: Mapping[MemberIndex, Digest]
+    roster: Roster,
+    reveals: Sequence[ScoreReveal],
+    round: Round,
+    commitments: Mapping[MemberIndex, Sequence[Digest]],
+    late: Mapping[MemberIndex, Sequence[Digest]],
 ) -> None:
-    """Enough members, each once, each as it committed before it could see another's vector.
+    """Enough members, each once, each as it committed; more than half of them before any vector was public.
+
+    A proposer takes punctual commitments only, but whether one was punctual depends on where it was heard: if every
+    reveal had to be punctual everywhere, one member that commits at the last moment could void every round. The median
+    stands on the majority.
+
+    Args:
+        commitments: by member, heard in time; `late`: heard after SCORE.
 
     Raises:
         Reject: names the rule and the member.
     """
     seen: set[MemberIndex] = set()
+    num_late = 0
     for reveal in reveals:
         if reveal.round != round or reveal.member not in roster.committee or reveal.member in seen:
             raise Reject(f"reveal of member {reveal.member} is of another round, no committee member's, or twice there")
         seen.add(reveal.member)
-        if commitments.get(reveal.member) != compute_commitment(reveal):
-            raise Reject(f"reveal of member {reveal.member} does not match a commitment known here")
-        validate_scores(reveal.scores)
+        commitment = compute_commitment(reveal)
+        if commitment not in commitments.get(reveal.member, ()):
+            if commitment not in late.get(reveal.member, ()):
+                raise Reject(f"reveal of member {reveal.member} does not match a commitment known here")
+            num_late += 1
+        validate_scores(reveal.scores, len(roster.members))
     needed = compute_quorum(len(roster.committee))
     if len(seen) < needed:
         raise Reject(f"expected reveals of at least {needed} committee members, got {len(seen)}")
+    if 2 * num_late >= len(seen):
+        raise Reject(f"{num_late} of {len(seen)} members committed here only after vectors were public")
 
 
-def validate_scores(scores: Sequence[Score]) -> None:
-    """Sorted by payload, none twice. Raises: Reject."""
+def validate_scores(scores: Sequence[Score], num_members: int) -> None:
+    """Sorted by payload, none twice, at most one a member (or a few could swell a proposal over its limit).
+
+    Raises: Reject.
+    """
+    if len(scores) > num_members:
+        raise Reject(f"scores {len(scores)} updates, but there are {num_members} members")
     if any(a.payload >= b.payload for a, b in itertools.pairwise(scores)):
         raise Reject("scores are not sorted by payload digest, or one payload is scored twice")
 

@@ -1,6 +1,6 @@
 """The messages of the current round that a peer holds, and what it tells another that lacks some.
 
-Knows nothing of what messages mean: one slot a kind and author, so its size is bounded by the roster.
+Knows nothing of what messages mean: two places a kind and author, so its size is bounded by the roster.
 """
 
 from p2pfm.messages import Envelope, Message
@@ -9,31 +9,41 @@ from p2pfm.types import Digest, PeerId, compute_digest
 REPLY_MAX = 512
 """Envelopes in one anti-entropy answer: the rest follows at the next asking."""
 
+SLOTS_MAX = 2
+"""Different messages kept of one kind and author: an honest author has one; a second one proves that it is not, and
+those who heard the second first need not remain alone with it."""
+
 
 class RoundLog:
-    """One slot for each (kind, author): a second, different message in a slot is equivocation."""
+    """A slot for each (kind, author): a second, different message in a slot is equivocation."""
 
     def __init__(self) -> None:
-        self._slots: dict[tuple[str, PeerId], tuple[Digest, Envelope]] = {}
+        self._slots: dict[tuple[str, PeerId], tuple[Digest, ...]] = {}
+        self._envelopes: dict[Digest, Envelope] = {}
 
-    def get(self, kind: type[Message], author: PeerId) -> Digest | None:
-        """The digest of what an author said of this kind."""
-        slot = self._slots.get((kind.__name__, author))
-        return slot[0] if slot else None
+    def __len__(self) -> int:
+        return len(self._envelopes)
 
-    def add(self, kind: type[Message], envelope: Envelope) -> None:
-        """Keep a message that the protocol accepted."""
-        self._slots.setdefault((kind.__name__, envelope.author), (compute_digest(envelope.body), envelope))
+    def get(self, kind: type[Message], author: PeerId) -> tuple[Digest, ...]:
+        """Digests of what an author said of this kind, the first first."""
+        return self._slots.get((kind.__name__, author), ())
+
+    def add(self, kind: type[Message], envelope: Envelope) -> bool:
+        """Keep a message; False: the author's slot for this kind is full."""
+        held = self.get(kind, envelope.author)
+        if len(held) >= SLOTS_MAX:
+            return False
+        digest = compute_digest(envelope.body)
+        self._slots[(kind.__name__, envelope.author)] = (*held, digest)
+        self._envelopes[digest] = envelope
+        return True
 
     def digests(self) -> tuple[Digest, ...]:
         """What is held, sorted."""
-        return tuple(sorted(digest for digest, _ in self._slots.values()))
+        return tuple(sorted(self._envelopes))
 
     def missing(self, have: tuple[Digest, ...]) -> tuple[Envelope, ...]:
         """What another peer lacks, in a fixed order, at most REPLY_MAX."""
         known = set(have)
-        lacking = sorted(
-            ((digest, envelope) for digest, envelope in self._slots.values() if digest not in known),
-            key=lambda pair: pair[0],
-        )
-        return tuple(envelope for _, envelope in lacking[:REPLY_MAX])
+        lacking = sorted(digest for digest in self._envelopes if digest not in known)
+        return tuple(self._envelopes[digest] for digest in lacking[:REPLY_MAX])

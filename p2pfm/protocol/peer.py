@@ -1,10 +1,12 @@
 """A peer's whole protocol: one pure state machine. It knows no socket, clock, file, model or tensor.
 
-    Peer.handle(event, now_ms) -> list[Action]
+    Peer.handle(event, now_ms) -> list[AnyAction]
 
 Each handler validates, changes state, returns actions, in that order. The same class runs in the node and in the
 simulator; a node's event log replays here to the same actions.
 """
+
+import itertools
 
 import msgspec
 
@@ -26,6 +28,7 @@ from p2pfm.messages import (
     compute_commitment,
 )
 from p2pfm.protocol.committee import (
+    NO_DIGEST,
     draft_digest,
     draft_proposal,
     merge_request,
@@ -34,11 +37,11 @@ from p2pfm.protocol.committee import (
     validate_scores,
 )
 from p2pfm.protocol.events import (
-    Action,
     Adopt,
     Aggregate,
     Aggregated,
     AnswerSync,
+    AnyAction,
     AnyEvent,
     AskSync,
     Blame,
@@ -81,14 +84,20 @@ from p2pfm.types import Digest, MemberIndex, Millis, PeerId, Round, compute_dige
 SYNC_MS = 3_000
 """How often a peer asks another for what it lacks: three chances in the shortest usual phase."""
 
-FETCH_TRIES_MAX = 4
-"""How often a payload is asked for again before the update counts as absent."""
+FETCH_TRIES_MAX = 6
+"""How often a payload is asked for before its update counts as absent."""
+
+FETCH_RETRY_MS = 1_000
+"""How long a payload that nobody gave rests: its announcer's clock may be a little behind."""
 
 BASE_BYTES_MAX = 1 << 30
 """No adapter's base is larger."""
 
 ROOTS_MAX = 64
 """Certified roots remembered, to compare with the chain's."""
+
+LOSSES_MAX = 64
+"""Held-out losses remembered, for people."""
 
 
 class Peer:
@@ -105,13 +114,17 @@ class Peer:
         self.wanted: Certificate | None = None
         """A certificate whose base is being fetched."""
         self.roots: dict[Round, Digest] = {}
+        """Certified roots by round, each following the one before it without a gap."""
         self.losses: dict[Round, int] = {}
         """Held-out loss after each round [nano-nats/token], as evaluated here."""
-        self._early = EarlyMessages()
+        self.early = EarlyMessages()
         self._next_sync_ms = Millis(0)
-        self._num_syncs = 0
+        self._next_retry_ms = Millis(0)
+        # Everybody begins with another neighbour, so that no single one is asked by all at once.
+        self._num_syncs = int.from_bytes(compute_digest(me.encode())[:4], "big")
+        self._is_whole = False
         if durable.head:
-            self.roots[durable.head.proposal.round] = durable.head.proposal.root
+            self._extend_lineage(durable.head.proposal)
 
     @property
     def round(self) -> Round:
@@ -123,7 +136,7 @@ class Peer:
         """The phase this peer is in."""
         return self.state.phase
 
-    def handle(self, event: AnyEvent, now_ms: Millis) -> list[Action]:
+    def handle(self, event: AnyEvent, now_ms: Millis) -> list[AnyAction]:
         """What to do about `event`: first whatever the clock made due, then the event itself."""
         actions = self._advance(now_ms)
         match event:
@@ -151,6 +164,8 @@ class Peer:
                 actions += self._on_aggregated(event)
             case Evaluated(round=round, loss_nano=loss_nano):
                 self.losses[round] = loss_nano
+                for old in sorted(self.losses)[:-LOSSES_MAX]:
+                    del self.losses[old]
             case SyncAsked(request=request, token=token):
                 actions += self._on_sync_asked(request, token)
             case SyncAnswered(head=head):
@@ -161,10 +176,10 @@ class Peer:
 
     # --- the clock
 
-    def _advance(self, now_ms: Millis) -> list[Action]:
+    def _advance(self, now_ms: Millis) -> list[AnyAction]:
         """Enter every phase that is due. A clock that jumped back changes nothing: no phase goes backwards."""
         position = compute_position(self.config, now_ms)
-        actions: list[Action] = []
+        actions: list[AnyAction] = []
         if position.round > self.state.round:
             actions += self._start_round(position.round, position.phase)
         while position.round == self.state.round and position.phase > self.state.phase:
@@ -172,23 +187,23 @@ class Peer:
             actions += self._enter_phase()
         return actions
 
-    def _start_round(self, round: Round, phase: Phase) -> list[Action]:
+    def _start_round(self, round: Round, phase: Phase) -> list[AnyAction]:
         actions = self._close_round()
         self.state = RoundState(round, Phase.TRAIN, saw_train=phase == Phase.TRAIN, roster=self.roster)
         actions.append(Note(round, "round begins" if phase == Phase.TRAIN else f"joins the round in {phase.name}"))
         if phase == Phase.TRAIN:
             actions += self._start_training()
-        for envelope, message in self._early.take():
+        for envelope, message in self.early.take():
             actions += self._on_received(envelope, message)
         return actions
 
-    def _close_round(self) -> list[Action]:
+    def _close_round(self) -> list[AnyAction]:
         state = self.state
         if state.round < 0 or state.is_certified:
             return []
         return [Note(state.round, f"round is void here: {state.failure or 'no certificate in time'}")]
 
-    def _enter_phase(self) -> list[Action]:
+    def _enter_phase(self) -> list[AnyAction]:
         match self.state.phase:
             case Phase.TRAIN:
                 return []
@@ -203,19 +218,24 @@ class Peer:
             case Phase.MERGE:
                 return self._aggregate()
 
-    def _on_housekeeping(self, now_ms: Millis) -> list[Action]:
+    def _on_housekeeping(self, now_ms: Millis) -> list[AnyAction]:
         """Ask a neighbour for what is missing, when it is time; set the next timer."""
-        actions: list[Action] = []
+        actions: list[AnyAction] = []
         if now_ms >= self._next_sync_ms:
             self._next_sync_ms = Millis(now_ms + SYNC_MS)
             actions += self._ask_sync()
+        if self.state.resting and now_ms >= self._next_retry_ms:
+            self._next_retry_ms = Millis(now_ms + FETCH_RETRY_MS)
+            self.state.resting.clear()
             actions += self._fetch_missing()
-        ends_ms = compute_position(self.config, now_ms).ends_ms
-        return [*actions, SetTimer(min(ends_ms, self._next_sync_ms))]
+        due_ms = [compute_position(self.config, now_ms).ends_ms, self._next_sync_ms]
+        if self.state.resting:
+            due_ms.append(self._next_retry_ms)
+        return [*actions, SetTimer(min(due_ms))]
 
     # --- TRAIN
 
-    def _start_training(self) -> list[Action]:
+    def _start_training(self) -> list[AnyAction]:
         """Train once a round from the base held now; a peer that is not registered, or lacks the base, waits."""
         state, durable = self.state, self.durable
         if state.phase != Phase.TRAIN or state.is_training or state.roster is None or self.wanted is not None:
@@ -225,7 +245,7 @@ class Peer:
         state.is_training = True
         return [Train(state.round, durable.base, durable.residual)]
 
-    def _on_trained(self, event: Trained) -> list[Action]:
+    def _on_trained(self, event: Trained) -> list[AnyAction]:
         state = self.state
         if event.round != state.round or event.base != self.durable.base:
             return [Note(state.round, f"work for round {event.round} came too late or from an old base: dropped")]
@@ -248,31 +268,35 @@ class Peer:
 
     # --- EXCHANGE
 
-    def _enter_exchange(self) -> list[Action]:
+    def _enter_exchange(self) -> list[AnyAction]:
         mine = self.durable.announced_payload
-        own: list[Action] = []
+        own: list[AnyAction] = []
         if mine is not None and self.durable.announced_round == self.state.round:
             self.state.held.add(mine)
             own = [Serve(mine)]
         return own + self._fetch_missing()
 
-    def _fetch_missing(self) -> list[Action]:
+    def _fetch_missing(self) -> list[AnyAction]:
         """Ask for every announced payload that is not here, from its announcer first, then from anyone."""
         state = self.state
-        if state.phase == Phase.TRAIN or state.round < 0:
+        if state.phase == Phase.TRAIN or state.round < 0 or state.is_certified:
             return []
-        proposed = (
-            {update.payload for update in state.proposal.updates} if state.is_proposal_valid and state.proposal else ()
-        )
-        late = {peer: a for peer, a in state.late.items() if a.payload in proposed}
-        actions: list[Action] = []
-        for peer, announcement in sorted({**late, **state.announcements}.items()):
-            digest = announcement.payload
-            is_due = digest not in state.held and digest not in state.bad and digest not in state.fetching
-            if is_due and peer != self.me:
-                state.fetching[digest] = 1
+        proposed = self._proposed() if state.is_proposal_valid else frozenset()
+        idle = state.held | state.bad | state.under_way | state.resting
+        actions: list[AnyAction] = []
+        for digest, announcement in sorted(self._by_payload().items()):
+            is_wanted = announcement.peer in state.announcements or digest in proposed
+            tries = state.fetching.get(digest, 0)
+            if is_wanted and digest not in idle and (tries < FETCH_TRIES_MAX or digest in proposed):
+                state.fetching[digest] = tries + 1
+                state.under_way.add(digest)
                 actions.append(self._fetch_payload(announcement))
         return actions
+
+    def _proposed(self) -> frozenset[Digest]:
+        """Payloads that the received proposal includes, be it right or wrong."""
+        proposal = self.state.proposal
+        return frozenset(update.payload for update in proposal.updates) if proposal else frozenset()
 
     def _fetch_payload(self, announcement: Announcement) -> Fetch:
         others = tuple(peer for peer in self.peers if peer != announcement.peer)
@@ -281,32 +305,31 @@ class Peer:
         providers = (announcement.peer, *others[shift:], *others[:shift])
         return Fetch(announcement.payload, "payload", announcement.payload_bytes, providers)
 
-    def _on_fetched(self, digest: Digest) -> list[Action]:
+    def _on_fetched(self, digest: Digest) -> list[AnyAction]:
         if self.wanted and digest == self.wanted.proposal.new_base:
             certificate, self.wanted = self.wanted, None
             return self._adopt(certificate)
-        if digest in self.state.fetching:
+        if digest in self.state.under_way:
+            self.state.under_way.remove(digest)
             self.state.held.add(digest)
             return [Serve(digest), *self._consider_proposal()]
         return []
 
-    def _on_fetch_failed(self, digest: Digest, is_malformed: bool) -> list[Action]:
+    def _on_fetch_failed(self, digest: Digest, is_malformed: bool) -> list[AnyAction]:
         state = self.state
         if self.wanted and digest == self.wanted.proposal.new_base:
             wanted, self.wanted = self.wanted, None
             return [Note(state.round, f"base of round {wanted.proposal.round} could not be fetched: asking again")]
-        tries = state.fetching.get(digest)
-        if tries is None:
+        if digest not in state.under_way:
             return []
-        announcement = self._by_payload().get(digest)
-        if announcement is None:
-            return []
+        state.under_way.remove(digest)
+        announcement = self._by_payload()[digest]
         if is_malformed:
             state.bad.add(digest)
             return [Blame(announcement.peer, "announced a payload that does not decode")]
-        if tries < FETCH_TRIES_MAX:
-            state.fetching[digest] = tries + 1
-            return [self._fetch_payload(announcement)]
+        state.resting.add(digest)
+        if state.fetching[digest] != FETCH_TRIES_MAX:
+            return []
         return [Note(state.round, f"payload of {announcement.peer[-6:]} is not to be had: it counts as absent")]
 
     # --- SCORE and REVEAL
@@ -317,7 +340,7 @@ class Peer:
         member = get_member(roster, self.me) if roster else None
         return member.index if roster and member and member.index in roster.committee else None
 
-    def _enter_score(self) -> list[Action]:
+    def _enter_score(self) -> list[AnyAction]:
         state = self.state
         if self._my_index() is None or state.roster is None or self.wanted is not None:
             return []
@@ -325,7 +348,9 @@ class Peer:
         updates = {
             announcement.payload: Weighted(announcement.payload, shares[peer])
             for peer, announcement in sorted(state.announcements.items())
-            if announcement.payload in state.held and announcement.base == self.durable.base
+            if announcement.payload in state.held
+            and announcement.base == self.durable.base
+            and peer not in state.equivocators
         }
         if not updates:
             state.failure = "no update to score"
@@ -333,7 +358,7 @@ class Peer:
         state.scored = tuple(sorted(updates))
         return [ScoreUpdates(state.round, self.durable.base, tuple(updates[digest] for digest in state.scored))]
 
-    def _on_scored(self, event: Scored) -> list[Action]:
+    def _on_scored(self, event: Scored) -> list[AnyAction]:
         state, index = self.state, self._my_index()
         if event.round != state.round or index is None or state.my_reveal is not None:
             return []
@@ -349,18 +374,20 @@ class Peer:
 
     def _by_payload(self) -> dict[Digest, Announcement]:
         """Announcements by payload; of two with one payload the lower peer id stands, the same on every peer."""
-        known = {**self.state.late, **self.state.announcements}
-        return {a.payload: a for _, a in sorted(known.items(), reverse=True)}
+        known = [*self.state.late.values(), *self.state.announcements.values()]
+        return {a.payload: a for a in sorted(known, key=lambda a: a.peer, reverse=True)}
 
     def _draft(self, reveals: tuple[ScoreReveal, ...]) -> Proposal:
-        state = self.state
+        state, head = self.state, self.durable.head
         assert state.roster is not None, "only a peer with a roster drafts"
-        validate_reveals(state.roster, reveals, state.round, state.commitments)
+        if self._is_orphaned() or (self.settled and self.settled.round > (head.proposal.round if head else -1)):
+            raise Reject("the chain holds a round whose certificate is not here yet")
+        validate_reveals(state.roster, reveals, state.round, state.commitments, state.late_commitments)
         return draft_proposal(
             self.config, state.roster, self.durable.head, state.round, self.durable.base, reveals, self._by_payload()
         )
 
-    def _propose(self) -> list[Action]:
+    def _propose(self) -> list[AnyAction]:
         state, index = self.state, self._my_index()
         if index is None or state.roster is None or compute_ranks(state.roster, state.round)[0] != index:
             return []
@@ -371,7 +398,7 @@ class Peer:
             return [Note(state.round, state.failure)]
         return self._merge(state.draft)
 
-    def _merge(self, proposal: Proposal) -> list[Action]:
+    def _merge(self, proposal: Proposal) -> list[AnyAction]:
         """Compute a proposal's base, unless that is under way, done, or not possible yet."""
         state = self.state
         request = draft_digest(proposal)
@@ -385,10 +412,10 @@ class Peer:
         state.merging.add(request)
         return [msgspec.structs.replace(merge, request=request)]
 
-    def _on_merged(self, request: Digest, new_base: Digest) -> list[Action]:
+    def _on_merged(self, request: Digest, new_base: Digest) -> list[AnyAction]:
         state = self.state
         state.merged[request] = new_base
-        actions: list[Action] = []
+        actions: list[AnyAction] = []
         if state.draft is not None and draft_digest(state.draft) == request and state.proposal is None:
             proposal = msgspec.structs.replace(state.draft, new_base=new_base)
             state.draft = None
@@ -397,7 +424,7 @@ class Peer:
             actions += self._attest(new_base)
         return actions
 
-    def _consider_proposal(self) -> list[Action]:
+    def _consider_proposal(self) -> list[AnyAction]:
         """Recompute the received proposal; once it is proven right, merge; once merged, sign."""
         state = self.state
         if state.proposal is None or state.roster is None or state.is_certified:
@@ -410,9 +437,10 @@ class Peer:
                 state.failure = f"the proposal does not hold here: {error}"
                 return []
             state.is_proposal_valid = True
-        return self._fetch_missing() + self._merge(state.proposal)
+        actions = self._fetch_missing() + self._merge(state.proposal)
+        return actions + (self._aggregate() if state.phase == Phase.MERGE else [])
 
-    def _attest(self, new_base: Digest) -> list[Action]:
+    def _attest(self, new_base: Digest) -> list[AnyAction]:
         state, index = self.state, self._my_index()
         assert state.proposal is not None, "called for a received proposal"
         if new_base != state.proposal.new_base:
@@ -425,7 +453,7 @@ class Peer:
         message = proposal_message(self.config.chain, state.proposal)
         return [Persist(self.durable), Sign(state.round, message)]
 
-    def _on_signed(self, event: Signed) -> list[Action]:
+    def _on_signed(self, event: Signed) -> list[AnyAction]:
         index = self._my_index()
         if event.round != self.state.round or index is None:
             return []
@@ -433,10 +461,13 @@ class Peer:
 
     # --- MERGE
 
-    def _aggregate(self) -> list[Action]:
+    def _aggregate(self) -> list[AnyAction]:
         """When ATTEST is over, make the certificate from what more than two thirds signed."""
         state = self.state
-        if state.proposal is None or not state.is_proposal_valid or state.roster is None:
+        if state.proposal is None:
+            state.failure = state.failure or "the first-ranked member proposed nothing that was heard here"
+            return []
+        if not state.is_proposal_valid or state.roster is None:
             return []
         if state.is_aggregating or state.is_certified:
             return []
@@ -450,7 +481,7 @@ class Peer:
         absent = tuple(sorted(index for index in state.roster.committee if index not in signed))
         return [Aggregate(state.round, message, tuple(signed[index] for index in sorted(signed)), absent)]
 
-    def _on_aggregated(self, event: Aggregated) -> list[Action]:
+    def _on_aggregated(self, event: Aggregated) -> list[AnyAction]:
         state = self.state
         if event.round != state.round or state.proposal is None or state.roster is None or state.is_certified:
             return []
@@ -459,7 +490,7 @@ class Peer:
         is_first = self._my_index() == compute_ranks(state.roster, state.round)[0]
         return ([Publish(certificate)] if is_first else []) + self._on_certificate(certificate)
 
-    def _on_certificate(self, certificate: Certificate) -> list[Action]:
+    def _on_certificate(self, certificate: Certificate) -> list[AnyAction]:
         """A certificate whose signature the driver has checked: adopt it if it moves this peer forward."""
         proposal = certificate.proposal
         if not self._is_progress(proposal):
@@ -470,22 +501,40 @@ class Peer:
         if merged == proposal.new_base or proposal.new_base == self.durable.base:
             return self._adopt(certificate)
         self.wanted = certificate
-        return [Fetch(proposal.new_base, "base", BASE_BYTES_MAX, self.peers)]
+        return [Fetch(proposal.new_base, "base", BASE_BYTES_MAX, self._shifted_peers())]
 
     def _is_progress(self, proposal: Proposal) -> bool:
-        """Newer than the head, or the chain's own round where the chain, the arbiter, contradicts our history."""
+        """Newer than the head, or of the chain's history where the chain, the arbiter, contradicts ours."""
         head, settled = self.durable.head, self.settled
-        if settled and proposal.round == settled.round and proposal.root != settled.root:
+        if settled and _contradicts(settled, proposal.round, proposal.prev_root, proposal.root):
             return False
         if head is None or proposal.round > head.proposal.round:
             return True
-        return bool(self._is_orphaned() and settled and proposal.round == settled.round)
+        is_ours = self.roots.get(proposal.round) == proposal.root
+        return bool(settled and self._is_orphaned() and proposal.round >= settled.round and not is_ours)
 
     def _is_orphaned(self) -> bool:
-        """The chain took another root for a round that we hold certified."""
-        return bool(self.settled and self.roots.get(self.settled.round, self.settled.root) != self.settled.root)
+        """The chain took another root than we did, for a round that we hold or after a root that we hold."""
+        settled, lineage = self.settled, sorted(self.roots.items())
+        if settled is None:
+            return False
+        pairs = itertools.pairwise([(Round(-1), NO_DIGEST), *lineage] if self._is_whole else lineage)
+        is_passed = any(_contradicts(settled, round, previous, root) for (_, previous), (round, root) in pairs)
+        return is_passed or self.roots.get(settled.round, settled.root) != settled.root
 
-    def _adopt(self, certificate: Certificate) -> list[Action]:
+    def _extend_lineage(self, proposal: Proposal) -> None:
+        """Remember a certified root with those that it follows; others are of another history."""
+        older = {round: root for round, root in sorted(self.roots.items()) if round < proposal.round}
+        while older and older[max(older)] != proposal.prev_root:
+            del older[max(older)]
+        # Whole: nothing lies between its first root and the beginning.
+        self._is_whole = proposal.prev_root == NO_DIGEST or (self._is_whole and bool(older))
+        self.roots = {**older, proposal.round: proposal.root}
+        if len(self.roots) > ROOTS_MAX:
+            del self.roots[min(self.roots)]
+            self._is_whole = False
+
+    def _adopt(self, certificate: Certificate) -> list[AnyAction]:
         proposal, durable, state = certificate.proposal, self.durable, self.state
         is_mine_merged = durable.announced_round == proposal.round and any(
             update.payload == durable.announced_payload and update.weight > 0 for update in proposal.updates
@@ -497,9 +546,7 @@ class Peer:
             # What was announced has arrived only if it was merged: else the old residual still holds all of it.
             residual=durable.pending_residual if is_mine_merged else durable.residual,
         )
-        self.roots[proposal.round] = proposal.root
-        for old in sorted(self.roots)[:-ROOTS_MAX]:
-            del self.roots[old]
+        self._extend_lineage(proposal)
         if proposal.round == state.round:
             state.is_certified = True
         state.is_training = False
@@ -525,7 +572,7 @@ class Peer:
 
     # --- what others say
 
-    def _on_received(self, envelope: Envelope, message: Message) -> list[Action]:
+    def _on_received(self, envelope: Envelope, message: Message) -> list[AnyAction]:
         """Sort a message to its handler; what is old, early or of a stranger is dropped without blame."""
         if isinstance(message, Presence):
             return []
@@ -533,13 +580,16 @@ class Peer:
             return self._on_certificate(message)
         state = self.state
         if message.round == state.round + 1:
-            self._early.add(envelope, message)
+            if self.roster is not None and get_member(self.roster, envelope.author) is not None:
+                self.early.add(envelope, message)
             return []
         if message.round != state.round or state.roster is None or get_member(state.roster, envelope.author) is None:
             return []
         held = state.log.get(type(message), envelope.author)
-        if held is not None:
-            return self._on_repeated(envelope, message, held)
+        if compute_digest(envelope.body) in held:
+            return []
+        if held:
+            return self._on_equivocation(envelope, message)
         try:
             is_kept, actions = self._on_message(envelope.author, message)
         except Reject as error:
@@ -548,49 +598,82 @@ class Peer:
             state.log.add(type(message), envelope)
         return actions + (self._consider_proposal() if is_kept else [])
 
-    def _on_repeated(self, envelope: Envelope, message: Message, held: Digest) -> list[Action]:
-        """The same again is gossip's way; another one from the same author is equivocation: the first stands."""
-        if compute_digest(envelope.body) == held:
-            return []
-        return [Blame(envelope.author, f"said two different things: {type(message).__name__} of {self.state.round}")]
+    def _on_equivocation(self, envelope: Envelope, message: Message) -> list[AnyAction]:
+        """Another word of an author who has spoken: the first stands, and the author is blamed.
 
-    def _on_message(self, author: PeerId, message: Message) -> tuple[bool, list[Action]]:
+        But others may have heard the second first. An update or a commitment is kept beside the first (else whoever
+        splits the committee so could void every round), a third one only if the proposal is about it.
+        """
+        state, author = self.state, envelope.author
+        is_second = state.log.add(type(message), envelope)
+        kind = type(message).__name__
+        actions: list[AnyAction] = [Blame(author, f"said two different things: {kind} of round {state.round}")]
+        if isinstance(message, Announcement):
+            state.equivocators.add(author)
+            is_needed = message.payload in self._proposed()
+        elif isinstance(message, ScoreCommit):
+            reveals = state.proposal.reveals if state.proposal else ()
+            is_needed = any(compute_commitment(reveal) == message.commitment for reveal in reveals)
+        else:
+            return actions if is_second else []
+        if not is_second and not is_needed:
+            return []
+        try:
+            _, more = self._on_message(author, message)
+        except Reject as error:
+            return [Blame(author, str(error))]
+        return (actions if is_second else []) + more + self._consider_proposal()
+
+    def _on_message(self, author: PeerId, message: Message) -> tuple[bool, list[AnyAction]]:
         """Whether to keep (and pass on) the message, and what to do. Raises Reject for a broken rule."""
         match message:
             case Announcement():
                 return self._on_announcement(author, message)
             case ScoreCommit():
-                self._validate_author(author, message.member)
-                # Later, vectors are public: a commitment made then proves nothing.
-                is_kept = self.state.phase <= Phase.SCORE or not self.state.saw_train
-                if is_kept:
-                    self.state.commitments[message.member] = message.commitment
-                return is_kept, []
+                return self._is_of_member(author, message.member) and self._on_commit(message), []
             case ScoreReveal():
-                self._validate_author(author, message.member)
-                validate_scores(message.scores)
-                if self.state.commitments.get(message.member) != compute_commitment(message):
-                    return False, []
-                self.state.reveals[message.member] = message
-                return True, []
+                return self._is_of_member(author, message.member) and self._on_reveal(message), []
             case Proposal():
-                return self._on_proposal(author, message)
+                return self._on_proposal(author, message), []
             case Attestation():
-                self._validate_author(author, message.member)
+                if not self._is_of_member(author, message.member):
+                    return False, []
                 self.state.attestations[message.member] = message
-                return True, self._aggregate() if self.state.phase == Phase.MERGE else []
+                return True, []
             case Certificate() | Presence():
                 raise AssertionError("sorted out before")
 
-    def _validate_author(self, author: PeerId, member: MemberIndex) -> None:
-        """A member speaks for itself, and only a committee member's word counts. Raises: Reject."""
-        roster = self.state.roster
-        if roster is None or get_peer(roster, member) != author:
-            raise Reject(f"speaks for member {member}, which is not its own registry index")
-        if member not in roster.committee:
-            raise Reject(f"member {member} does not sit on the committee of round {self.state.round}")
+    def _is_of_member(self, author: PeerId, member: MemberIndex) -> bool:
+        """Whether it is a committee member's word; not, without blame, where another committee may be known.
 
-    def _on_announcement(self, author: PeerId, message: Announcement) -> tuple[bool, list[Action]]:
+        Raises:
+            Reject: somebody speaks for another.
+        """
+        roster = self.state.roster
+        assert roster is not None, "checked where messages come in"
+        if get_peer(roster, member) != author:
+            raise Reject(f"speaks for member {member}, which is not its own registry index")
+        return member in roster.committee
+
+    def _on_commit(self, message: ScoreCommit) -> bool:
+        """Once vectors are public a commitment proves nothing: kept apart."""
+        state = self.state
+        is_late = state.phase > Phase.SCORE and state.saw_train
+        commitments = state.late_commitments if is_late else state.commitments
+        held = commitments.get(message.member, ())
+        if message.commitment not in held:
+            commitments[message.member] = (*held, message.commitment)
+        return True
+
+    def _on_reveal(self, message: ScoreReveal) -> bool:
+        assert self.state.roster is not None, "checked where messages come in"
+        validate_scores(message.scores, len(self.state.roster.members))
+        if compute_commitment(message) not in self.state.commitments.get(message.member, ()):
+            return False
+        self.state.reveals[message.member] = message
+        return True
+
+    def _on_announcement(self, author: PeerId, message: Announcement) -> tuple[bool, list[AnyAction]]:
         if message.peer != author:
             raise Reject(f"announces for {message.peer}")
         if message.payload_bytes > self.config.limits.payload_bytes_max:
@@ -600,28 +683,31 @@ class Peer:
             return False, []
         # Payloads are public once TRAIN is over: whoever announces then may have copied, so it is not scored here.
         # It is kept all the same, for the case that most of the committee heard it in time. A peer that was away
-        # cannot tell and relies on them.
+        # cannot tell and relies on them. The same holds for the second update of an equivocator.
         is_late = state.phase > Phase.TRAIN and state.saw_train
-        (state.late if is_late else state.announcements)[author] = message
+        if is_late or author in state.announcements:
+            state.late[message.payload] = message
+        else:
+            state.announcements[author] = message
         return True, self._fetch_missing()
 
-    def _on_proposal(self, author: PeerId, message: Proposal) -> tuple[bool, list[Action]]:
+    def _on_proposal(self, author: PeerId, message: Proposal) -> bool:
         state = self.state
+        if not self._is_of_member(author, message.proposer):
+            return False
         assert state.roster is not None, "checked where messages come in"
-        if get_peer(state.roster, message.proposer) != author:
-            raise Reject(f"proposes as member {message.proposer}, which is not its own registry index")
         if compute_ranks(state.roster, state.round)[0] != message.proposer:
-            raise Reject(f"member {message.proposer} is not the first-ranked of round {state.round}")
+            return False
         state.proposal = message
-        return True, []
+        return True
 
-    def _on_sync_asked(self, request: SyncRequest, token: int) -> list[Action]:
+    def _on_sync_asked(self, request: SyncRequest, token: int) -> list[AnyAction]:
         envelopes = self.state.log.missing(request.have) if request.round == self.state.round else ()
         head = self.durable.head
         is_newer = head is not None and head.proposal.round > request.head_round
         return [AnswerSync(token, SyncReply(envelopes, head if is_newer else None))]
 
-    def _ask_sync(self) -> list[Action]:
+    def _ask_sync(self) -> list[AnyAction]:
         others = [peer for peer in self.peers if peer != self.me]
         if not others:
             return []
@@ -633,9 +719,14 @@ class Peer:
             head_round = self.settled.round - 1
         return [AskSync(peer, SyncRequest(Round(max(self.state.round, 0)), self.state.log.digests(), head_round))]
 
+    def _shifted_peers(self) -> tuple[PeerId, ...]:
+        """Connected peers, beginning with another one on each peer."""
+        shift = self._num_syncs % len(self.peers) if self.peers else 0
+        return self.peers[shift:] + self.peers[:shift]
+
     # --- what the chain says
 
-    def _on_roster(self, roster: Roster) -> list[Action]:
+    def _on_roster(self, roster: Roster) -> list[AnyAction]:
         """A round keeps the roster it began with; only the first one is taken at once."""
         self.roster = roster
         if self.state.roster is not None:
@@ -643,11 +734,22 @@ class Peer:
         self.state.roster = roster
         return self._start_training()
 
-    def _on_settled(self, settled: SettledRound) -> list[Action]:
+    def _on_settled(self, settled: SettledRound) -> list[AnyAction]:
         self.settled = settled
         if self._is_orphaned():
             return [Note(settled.round, "the chain took another root of a round held here: asking for its certificate")]
         return []
+
+
+def _contradicts(settled: SettledRound, round: Round, prev_root: Digest, root: Digest) -> bool:
+    """Whether a round cannot be in the same history as the one that the chain took.
+
+    It is the same round with another root, or another round that follows the same root (a round that changed nothing
+    has the root that it follows, and tells nothing).
+    """
+    if round == settled.round:
+        return root != settled.root
+    return prev_root == settled.prev_root and settled.prev_root not in (settled.root, root)
 
 
 def initial_durable(base: Digest) -> Durable:

@@ -8,8 +8,9 @@ from p2pfm.protocol.phases import Phase
 from p2pfm.settlement.ledger import Roster
 from p2pfm.types import Digest, MemberIndex, PeerId, Round
 
-EARLY_MAX = 256
-"""Messages of the next round kept for a sender whose clock is ahead."""
+EARLY_MAX = 1024
+"""Messages of the next round kept for senders whose clocks are ahead: one of each kind a registered peer is at most
+five a peer, and honest ones are ahead by little more than an announcement."""
 
 
 @dataclass(slots=True)
@@ -23,8 +24,11 @@ class RoundState:
     roster: Roster | None
     log: RoundLog = field(default_factory=RoundLog)
     announcements: dict[PeerId, Announcement] = field(default_factory=dict)
-    late: dict[PeerId, Announcement] = field(default_factory=dict)
-    """Announced here after TRAIN: not scored, but needed where most of the committee heard it in time."""
+    late: dict[Digest, Announcement] = field(default_factory=dict)
+    """By payload: announced here after TRAIN, or as its author's second update. Not scored, but needed where most of
+    the committee heard it in time, or heard it first."""
+    equivocators: set[PeerId] = field(default_factory=set)
+    """Announced two updates: neither is scored here."""
     is_training: bool = False
     held: set[Digest] = field(default_factory=set)
     """Payloads in the blob store, well-formed."""
@@ -32,9 +36,15 @@ class RoundState:
     """Payloads that match their digest and are malformed all the same."""
     fetching: dict[Digest, int] = field(default_factory=dict)
     """Payloads asked for, and how often."""
+    resting: set[Digest] = field(default_factory=set)
+    """Payloads that nobody gave just now: to be asked for again in a while."""
+    under_way: set[Digest] = field(default_factory=set)
+    """Payloads whose answer is awaited."""
     scored: tuple[Digest, ...] = ()
     my_reveal: ScoreReveal | None = None
-    commitments: dict[MemberIndex, Digest] = field(default_factory=dict)
+    commitments: dict[MemberIndex, tuple[Digest, ...]] = field(default_factory=dict)
+    late_commitments: dict[MemberIndex, tuple[Digest, ...]] = field(default_factory=dict)
+    """Heard here after SCORE: good enough only beside a majority of punctual ones in another's proposal."""
     reveals: dict[MemberIndex, ScoreReveal] = field(default_factory=dict)
     draft: Proposal | None = None
     """This peer's own proposal, while its new base is being computed."""
@@ -55,14 +65,17 @@ class RoundState:
 class EarlyMessages:
     """Messages of the round to come, delivered when it begins."""
 
-    waiting: list[tuple[Envelope, Message]] = field(default_factory=list)
+    waiting: dict[tuple[str, PeerId], tuple[Envelope, Message]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.waiting)
 
     def add(self, envelope: Envelope, message: Message) -> None:
-        """Keep one, if there is room."""
+        """Keep the first of its kind and author, if there is room."""
         if len(self.waiting) < EARLY_MAX:
-            self.waiting.append((envelope, message))
+            self.waiting.setdefault((type(message).__name__, envelope.author), (envelope, message))
 
     def take(self) -> list[tuple[Envelope, Message]]:
         """All that waited; leaves nothing."""
-        waiting, self.waiting = self.waiting, []
-        return waiting
+        waiting, self.waiting = self.waiting, {}
+        return list(waiting.values())
