@@ -144,6 +144,8 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bootstrap: tuple[str, ...] = ()
     http: HttpConfig = HttpConfig()
     serving: ServingConfig = ServingConfig()
+    stake_pfm: int = 100
+    """What this node locks when it joins, in whole tokens."""
     auto_claim: bool = True
     confirmations: int = 1
     log_json: bool = False

@@ -1,0 +1,121 @@
+"""A node's folder: keys, password, configuration. What `p2pfm init` makes and `p2pfm node run` reads.
+
+Knows files and the command line's environment; nothing of the network.
+"""
+
+import os
+import secrets
+import socket
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import tomli_w
+
+from p2pfm.config import NetworkConfig, NodeConfig, parse_node_config
+from p2pfm.errors import ConfigError, OperatorError
+from p2pfm.runtime.keys import Keys, create_keys, load_keys
+
+CONFIG_NAME = "node.toml"
+PASSWORD_NAME = "password"
+PASSWORD_VARIABLE = "P2PFM_PASSWORD"
+
+
+def create_home(config: NodeConfig, home: Path, password: str | None, *, is_light: bool = False) -> Keys:
+    """Make keys and node.toml in `home`, to which the paths in `config` are relative.
+
+    Without a password a random one is made and kept beside the keys (0600).
+
+    Raises:
+        OperatorError: the folder holds a node already.
+    """
+    path = home / CONFIG_NAME
+    if path.exists():
+        raise OperatorError(
+            f"{home} holds a node already; choose another folder, or run `p2pfm node run --config {path}`"
+        )
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if password is None:
+        password = secrets.token_urlsafe(24)
+        write_secret(home / PASSWORD_NAME, password)
+    keys = create_keys(home / "keys", password, light=is_light)
+    write_config(path, config)
+    return keys
+
+
+def write_secret(path: Path, text: str) -> None:
+    """Write a file that only its owner can read, from its first byte on."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def write_config(path: Path, config: NodeConfig) -> None:
+    """The configuration as TOML, all keys spelled out."""
+    values: dict[str, Any] = msgspec.to_builtins(config)
+    path.write_text(tomli_w.dumps(values), encoding="utf-8")
+
+
+def read_config(path: Path) -> NodeConfig:
+    """The validated configuration in a file; relative paths in it are of that file's folder.
+
+    Raises:
+        ConfigError: no such file, or what `parse_node_config` refuses.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}. `p2pfm init` makes a node's folder") from error
+    try:
+        config = parse_node_config(text)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    folder = path.resolve().parent
+    return msgspec.structs.replace(
+        config,
+        home=str(folder / config.home),
+        data=str(folder / config.data),
+        probe=str(folder / config.probe) if config.probe else "",
+    )
+
+
+def read_network(path: Path) -> NetworkConfig:
+    """The [network] table of any node's TOML, or a file that holds nothing else.
+
+    Raises:
+        ConfigError: says which key is wrong.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        return msgspec.convert(values.get("network", values), NetworkConfig)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def open_keys(config: NodeConfig, password_file: Path | None) -> Keys:
+    """The node's keys; password from a file, $P2PFM_PASSWORD, or the file that `init` left beside them.
+
+    Raises:
+        OperatorError: no password, or a wrong one.
+    """
+    home = Path(config.home)
+    beside = home / PASSWORD_NAME
+    if password_file is not None:
+        password = password_file.read_text(encoding="utf-8").strip()
+    elif PASSWORD_VARIABLE in os.environ:
+        password = os.environ[PASSWORD_VARIABLE]
+    elif beside.exists():
+        password = beside.read_text(encoding="utf-8").strip()
+    else:
+        raise OperatorError(f"no password for {home}: set {PASSWORD_VARIABLE} or give --password-file")
+    return load_keys(home / "keys", password)
+
+
+def get_free_port() -> int:
+    """A TCP port of this machine's loopback that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,307 @@
+"""Several real nodes on one machine: a chain, the contracts, shards of text, and one process a peer.
+
+Knows how to start, watch, kill and end processes; no protocol. Each child ends by itself when its parent is gone (its
+standard input closes), so nothing is left behind however this process ends.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx
+
+from nodes.corpus import build_shards
+from nodes.homes import CONFIG_NAME, create_home, get_free_port, read_config
+from nodes.models import resolve
+from nodes.testnet import Testnet, run_testnet
+from p2pfm.config import (
+    WEI_PER_PFM,
+    AdapterConfig,
+    ChainConfig,
+    HttpConfig,
+    NetworkConfig,
+    NodeConfig,
+    PhaseConfig,
+    ScoringConfig,
+    ServingConfig,
+    SettlementConfig,
+    TrainingConfig,
+)
+from p2pfm.errors import OperatorError, WorldError
+from p2pfm.runtime.web3_ledger import Web3Ledger, deploy
+from p2pfm.settlement.memory_ledger import FederationParams
+from p2pfm.types import Millis, Wei
+
+STAKE_PFM = 100
+POOL_PFM = 100
+EPOCHS_FUNDED = 1000
+GAS_WEI = 10 * 10**18
+"""Ether a new account gets: more than a day of rounds costs."""
+CHALLENGE_WINDOW_S = 2
+"""On a local testnet rounds become final at once; a real network gives auditors hours."""
+STOP_S = 8.0
+"""A child that does not end in this time after SIGTERM is killed."""
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """What fits two cores: the backbone and how long everything takes."""
+
+    backbone: str
+    training: TrainingConfig
+    scoring: ScoringConfig
+    phases: PhaseConfig
+    startup_s: float
+    """From writing the configurations to the first round: a fifth process needs this long on two cores."""
+
+
+PRESETS = {
+    "demo": Preset(
+        backbone="smollm2-135m",
+        training=TrainingConfig(steps=12, batch=4, tokens_max=64, learning_rate=2e-3),
+        scoring=ScoringConfig(committee_size=7, samples_per_stratum=2),
+        phases=PhaseConfig(
+            train_ms=Millis(26_000),
+            exchange_ms=Millis(3_000),
+            score_ms=Millis(17_000),
+            reveal_ms=Millis(2_000),
+            attest_ms=Millis(4_000),
+            merge_ms=Millis(2_000),
+        ),
+        startup_s=45,
+    ),
+    "tiny": Preset(
+        backbone="tiny",
+        training=TrainingConfig(steps=6, batch=4, tokens_max=64, learning_rate=5e-3),
+        scoring=ScoringConfig(committee_size=7, samples_per_stratum=2),
+        phases=PhaseConfig(
+            train_ms=Millis(6_000),
+            exchange_ms=Millis(2_000),
+            score_ms=Millis(4_000),
+            reveal_ms=Millis(1_500),
+            attest_ms=Millis(2_500),
+            merge_ms=Millis(2_000),
+        ),
+        startup_s=30,
+    ),
+}
+
+Role = Literal["honest", "free rider", "corrupted"]
+
+
+@dataclass(slots=True)
+class LocalNode:
+    """One peer's folder and, while it runs, its process."""
+
+    index: int
+    home: Path
+    role: Role
+    http_port: int
+    peer: str
+    account: str
+    process: "subprocess.Popen[bytes] | None" = None
+    last_status: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        """Where its HTTP side listens."""
+        return f"http://127.0.0.1:{self.http_port}"
+
+    @property
+    def is_running(self) -> bool:
+        """Its process lives."""
+        return self.process is not None and self.process.poll() is None
+
+
+@dataclass(slots=True)
+class Localnet:
+    """A running network. Made by `localnet()`."""
+
+    folder: Path
+    network: NetworkConfig
+    testnet: Testnet
+    ledger: Web3Ledger
+    nodes: list[LocalNode]
+
+    def start(self, node: LocalNode) -> None:
+        """Run `p2pfm node run` for this peer; its output goes to node.log in its folder."""
+        assert not node.is_running
+        with (node.home / "node.log").open("ab") as log:
+            node.process = subprocess.Popen(
+                [sys.executable, "-m", "nodes.cli", "node", "run", "--config", str(node.home / CONFIG_NAME), "--tied"],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C reaches us alone; we end them in order
+                env={**os.environ, "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"},
+            )
+
+    def kill(self, node: LocalNode) -> None:
+        """SIGKILL: the process has no chance to say goodbye."""
+        assert node.process is not None
+        node.process.kill()
+        node.process.wait()
+
+    def get_status(self, node: LocalNode) -> dict[str, Any]:
+        """The node's /status; empty while it cannot be reached. Raises OperatorError if its process ended by itself."""
+        if node.process is not None and node.process.poll() not in (None, -signal.SIGKILL):
+            raise OperatorError(
+                f"node {node.index} ended with code {node.process.returncode}: {self.get_last_line(node)}"
+            )
+        try:
+            node.last_status = httpx.get(f"{node.url}/status", timeout=5).json()
+        except (httpx.HTTPError, json.JSONDecodeError):
+            return {}
+        return node.last_status
+
+    def get_last_line(self, node: LocalNode) -> str:
+        """What a node said last."""
+        lines = (node.home / "node.log").read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "it said nothing"
+
+    def wait_until(self, what: str, is_done: Callable[[], bool], timeout_s: float, poll_s: float = 0.5) -> None:
+        """Wait for a condition. Raises WorldError, naming it, when it takes too long."""
+        deadline = time.monotonic() + timeout_s
+        while not is_done():
+            if time.monotonic() > deadline:
+                raise WorldError(
+                    f"{what}: not within {timeout_s:.0f} s; the nodes' logs are in {self.folder}/peer-*/node.log"
+                )
+            time.sleep(poll_s)
+
+    def wait_until_running(self, node: LocalNode, timeout_s: float = 120) -> None:
+        """Until the node takes part."""
+        self.wait_until(f"node {node.index} starts", lambda: self.get_status(node).get("stage") == "running", timeout_s)
+
+    def stop(self) -> None:
+        """End every process, kindly first."""
+        for node in self.nodes:
+            if node.is_running and node.process is not None:
+                node.process.terminate()
+        deadline = time.monotonic() + STOP_S
+        for node in self.nodes:
+            if node.process is None:
+                continue
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                node.process.wait(max(0.1, deadline - time.monotonic()))
+            if node.process.poll() is None:
+                node.process.kill()
+                node.process.wait()
+
+
+@contextlib.contextmanager
+def localnet(
+    folder: Path,
+    roles: tuple[Role, ...],
+    preset: Preset,
+    tell: Tell,
+    *,
+    seed: int = 0,
+    gateways: frozenset[int] = frozenset(),
+    chain: Literal["embedded", "anvil"] = "embedded",
+) -> Iterator[Localnet]:
+    """Chain, contracts, shards and one started process a peer; everything ends with the block.
+
+    Args:
+        folder: made new; holds every node's home and log.
+        roles: one a peer.
+        gateways: indices of nodes that answer their clients from other peers' replicas.
+
+    Raises:
+        OperatorError: a model that is not here, a folder in use.
+    """
+    if (folder / "peer-0").exists():
+        raise OperatorError(f"{folder} holds a local network already; choose another folder or remove it")
+    resolve(preset.backbone)
+    folder.mkdir(parents=True, exist_ok=True)
+    tell("dealing the text to the peers")
+    corrupted = frozenset(index for index, role in enumerate(roles) if role == "corrupted")
+    shards = build_shards(len(roles), folder / "data", seed, corrupted)
+    tell(f"starting the chain ({chain})")
+    with run_testnet(get_free_port(), chain == "anvil", folder / "chain.log") as testnet:
+        tell("deploying the contracts")
+        params = FederationParams(
+            committee_size=preset.scoring.committee_size,
+            min_stake=Wei(STAKE_PFM * WEI_PER_PFM),
+            challenge_window_s=CHALLENGE_WINDOW_S,
+            pool_per_epoch=Wei(POOL_PFM * WEI_PER_PFM),
+            rounds_per_epoch=1,
+        )
+        contracts: ChainConfig = deploy(testnet.rpc_url, testnet.keys[0], params)
+        ledger = Web3Ledger(testnet.rpc_url, contracts, testnet.keys[0])
+        ledger.fund(Wei(EPOCHS_FUNDED * POOL_PFM * WEI_PER_PFM))
+        network = NetworkConfig(
+            name="localnet",
+            genesis_ms=Millis(int((time.time() + preset.startup_s) * 1000)),
+            backbone=preset.backbone,
+            probe=_sha256(shards.probe),
+            chain=contracts,
+            adapter=AdapterConfig(),
+            training=preset.training,
+            scoring=preset.scoring,
+            phases=preset.phases,
+            settlement=SettlementConfig(rounds_per_epoch=1, pool_per_epoch_pfm=POOL_PFM),
+        )
+        nodes = _create_nodes(folder, roles, network, testnet, shards.peers, shards.probe, gateways)
+        for node in nodes:
+            ledger.send_ether(node.account, GAS_WEI)
+            ledger.transfer(node.account, Wei(STAKE_PFM * WEI_PER_PFM))
+        net = Localnet(folder, network, testnet, ledger, nodes)
+        try:
+            tell(f"starting {len(nodes)} peers")
+            for node in nodes:
+                net.start(node)
+            yield net
+        finally:
+            net.stop()
+
+
+def _create_nodes(
+    folder: Path,
+    roles: tuple[Role, ...],
+    network: NetworkConfig,
+    testnet: Testnet,
+    shards: tuple[Path, ...],
+    probe: Path,
+    gateways: frozenset[int],
+) -> list[LocalNode]:
+    """Homes with keys and TOML. Peer 0 is the bootstrap node and the only one that is told where the probe lies."""
+    nodes: list[LocalNode] = []
+    listen = f"/ip4/127.0.0.1/tcp/{get_free_port()}"
+    bootstrap: tuple[str, ...] = ()
+    for index, role in enumerate(roles):
+        home = folder / f"peer-{index}"
+        config = NodeConfig(
+            home=".",
+            data=os.path.relpath(shards[index], home),
+            rpc=testnet.rpc_url,
+            network=network,
+            probe=os.path.relpath(probe, home) if index == 0 else "",
+            listen=listen if index == 0 else "/ip4/127.0.0.1/tcp/0",
+            bootstrap=bootstrap,
+            http=HttpConfig(port=get_free_port()),
+            serving=ServingConfig(local="avoid" if index in gateways else "prefer"),
+            stake_pfm=STAKE_PFM,
+            adversary="zero" if role == "free rider" else "",
+        )
+        keys = create_home(config, home, None, is_light=True)
+        if index == 0:
+            bootstrap = (f"{listen}/p2p/{keys.peer}",)
+        nodes.append(LocalNode(index, home, role, config.http.port, keys.peer, keys.account_address))
+        assert read_config(home / CONFIG_NAME).network == network
+    return nodes
+
+
+def _sha256(path: Path) -> str:
+    return sha256(path.read_bytes()).hexdigest()

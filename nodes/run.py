@@ -1,0 +1,80 @@
+"""Runs one node in this process: from its configuration to models, ledger and `runtime.node.Node`."""
+
+import logging
+import signal
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+import trio
+from transformers.utils import logging as transformers_logging
+
+from nodes.adversaries import FreeRider
+from nodes.models import resolve
+from p2pfm.config import NodeConfig
+from p2pfm.errors import OperatorError
+from p2pfm.learner import Learner
+from p2pfm.lora.layers import load_backbone
+from p2pfm.lora.samples import Sample, parse_probe, read_samples
+from p2pfm.lora.torch_learner import TorchLearner
+from p2pfm.runtime.engine import Engine
+from p2pfm.runtime.keys import Keys
+from p2pfm.runtime.node import Models, Node
+from p2pfm.runtime.text import load_text_codec
+from p2pfm.runtime.web3_ledger import Web3Ledger
+
+log = logging.getLogger(__name__)
+
+
+def run_node(config: NodeConfig, keys: Keys) -> None:
+    """Run until SIGINT or SIGTERM.
+
+    Raises:
+        OperatorError: the first thing that an operator must mend, as one clear line.
+    """
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    transformers_logging.disable_progress_bar()
+    samples = read_samples(Path(config.data))
+    backbone = resolve(config.network.backbone)
+    models = Models(
+        codec=partial(load_text_codec, backbone),
+        engine=partial(_make_engine, config, backbone),
+        learner=lambda probe: _make_learner(config, backbone, samples, probe),
+    )
+    ledger = Web3Ledger(config.rpc, config.network.chain, keys.account_private_key)
+    trio.run(_run_until_told, Node(config, keys, ledger, models))
+
+
+async def _run_until_told(node: Node) -> None:
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_cancel_on_signal, nursery.cancel_scope)
+            await node.run()
+    except* OperatorError as group:
+        raise _first(group) from None
+
+
+async def _cancel_on_signal(scope: trio.CancelScope) -> None:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for number in signals:
+            log.info("ending on %s", signal.Signals(number).name)
+            scope.cancel()
+
+
+def _first(group: BaseExceptionGroup[OperatorError]) -> OperatorError:
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+
+
+def _make_engine(config: NodeConfig, backbone: str) -> Engine | None:
+    serving = config.serving
+    return Engine(backbone, config.network.adapter, serving.versions_kept) if serving.enabled else None
+
+
+def _make_learner(config: NodeConfig, backbone: str, samples: Sequence[Sample], probe: bytes) -> Learner:
+    model, tokenizer = load_backbone(backbone)
+    honest = TorchLearner(model, tokenizer, config.network, samples, parse_probe(probe, "the probe set"))
+    return FreeRider(honest, config.adversary) if config.adversary else honest

@@ -1,0 +1,101 @@
+"""What people see: tables and pictures of nodes, rounds and rewards. Takes plain values, knows no network."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+from rich.table import Table
+
+from p2pfm.types import NANO
+
+DENSE_BYTES = 4
+"""A dense fp32 parameter."""
+
+
+def make_status_table(status: Mapping[str, Any]) -> Table:
+    """One node's /status, the lines an operator looks for first."""
+    table = Table(title=f"node {status['peer']}", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    chain, protocol, serving = status["chain"], status.get("protocol", {}), status.get("serving", {})
+    seconds = status["phase_ends_in_ms"] / 1000
+    table.add_row("stage", status["stage"])
+    table.add_row("network", f"{status['network']['name']} · {status['network']['backbone']}")
+    table.add_row("round", f"{status['round']} · {status['phase']}, {seconds:.0f} s left")
+    table.add_row("peers", f"{len(status['peers'])} connected")
+    table.add_row("listens on", "\n".join(status["addresses"]))
+    table.add_row("account", status["account"])
+    table.add_row("member", f"{chain['member']} of {chain['members']}, committee {chain['committee']}")
+    table.add_row("chain", f"{chain['rpc']} · {chain['error'] or 'reachable'}, settled round {chain['settled_round']}")
+    if protocol:
+        losses = protocol["losses_nats"]
+        table.add_row("base", f"{protocol['base'][:16]} · certified in round {protocol['certified_round']}")
+        if losses:
+            newest = max(losses, key=int)
+            table.add_row("held-out loss", f"{losses[newest]:.3f} nats/token after round {newest}")
+        table.add_row(
+            "serves",
+            f"{len(serving['versions'])} versions, {serving['sessions']} sessions, {serving['replicas']} replicas",
+        )
+        table.add_row("notes", "\n".join(f"round {n['round']}: {n['text']}" for n in protocol["notes"][-5:]))
+    return table
+
+
+def make_network_table(nodes: Sequence[tuple[str, str, Mapping[str, Any]]]) -> Table:
+    """One line a node: (name, role, its /status or {})."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("node", "role", "stage", "round", "phase", "peers", "certified", "base", "serving"):
+        table.add_column(column)
+    for name, role, status in nodes:
+        if not status:
+            table.add_row(name, role, "[dim]starting[/]", *[""] * 6)
+            continue
+        protocol, serving = status.get("protocol", {}), status.get("serving", {})
+        certified = protocol.get("certified_round")
+        table.add_row(
+            name,
+            role,
+            status["stage"],
+            str(max(status["round"], 0)) if status["round"] >= 0 else "soon",
+            status["phase"] if status["round"] >= 0 else "",
+            str(len(status["peers"])),
+            "" if certified is None else str(certified),
+            protocol.get("base", "")[:8],
+            f"{serving['sessions']} sessions" if serving.get("sessions") else "",
+        )
+    return table
+
+
+def plot_training(
+    losses: Mapping[int, float], payload_bytes: Mapping[int, Sequence[int]], dense_bytes: int, path: Path
+) -> None:
+    """Held-out loss after each round, and what a peer's update weighs beside the dense fp32 delta.
+
+    Args:
+        losses: [nats/token] by round; -1 is before training.
+        payload_bytes: sizes of the announced updates by round.
+        dense_bytes: the same delta uncompressed in fp32.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    rounds = sorted(losses)
+    left.plot(rounds, [losses[r] for r in rounds], marker="o", color="#2b6cb0")
+    left.set(title="Held-out loss of the shared model", xlabel="after round (-1: before)", ylabel="nats a token")
+    left.set_xticks(rounds)
+    left.grid(alpha=0.3)
+    counted = sorted(payload_bytes)
+    means = [sum(payload_bytes[r]) / max(1, len(payload_bytes[r])) / 1024 for r in counted]
+    bars = right.bar([str(r) for r in counted], means, color="#2f855a", width=0.6)
+    right.bar_label(bars, labels=[f"{dense_bytes / 1024 / m:.0f}x" if m else "" for m in means], padding=2)
+    right.set(title="An update on the wire (ratio to dense fp32)", xlabel="round", ylabel="KiB a peer")
+    right.set_ylim(0, 1.2 * max(means, default=1))
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def format_nats(nano: float) -> str:
+    """A contribution for people [milli-nats a token]."""
+    return f"{nano / NANO * 1000:+.2f}"

@@ -1,0 +1,242 @@
+"""Carries out what the core asks for: one method an action, heavy work in threads, answers back as events.
+
+Knows the store, the transport, the learner and the gateway; decides nothing.
+"""
+
+import logging
+import secrets
+from collections import Counter
+from collections.abc import Callable
+from typing import assert_never
+
+import trio
+
+from p2pfm import work
+from p2pfm.config import NetworkConfig
+from p2pfm.errors import P2PFMError, PeerUnreachable, Reject
+from p2pfm.learner import Learner
+from p2pfm.lora.delta import decode_tensors
+from p2pfm.messages import Envelope, Message, Presence, Proposal, SyncReply, decode_reply, encode
+from p2pfm.protocol.events import (
+    Adopt,
+    Aggregate,
+    Aggregated,
+    AnswerSync,
+    AnyAction,
+    AnyEvent,
+    AskSync,
+    Blame,
+    Evaluate,
+    Fetch,
+    Fetched,
+    FetchFailed,
+    Merge,
+    Note,
+    Persist,
+    Publish,
+    Received,
+    ScoreUpdates,
+    Serve,
+    SetTimer,
+    Settle,
+    Sign,
+    Signed,
+    SyncAnswered,
+    Train,
+)
+from p2pfm.runtime import exchange
+from p2pfm.runtime.door import Door
+from p2pfm.runtime.envelopes import seal
+from p2pfm.runtime.gateway import Gateway
+from p2pfm.runtime.keys import Keys
+from p2pfm.runtime.libp2p_transport import Libp2pTransport
+from p2pfm.runtime.settler import Settler
+from p2pfm.runtime.store import Store
+from p2pfm.settlement import bls
+from p2pfm.types import Digest, Millis, PeerId, Round
+
+SYNC_TIMEOUT_S = 5.0
+"""A neighbour that does not answer an anti-entropy request in this time is asked again later."""
+
+FETCHES_MAX = 8
+"""Downloads at once."""
+
+log = logging.getLogger(__name__)
+
+
+class Effects:
+    """The hands of one node. `emit` is how answers come back to the core."""
+
+    def __init__(
+        self,
+        config: NetworkConfig,
+        keys: Keys,
+        store: Store,
+        transport: Libp2pTransport,
+        learner: Learner,
+        gateway: Gateway,
+        settler: Settler,
+        door: Door,
+        nursery: trio.Nursery,
+        emit: Callable[[AnyEvent], None],
+    ) -> None:
+        self.due_ms: Millis | None = None
+        self.served: set[Digest] = set()
+        """Blobs that may be given to whoever asks."""
+        self.notes: list[tuple[Round, str]] = []
+        self.num_blamed: Counter[PeerId] = Counter()
+        self._config = config
+        self._network_id = config.network_id()
+        self._keys = keys
+        self._store = store
+        self._transport = transport
+        self._learner = learner
+        self._gateway = gateway
+        self._settler = settler
+        self._door = door
+        self._nursery = nursery
+        self._emit = emit
+        self._shapes = dict(learner.shapes())
+        self._answers: dict[int, tuple[trio.Event, list[SyncReply]]] = {}
+        # One model, one core: training, scoring and evaluation take turns. Merges are short and may not wait for them.
+        self._model_turns = trio.CapacityLimiter(1)
+        self._downloads = trio.CapacityLimiter(FETCHES_MAX)
+
+    async def carry_out(self, action: AnyAction) -> None:
+        """Start, or for what must be durable finish, one action."""
+        match action:
+            case SetTimer(at_ms=at_ms):
+                self.due_ms = at_ms
+            case Persist(durable=durable):
+                await trio.to_thread.run_sync(self._store.save_durable, durable)
+            case Train() | ScoreUpdates() | Evaluate():
+                self._nursery.start_soon(self._use_model, action)
+            case Merge():
+                self._nursery.start_soon(self._merge, action)
+            case Publish(message=message):
+                await self._publish(message)
+            case Serve(digest=digest):
+                self.served.add(digest)
+            case Fetch():
+                self._nursery.start_soon(self._fetch, action)
+            case Sign():
+                self._nursery.start_soon(self._sign, action)
+            case Aggregate():
+                self._nursery.start_soon(self._aggregate, action)
+            case Adopt(base=base):
+                await self.adopt(base)
+            case Settle(certificate=certificate, rank=rank):
+                data = encode(certificate.proposal)
+                self.served.add(await trio.to_thread.run_sync(self._store.put, data))
+                await self._settler.queue(certificate, rank)
+            case AskSync():
+                self._nursery.start_soon(self._ask_sync, action)
+            case AnswerSync(token=token, reply=reply):
+                event, replies = self._answers.pop(token)
+                replies.append(reply)
+                event.set()
+            case Blame(peer=peer, reason=reason):
+                self.blame(peer, reason)
+            case Note(round=round, text=text):
+                self.notes = [*self.notes[-99:], (round, text)]
+                log.info("round %d: %s", round, text)
+            case _:
+                assert_never(action)
+
+    def blame(self, peer: PeerId, reason: str) -> None:
+        """Remember that a peer broke a rule, and tell the transport."""
+        self.num_blamed[peer] += 1
+        log.warning("peer %s broke a rule: %s", peer[-6:], reason)
+        self._transport.blame(peer, reason)
+
+    async def adopt(self, base: Digest) -> None:
+        """Serving swaps to a base that lies in the store."""
+        data = await trio.to_thread.run_sync(self._store.get, base)
+        tensors = await trio.to_thread.run_sync(decode_tensors, data, self._shapes)
+        await self._gateway.adopt(base, tensors)
+
+    def wait_for_answer(self, token: int) -> tuple[trio.Event, list[SyncReply]]:
+        """Where the core's `AnswerSync` with this token will be put."""
+        return self._answers.setdefault(token, (trio.Event(), []))
+
+    async def receive(self, forwarder: PeerId, envelope: Envelope) -> Message | None:
+        """Check an envelope and hand it to the core; returns its message. A broken rule blames who gave it to us.
+
+        A presence is for the gateway alone: the protocol does not depend on it.
+        """
+        try:
+            message = await trio.to_thread.run_sync(self._door.open, envelope)
+        except Reject as error:
+            self.blame(forwarder, str(error))
+            return None
+        if not isinstance(message, Presence):
+            self._emit(Received(envelope, message))
+        return message
+
+    async def _publish(self, message: Message) -> None:
+        envelope = seal(self._keys, self._network_id, message)
+        self._emit(Received(envelope, message))
+        if isinstance(message, Proposal):
+            await trio.to_thread.run_sync(self._store.put, envelope.body)
+        self._nursery.start_soon(self._transport.publish, encode(envelope))
+
+    async def _use_model(self, action: Train | ScoreUpdates | Evaluate) -> None:
+        def run() -> AnyEvent:
+            match action:
+                case Train():
+                    return work.train_update(self._learner, self._store, self._config, action)
+                case ScoreUpdates():
+                    seed, salt = secrets.randbits(63), secrets.token_bytes(32)
+                    return work.score_updates(self._learner, self._store, self._config, action, seed, salt)
+                case Evaluate():
+                    return work.evaluate(self._learner, self._store, action)
+
+        self._emit(await trio.to_thread.run_sync(run, limiter=self._model_turns))
+
+    async def _merge(self, action: Merge) -> None:
+        self._emit(await trio.to_thread.run_sync(work.merge_updates, self._store, self._shapes, self._config, action))
+
+    async def _fetch(self, action: Fetch) -> None:
+        """From disk, else from the providers; stored only when it is well-formed for its kind."""
+        async with self._downloads:
+            data = await trio.to_thread.run_sync(self._store.find, action.digest)
+            try:
+                if data is None:
+                    data = await exchange.fetch(self._transport, action.digest, action.providers, action.bytes_max)
+            except (PeerUnreachable, Reject) as error:
+                log.info("could not fetch %s %s: %s", action.kind, action.digest.hex()[:10], error)
+                self._emit(FetchFailed(action.digest, is_malformed=False))
+                return
+            try:
+                await trio.to_thread.run_sync(work.validate_blob, action.kind, data, self._shapes, self._config)
+            except Reject as error:
+                log.warning("%s %s: %s", action.kind, action.digest.hex()[:10], error)
+                self._emit(FetchFailed(action.digest, is_malformed=True))
+                return
+            await trio.to_thread.run_sync(self._store.put, data)
+            self._emit(Fetched(action.digest))
+
+    async def _sign(self, action: Sign) -> None:
+        signature = await trio.to_thread.run_sync(bls.sign, self._keys.bls_secret, action.message)
+        self._emit(Signed(action.round, action.message, signature))
+
+    async def _aggregate(self, action: Aggregate) -> None:
+        signatures = [attestation.signature for attestation in action.attestations]
+        signature = await trio.to_thread.run_sync(bls.aggregate, signatures)
+        self._emit(Aggregated(action.round, action.message, action.absent, signature))
+
+    async def _ask_sync(self, action: AskSync) -> None:
+        try:
+            data = await self._transport.request(action.peer, encode(action.request), timeout_s=SYNC_TIMEOUT_S)
+            reply = decode_reply(data)
+            if not isinstance(reply, SyncReply):
+                raise Reject(f"expected a sync reply, got {type(reply).__name__}")
+            for envelope in reply.envelopes:
+                await self.receive(action.peer, envelope)
+            if reply.head is not None:
+                await trio.to_thread.run_sync(self._door.verify_certificate, reply.head)
+            self._emit(SyncAnswered(action.peer, reply.head))
+        except Reject as error:
+            self.blame(action.peer, str(error))
+        except P2PFMError as error:
+            log.debug("sync with %s: %s", action.peer[-6:], error)

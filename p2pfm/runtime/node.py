@@ -1,0 +1,371 @@
+"""One node: puts the parts together, feeds events to the core in one queue, and ends when it is told to.
+
+Knows every part and no rule: rules are in `protocol`, work in `work`, verdicts on bytes in `door`.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import trio
+from prometheus_client import CollectorRegistry
+
+from p2pfm.config import WEI_PER_PFM, NodeConfig
+from p2pfm.errors import ChainError, OperatorError, PeerUnreachable, Reject, Reverted
+from p2pfm.learner import Learner
+from p2pfm.lora.delta import encode_tensors
+from p2pfm.messages import (
+    BlobReply,
+    BlobRequest,
+    Presence,
+    SyncRequest,
+    decode_envelope,
+    decode_request,
+    encode,
+)
+from p2pfm.protocol.events import AnyEvent, PeersChanged, SyncAsked, Tick
+from p2pfm.protocol.peer import Peer, initial_durable
+from p2pfm.runtime import exchange
+from p2pfm.runtime.door import Door
+from p2pfm.runtime.effects import Effects
+from p2pfm.runtime.engine import Engine
+from p2pfm.runtime.envelopes import seal
+from p2pfm.runtime.event_log import EventLogWriter
+from p2pfm.runtime.gateway import PRESENCE_INTERVAL_MS, Gateway
+from p2pfm.runtime.http_api import HttpApi, serve_http
+from p2pfm.runtime.keys import Keys
+from p2pfm.runtime.libp2p_transport import Libp2pTransport, Send
+from p2pfm.runtime.replica_streams import ReplicaStreams, answer_generate
+from p2pfm.runtime.settler import Settler
+from p2pfm.runtime.status import NodeMetrics, RoundFigures, make_status
+from p2pfm.runtime.store import Store
+from p2pfm.runtime.text import TextCodec
+from p2pfm.settlement import bls
+from p2pfm.settlement.ledger import Ledger
+from p2pfm.types import Digest, Millis, PeerId, Round, Wei
+
+PROBE_BYTES_MAX = 64 * 1024 * 1024
+PROBE_WAIT_S = 60.0
+"""How long a node without a probe file asks its peers for one."""
+
+EVENTS_MAX = 100_000
+"""Events that wait for the core. More than the transport's own bounds let in means the core hangs: then we stop."""
+
+PRUNE_S = 60.0
+"""How often old blobs are dropped."""
+
+BLOB_BYTES_MAX = 4 << 30
+"""Disk that blobs may take: thousands of rounds of payloads and bases of a small adapter."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """How a node gets its models; blocking functions, called in a thread."""
+
+    codec: Callable[[], TextCodec]
+    engine: Callable[[], Engine | None]
+    learner: Callable[[bytes], Learner]
+    """Takes the probe set's bytes."""
+
+
+def now_ms() -> Millis:
+    """The wall clock."""
+    return Millis(time.time_ns() // 1_000_000)
+
+
+class Node:
+    """Everything one process runs. `run` ends only when cancelled, or when an operator must mend something."""
+
+    def __init__(self, config: NodeConfig, keys: Keys, ledger: Ledger, models: Models) -> None:
+        self.config = config
+        self.keys = keys
+        self.network_id = config.network.network_id()
+        self.registry = CollectorRegistry()
+        self.peer: Peer | None = None
+        self.stage = "starting"
+        """What a person waits for: starting, loading, running."""
+        self._ledger = ledger
+        self._models = models
+        self._store = Store(Path(config.home))
+        self._door = Door(config.network)
+        self._metrics = NodeMetrics(self.registry)
+        self.figures = RoundFigures()
+        self._events_in, self._events = trio.open_memory_channel[AnyEvent](EVENTS_MAX)
+        self._num_tokens_given = 0
+        self._wake = trio.Event()
+        self.settler = Settler(keys.peer, config.network, ledger, self._store, self._on_chain, config.auto_claim)
+        self.transport = Libp2pTransport(
+            keys.keypair,
+            config.listen,
+            config.bootstrap,
+            self.network_id,
+            known=self._store.get_addresses(),
+        )
+        self.effects: Effects
+        self.gateway: Gateway
+
+    async def run(self) -> None:
+        """Start all parts in the order in which they need one another, then serve until cancelled.
+
+        Raises:
+            OperatorError: a part cannot start; says which and what to do.
+        """
+        async with self.transport, trio.open_nursery() as nursery:
+            self.transport.set_handler(self._on_request)
+            self.transport.set_stream_handler(self._on_stream)
+            await self._join_chain()
+            self.stage = "loading"
+            codec = await trio.to_thread.run_sync(self._models.codec)
+            engine = await trio.to_thread.run_sync(self._models.engine)
+            self.gateway = Gateway(
+                self.keys.peer,
+                self.config.serving,
+                engine,
+                codec.vocabulary,
+                ReplicaStreams(self.transport),
+                self.registry,
+                now_ms,
+            )
+            api = HttpApi(self.gateway, codec, self.config.network.backbone, self.registry, self.status, now_ms)
+            await nursery.start(serve_http, api.app(), self.config.http.host, self.config.http.port)
+            learner = await self._load_learner()
+            self.effects = Effects(
+                self.config.network,
+                self.keys,
+                self._store,
+                self.transport,
+                learner,
+                self.gateway,
+                self.settler,
+                self._door,
+                nursery,
+                self._emit,
+            )
+            await self._restore(learner)
+            self.stage = "running"
+            for task in (
+                self.settler.run,
+                self._gossip_loop,
+                self._peers_loop,
+                self._timer_loop,
+                self._presence_loop,
+                self._prune_loop,
+            ):
+                nursery.start_soon(task)
+            await self._event_loop()
+
+    def status(self) -> Mapping[str, Any]:
+        """What `/status` and `p2pfm node status` show."""
+        return make_status(self, now_ms())
+
+    # --- starting ---
+
+    async def _join_chain(self) -> None:
+        """Read the registry; stake and join if this peer is not in it.
+
+        Raises:
+            OperatorError: the chain is unreachable at first start, or the stake is missing.
+        """
+        try:
+            roster = await trio.to_thread.run_sync(self._ledger.get_roster)
+            if all(member.peer != self.keys.peer for member in roster.members):
+                self.stage = "registering"
+                await trio.to_thread.run_sync(self._register)
+            await self.settler.refresh()
+        except Reverted as error:
+            raise OperatorError(
+                f"could not register on chain: {error}. Account {self.keys.account_address} needs "
+                f"{self.config.stake_pfm} PFM of stake and some ether for gas"
+            ) from error
+        except ChainError as error:
+            if self._store.load_durable() is None:
+                raise OperatorError(
+                    f"chain: {error}. Check `rpc` in the node's TOML (now {self.config.rpc}); "
+                    "`p2pfm testnet up` starts a local one"
+                ) from error
+            log.warning("chain: %s; going on with what is known", error)
+
+    def _register(self) -> None:
+        key = bls.public_key(self.keys.bls_secret)
+        chain = self.config.network.chain
+        possession = bls.prove_possession(self.keys.bls_secret, chain, self.keys.account_address, self.keys.peer)
+        stake = Wei(self.config.stake_pfm * WEI_PER_PFM)
+        index = self._ledger.register(self.keys.peer, key, possession, stake)
+        log.info("registered as member %d with a stake of %d PFM", index, self.config.stake_pfm)
+
+    async def _load_learner(self) -> Learner:
+        probe = await self._get_probe()
+        learner = await trio.to_thread.run_sync(self._models.learner, probe)
+        self._probe = await trio.to_thread.run_sync(self._store.put, probe)
+        return learner
+
+    async def _get_probe(self) -> bytes:
+        """The declared probe set: from the configured file, from disk, or from any peer; its digest proves it.
+
+        Raises:
+            OperatorError: a file with another digest, or nobody gave one.
+        """
+        digest = Digest(bytes.fromhex(self.config.network.probe))
+        if self.config.probe:
+            data = await trio.Path(self.config.probe).read_bytes()
+            stored = await trio.to_thread.run_sync(self._store.put, data)
+            if stored != digest:
+                raise OperatorError(
+                    f"probe: {self.config.probe} has SHA-256 {stored.hex()}, the network declares {digest.hex()}; "
+                    "remove the key to fetch the right one from a peer"
+                )
+            return data
+        with trio.move_on_after(PROBE_WAIT_S):
+            while True:
+                data_or_none = await trio.to_thread.run_sync(self._store.find, digest)
+                if data_or_none is not None:
+                    return data_or_none
+                try:
+                    peers = self.transport.connected()
+                    return await exchange.fetch(self.transport, digest, peers, PROBE_BYTES_MAX)
+                except (PeerUnreachable, Reject) as error:
+                    log.info("probe: %s; asking again", error)
+                    await trio.sleep(1)
+        raise OperatorError(
+            f"probe: no file is configured and no peer gave the probe set within {PROBE_WAIT_S:g} s; "
+            "check `bootstrap`, or set `probe` to the file"
+        )
+
+    async def _restore(self, learner: Learner) -> None:
+        """The state of the last run, or of a newcomer; the base is served from the first moment."""
+        durable = await trio.to_thread.run_sync(self._store.load_durable)
+        if durable is None or await trio.to_thread.run_sync(self._store.find, durable.base) is None:
+            # A base whose blob was lost with the disk is fetched again with the next certificate.
+            initial = await trio.to_thread.run_sync(self._store.put, encode_tensors(learner.initial()))
+            durable = initial_durable(initial)
+        self.peer = Peer(self.keys.peer, self.config.network, durable)
+        self.effects.served |= {self._probe, durable.base}
+        await self.effects.adopt(durable.base)
+        self._event_log = EventLogWriter(
+            Path(self.config.home) / "events", self.config.network, self.keys.peer, durable
+        )
+        self._settled_data = await self._get_settled_data()
+        self.effects.served |= self._settled_data
+
+    async def _get_settled_data(self) -> set[Digest]:
+        """Data hashes of the rounds on chain: their proposals are public, before and after a restart."""
+        try:
+            rounds = await trio.to_thread.run_sync(self._ledger.get_rounds, Round(0))
+        except ChainError:
+            return set()
+        return {settled.data_digest for settled in rounds}
+
+    # --- the queue ---
+
+    def _emit(self, event: AnyEvent) -> None:
+        self._events_in.send_nowait(event)
+
+    async def _on_chain(self, event: AnyEvent) -> None:
+        await self._events_in.send(event)
+
+    async def _event_loop(self) -> None:
+        assert self.peer is not None, "restored before"
+        self._emit(Tick())
+        async for event in self._events:
+            self._door.on_event(event)
+            now = now_ms()
+            try:
+                actions = self.peer.handle(event, now)
+            except Exception:  # the driver's top loop: a bug in the core must not take serving down
+                log.exception("the core failed on %s", type(event).__name__)
+                self._metrics.core_failures.inc()
+                continue
+            self._event_log.append(now, event, actions)
+            self._metrics.events.labels(type(event).__name__).inc()
+            self._metrics.update(self)
+            self.figures.on_event(self.peer.round, event, self.transport.counters)
+            for action in actions:
+                await self.effects.carry_out(action)
+            self._wake.set()
+
+    async def _timer_loop(self) -> None:
+        """One timer: the core names the next moment at which it must be woken."""
+        while True:
+            due = self.effects.due_ms
+            wait_s = float("inf") if due is None else (due - now_ms()) / 1000
+            if wait_s <= 0:
+                self.effects.due_ms = None
+                self._emit(Tick())
+                continue
+            with trio.move_on_after(wait_s):
+                await self._wake.wait()
+            self._wake = trio.Event()
+
+    async def _gossip_loop(self) -> None:
+        async for forwarder, data in self.transport.gossip:
+            try:
+                envelope = decode_envelope(data)
+            except Reject as error:
+                self.effects.blame(forwarder, str(error))
+                continue
+            message = await self.effects.receive(forwarder, envelope)
+            if isinstance(message, Presence):
+                self.gateway.on_presence(envelope.author, message)
+
+    async def _peers_loop(self) -> None:
+        async for peers in self.transport.peers_changed:
+            self._emit(PeersChanged(peers))
+            await trio.to_thread.run_sync(self._store.save_addresses, self.transport.book.get_all())
+
+    async def _presence_loop(self) -> None:
+        while True:
+            envelope = seal(self.keys, self.network_id, self.gateway.presence())
+            await self.transport.publish(encode(envelope))
+            await trio.sleep(PRESENCE_INTERVAL_MS / 1000)
+
+    async def _prune_loop(self) -> None:
+        while True:
+            await trio.sleep(PRUNE_S)
+            await trio.to_thread.run_sync(self._prune)
+
+    def _prune(self) -> None:
+        """Drop the oldest blobs beyond the bound, never what this peer needs to go on."""
+        assert self.peer is not None, "runs only once the core does"
+        durable = self.peer.durable
+        needed = (durable.base, durable.residual, durable.pending_residual, durable.announced_payload)
+        keep = {digest for digest in needed if digest is not None} | {self._probe, *self._settled_data}
+        freed = self._store.prune(keep, BLOB_BYTES_MAX)
+        if freed:
+            log.info("dropped %d bytes of old blobs", freed)
+
+    # --- what peers ask ---
+
+    def find_public(self, digest: Digest) -> bytes | None:
+        """A blob that anyone may have: what is served to peers is served to people too."""
+        return self._store.find(digest) if digest in self.effects.served else None
+
+    async def _on_request(self, peer: PeerId, data: bytes) -> bytes:
+        request = decode_request(data)
+        match request:
+            case BlobRequest():
+                if self.stage != "running":
+                    return encode(BlobReply(0, b""))
+                is_served = self.effects.served.__contains__
+                return encode(await trio.to_thread.run_sync(exchange.answer_blob, self._store, is_served, request))
+            case SyncRequest():
+                return await self._answer_sync(peer, request)
+            case _:
+                raise Reject(f"expected a blob or sync request, got {type(request).__name__}")
+
+    async def _answer_sync(self, peer: PeerId, request: SyncRequest) -> bytes:
+        if self.stage != "running":
+            raise PeerUnreachable("this node is still starting")
+        self._num_tokens_given += 1
+        answered, replies = self.effects.wait_for_answer(self._num_tokens_given)
+        self._emit(SyncAsked(peer, request, self._num_tokens_given))
+        await answered.wait()
+        return encode(replies[0])
+
+    async def _on_stream(self, peer: PeerId, data: bytes, send: Send) -> None:
+        if self.stage == "running":
+            await answer_generate(self.gateway, data, send)

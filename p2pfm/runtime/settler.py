@@ -1,0 +1,166 @@
+"""A node's dealings with the chain: follow it, bring certificates to it, claim. The chain may be down for as long as it
+likes: certificates wait on disk, training and serving go on.
+
+Knows the Ledger and the store; no libp2p, no model.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from p2pfm.config import NetworkConfig
+from p2pfm.errors import ChainError, Reverted
+from p2pfm.messages import Certificate, Proposal, decode_message
+from p2pfm.protocol.events import AnyEvent, RosterChanged, SettledChanged
+from p2pfm.protocol.membership import get_member
+from p2pfm.runtime.store import Store
+from p2pfm.settlement.ledger import Ledger, Roster, SettledRound
+from p2pfm.settlement.rewards import from_wire, make_submission
+from p2pfm.types import PeerId, Round
+
+POLL_S = 2.0
+"""How often the chain is read: a block or two."""
+
+RANK_DELAY_S = 8.0
+"""The k-th ranked waits k times this before it submits what the others have not: one transaction, not one a peer."""
+
+ROTATE_AFTER_S = 4.0
+"""A registry that still grows is left alone for so long: newcomers come in groups."""
+
+SUBMIT_TRIES_MAX = 8
+"""A certificate that the contract refuses this often (a fork the chain did not take) is given up."""
+
+log = logging.getLogger(__name__)
+
+
+class Settler:
+    """Runs until cancelled. `emit` delivers events to the core."""
+
+    def __init__(
+        self,
+        me: PeerId,
+        config: NetworkConfig,
+        ledger: Ledger,
+        store: Store,
+        emit: Callable[[AnyEvent], Awaitable[None]],
+        auto_claim: bool,
+    ) -> None:
+        self.roster: Roster | None = None
+        self.head: SettledRound | None = None
+        self.chain_error = ""
+        """Why the chain cannot be used right now; empty: it can."""
+        self._me = me
+        self._config = config
+        self._ledger = ledger
+        self._store = store
+        self._emit = emit
+        self._auto_claim = auto_claim
+        self._claimed = Round(-1)
+        self._roster_since = 0.0
+        self._rotated_epoch = 0
+        self._due: dict[Round, tuple[float, int]] = {}
+
+    async def run(self) -> None:
+        """Poll, settle, claim, for ever."""
+        while True:
+            try:
+                await self._follow()
+                await self._rotate()
+                await self._settle()
+                if self._auto_claim:
+                    await self._claim()
+                self.chain_error = ""
+            except ChainError as error:
+                if str(error) != self.chain_error:
+                    log.warning("chain: %s; settlement waits, training and serving go on", error)
+                self.chain_error = str(error)
+            await trio.sleep(POLL_S)
+
+    async def refresh(self) -> None:
+        """Read the chain once. Raises: ChainError."""
+        await self._follow()
+
+    async def queue(self, certificate: Certificate, rank: int) -> None:
+        """Bring this certificate on chain unless somebody else does first."""
+        await trio.to_thread.run_sync(self._store.queue_settlement, certificate)
+        self._due[certificate.proposal.round] = (trio.current_time() + rank * RANK_DELAY_S, 0)
+
+    async def _follow(self) -> None:
+        roster = await trio.to_thread.run_sync(self._ledger.get_roster)
+        if roster != self.roster:
+            self.roster = roster
+            self._roster_since = trio.current_time()
+            if roster.committee:  # before the first draw there is nothing that a peer could do
+                await self._emit(RosterChanged(roster))
+        head = await trio.to_thread.run_sync(self._ledger.get_head)
+        if head is not None and head != self.head:
+            self.head = head
+            await self._emit(SettledChanged(head))
+
+    async def _rotate(self) -> None:
+        """Draw the next committee when newcomers have no seat although there is room, and once an epoch.
+
+        Everyone may; the members take turns by rank, so that one transaction is enough.
+        """
+        roster = self.roster
+        member = get_member(roster, self._me) if roster else None
+        if roster is None or member is None:
+            return
+        size = self._config.scoring.committee_size
+        has_room = len(roster.committee) < min(size, len(roster.members))
+        epoch = self.head.round // self._config.settlement.rounds_per_epoch if self.head else 0
+        is_due = has_room or (len(roster.members) > size and epoch > self._rotated_epoch)
+        ranks = roster.committee or tuple(m.index for m in roster.members)
+        rank = ranks.index(member.index) if member.index in ranks else len(ranks) + member.index
+        quiet_s = trio.current_time() - self._roster_since
+        if not is_due or quiet_s < ROTATE_AFTER_S + rank * RANK_DELAY_S:
+            return
+        self._rotated_epoch = epoch
+        await trio.to_thread.run_sync(self._ledger.rotate)
+        log.info("drew the next committee")
+        await self._follow()
+
+    async def _settle(self) -> None:
+        """Submit what is due, in the order of rounds: each root links to the one before."""
+        for certificate in await trio.to_thread.run_sync(self._store.get_settlements):
+            round = certificate.proposal.round
+            if self.head is not None and self.head.round >= round:
+                await trio.to_thread.run_sync(self._store.drop_settlement, round)
+                continue
+            due, tries = self._due.setdefault(round, (trio.current_time(), 0))
+            if trio.current_time() < due:
+                return
+            try:
+                submission = make_submission(self._config.chain, certificate)
+                await trio.to_thread.run_sync(self._ledger.submit_round, submission)
+                log.info("round %d is on chain", round)
+            except Reverted as error:
+                tries += 1
+                log.warning("round %d: %s", round, error)
+                if tries >= SUBMIT_TRIES_MAX:
+                    log.warning("round %d: given up, the chain follows another history", round)
+                    await trio.to_thread.run_sync(self._store.drop_settlement, round)
+                self._due[round] = (trio.current_time() + RANK_DELAY_S, tries)
+                return
+            await self._follow()
+
+    async def _claim(self) -> None:
+        """Draw what the newest final round owes this peer."""
+        if self.roster is None or self.head is None or self.head.round <= self._claimed:
+            return
+        rounds = await trio.to_thread.run_sync(self._ledger.get_rounds, Round(self._claimed + 1))
+        final = [settled for settled in rounds if settled.is_final]
+        member = get_member(self.roster, self._me)
+        if not final or member is None:
+            return
+        data = await trio.to_thread.run_sync(self._store.find, final[-1].data_digest)
+        if data is None:
+            return
+        proposal = decode_message(data)
+        assert isinstance(proposal, Proposal), "the blob under a data digest is a proposal"
+        leaves = from_wire(proposal.leaves)
+        if leaves[member.index].cumulative_wei > await trio.to_thread.run_sync(self._ledger.get_claimed, member.index):
+            paid = await trio.to_thread.run_sync(self._ledger.claim, final[-1].round, member.index, leaves)
+            log.info("claimed %.4f PFM", paid / 10**18)
+        self._claimed = final[-1].round

@@ -1,0 +1,147 @@
+"""What a node tells people and machines of itself: /status, /metrics, and the bytes of each round.
+
+Reads other parts' public state; changes nothing.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import Counter as PrometheusCounter
+
+from p2pfm.protocol.events import AnyEvent, Trained
+from p2pfm.protocol.membership import get_member
+from p2pfm.protocol.phases import compute_position
+from p2pfm.settlement.rewards import from_wire
+from p2pfm.types import NANO, Millis, Round
+
+if TYPE_CHECKING:
+    from p2pfm.runtime.node import Node
+
+ROUNDS_MAX = 256
+"""Rounds whose figures are kept for /status."""
+
+SENT = ("gossip_bytes_out", "request_bytes_out")
+"""The transport's counters that make up the bytes sent."""
+
+
+class RoundFigures:
+    """Bytes, training loss and payload of each round, as this node saw them."""
+
+    def __init__(self) -> None:
+        self.by_round: dict[Round, dict[str, int]] = {}
+        self._before: Counter[str] = Counter()
+
+    def on_event(self, round: Round, event: AnyEvent, counters: Mapping[str, int]) -> None:
+        """Note what happened in `round`, and what has been sent in it so far."""
+        figures = self.by_round.get(round)
+        if figures is None:
+            self._before = Counter(counters)
+            figures = self.by_round[round] = {}
+            for old in sorted(self.by_round)[:-ROUNDS_MAX]:
+                del self.by_round[old]
+        figures["sent_bytes"] = sum(counters.get(name, 0) - self._before[name] for name in SENT)
+        if isinstance(event, Trained):
+            figures["payload_bytes"] = event.payload_bytes
+            figures["train_loss_nano"] = event.loss_nano
+            figures["num_tokens"] = event.num_tokens
+
+
+class NodeMetrics:
+    """The node's own Prometheus metrics (serving has its own in `gateway`)."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.events = PrometheusCounter("p2pfm_events", "Events handled by the core", ["kind"], registry=registry)
+        self.core_failures = PrometheusCounter(
+            "p2pfm_core_failures", "Events on which the core raised: each is a bug, see the log", registry=registry
+        )
+        self.round = Gauge("p2pfm_round", "Round this node is in", registry=registry)
+        self.phase = Gauge("p2pfm_phase", "Phase of the round: 0 TRAIN to 5 MERGE", registry=registry)
+        self.head = Gauge("p2pfm_certified_round", "Newest certified round held here", registry=registry)
+        self.loss = Gauge("p2pfm_held_out_loss_nats", "Held-out loss at the newest evaluated base", registry=registry)
+        self.peers = Gauge("p2pfm_peers", "Connected peers", registry=registry)
+        self.network = Gauge(
+            "p2pfm_network_total", "The transport's counters: bytes, messages, drops", ["what"], registry=registry
+        )
+
+    def update(self, node: "Node") -> None:
+        """Take the present values."""
+        peer = node.peer
+        if peer is not None:
+            self.round.set(peer.round)
+            self.phase.set(int(peer.phase))
+            self.head.set(peer.durable.head.proposal.round if peer.durable.head else -1)
+            if peer.losses:
+                self.loss.set(peer.losses[max(peer.losses)] / NANO)
+        self.peers.set(len(node.transport.connected()))
+        for name, value in node.transport.counters.items():
+            self.network.labels(name).set(value)
+
+
+def make_status(node: "Node", now_ms: Millis) -> dict[str, Any]:
+    """What `/status` shows; JSON-able. Secrets never come here."""
+    network = node.config.network
+    position = compute_position(network, now_ms)
+    status: dict[str, Any] = {
+        "peer": node.keys.peer,
+        "account": node.keys.account_address,
+        "network": {"name": network.name, "id": node.network_id.hex(), "backbone": network.backbone},
+        "stage": node.stage,
+        "round": position.round,
+        "phase": position.phase.name,
+        "phase_ends_in_ms": position.ends_ms - now_ms,
+        "addresses": list(node.transport.addresses()),
+        "peers": list(node.transport.connected()),
+        "traffic": dict(sorted(node.transport.counters.items())),
+        "chain": _chain_status(node),
+    }
+    if node.peer is not None:
+        status["protocol"] = _protocol_status(node)
+        status["serving"] = {
+            "versions": [version.hex() for version in node.gateway.versions()],
+            "sessions": node.gateway.num_sessions,
+            "replicas": len(node.gateway.table.live(now_ms)),
+        }
+    return status
+
+
+def _chain_status(node: "Node") -> dict[str, Any]:
+    settler, chain = node.settler, node.config.network.chain
+    member = get_member(settler.roster, node.keys.peer) if settler.roster else None
+    return {
+        "chain_id": chain.chain_id,
+        "federation": chain.federation,
+        "rpc": node.config.rpc,
+        "error": settler.chain_error,
+        "member": member.index if member else None,
+        "members": len(settler.roster.members) if settler.roster else 0,
+        "committee": list(settler.roster.committee) if settler.roster else [],
+        "settled_round": settler.head.round if settler.head else None,
+    }
+
+
+def _protocol_status(node: "Node") -> dict[str, Any]:
+    assert node.peer is not None, "asked only of a running node"
+    durable = node.peer.durable
+    head = durable.head
+    return {
+        "base": durable.base.hex(),
+        "certified_round": head.proposal.round if head else None,
+        "updates": [
+            {
+                "peer": update.peer,
+                "member": update.member,
+                "contribution_nats": update.contribution / NANO,
+                "weight": update.weight / NANO,
+            }
+            for update in (head.proposal.updates if head else ())
+        ],
+        "absent": list(head.absent) if head else [],
+        "cumulative_wei": [str(leaf.cumulative_wei) for leaf in from_wire(head.proposal.leaves)] if head else [],
+        "announced_round": durable.announced_round,
+        "losses_nats": {str(round): loss / NANO for round, loss in sorted(node.peer.losses.items())},
+        "rounds": {str(round): figures for round, figures in sorted(node.figures.by_round.items())},
+        "notes": [{"round": round, "text": text} for round, text in node.effects.notes[-20:]],
+        "blamed": dict(node.effects.num_blamed),
+    }
