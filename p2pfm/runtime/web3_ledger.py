@@ -49,8 +49,21 @@ _PANIC = keccak(b"Panic(uint256)")[:4]
 class Web3Ledger:
     """The Ledger of one account."""
 
-    def __init__(self, rpc_url: str, chain: ChainConfig, private_key: bytes, confirmations: int = 1) -> None:
-        """Connects on first use, so that a node can start while the chain is down."""
+    def __init__(
+        self,
+        rpc_url: str,
+        chain: ChainConfig,
+        private_key: bytes,
+        confirmations: int = 1,
+        fresh_s: float = STATE_FRESH_S,
+    ) -> None:
+        """Connects on first use, so that a node can start while the chain is down.
+
+        Args:
+            confirmations: blocks, its own included, after which a transaction counts as done.
+            fresh_s: how old an answer of the chain may be [s]; one's own changes are seen at once.
+        """
+        self._fresh_s = fresh_s
         self._rpc = _Rpc(rpc_url, chain.chain_id, private_key, confirmations)
         self._chain = chain
         self._federation: Any = self._rpc.contract("Federation", chain.federation)
@@ -223,7 +236,7 @@ class Web3Ledger:
 
     def _read_state(self) -> Any:
         self.check()
-        if self._state is None or time.monotonic() - self._state_at > STATE_FRESH_S:
+        if self._state is None or time.monotonic() - self._state_at >= self._fresh_s:
             self._state = self._rpc.call(self._federation.functions.state())
             self._state_at = time.monotonic()
         return self._state

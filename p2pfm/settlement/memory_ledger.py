@@ -304,7 +304,10 @@ class AccountLedger:
         return self._ledger.get_rounds(first)
 
     def register(self, peer: PeerId, bls_key: bytes, possession: bytes, stake: Wei) -> MemberIndex:
-        """See Ledger."""
+        """See Ledger. Registering again with the same peer and key gives the same index."""
+        for member in self._ledger.get_roster().members:
+            if (member.account, member.peer, member.bls_key) == (self._account, peer, bls_key):
+                return member.index
         return self._ledger.register(self._account, peer, bls_key, possession, stake)
 
     def rotate(self) -> None:
@@ -338,6 +341,10 @@ class AccountLedger:
     def get_pool(self) -> Wei:
         """See Ledger."""
         return self._ledger.get_pool()
+
+    def restart_round(self) -> None:
+        """See InMemoryLedger."""
+        self._ledger.restart_round()
 
 
 def is_settled(rounds: Sequence[SettledRound], submission: Submission) -> bool:
