@@ -1,5 +1,7 @@
 """Laws of settlement that hold for any numbers: nothing is paid that was not allotted, and a root binds its leaves."""
 
+from itertools import pairwise
+
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -41,7 +43,7 @@ def test_weights_are_within_one_of_proportional_and_never_reverse_an_order(value
         if total:
             assert abs(weight * total - max(0, value) * WEIGHT_ONE) < total
     ordered = sorted(zip(values, weights, strict=True))
-    assert all(a[1] <= b[1] for a, b in zip(ordered, ordered[1:], strict=False) if a[0] < b[0])
+    assert all(a[1] <= b[1] for a, b in pairwise(ordered) if a[0] < b[0])
 
 
 def test_weights_give_a_tie_to_the_lower_position() -> None:
