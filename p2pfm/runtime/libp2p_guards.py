@@ -233,9 +233,11 @@ class GuardedYamux(Yamux):  # type: ignore[misc]
             if self._syn.take(self._heard_at):
                 self._refuse("opens streams too fast")
         if kind == YAMUX_DATA:
-            window = stream.recv_window if stream is not None else WINDOW_INITIAL_BYTES
-            if length > window + self.limits.window_slack_bytes:
-                self._refuse(f"ignores the window: {length} bytes into {window}")
+            # By what is held, not by the library's window: it sets that to zero at an overrun, and begins anew.
+            window = stream.target_recv_window if stream is not None else WINDOW_INITIAL_BYTES
+            held = len(self.stream_buffers.get(stream_id, b""))
+            if held + length > window + self.limits.window_slack_bytes:
+                self._refuse(f"ignores the window: {held} + {length} bytes into {window}")
             self._unmeasured += length
             if self._unmeasured > WINDOW_BYTES_MAX:
                 self._unmeasured = 0

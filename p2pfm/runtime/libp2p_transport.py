@@ -88,6 +88,7 @@ class Libp2pTransport:
         self._changes_in, self.peers_changed = trio.open_memory_channel[tuple[PeerId, ...]](1)
         """`peers_changed`: the peers connected now, whenever that set has changed; only the newest is kept."""
         self._last_peers: tuple[PeerId, ...] = ()
+        self._addresses: tuple[str, ...] = ()
         self._handler: Handler | None = None
         self._stream_handler: StreamHandler | None = None
         self._gate: Gate | None = None
@@ -111,7 +112,8 @@ class Libp2pTransport:
 
     async def __aenter__(self) -> Self:
         for address in self._bootstrap:
-            if parse_address(address) is None:
+            parsed = parse_address(address)
+            if parsed is None or not parsed.peer:
                 raise OperatorError(f"bootstrap: expected /ip4/HOST/tcp/PORT/p2p/PEER_ID, got {address!r}")
         _refuse_port_in_use(self._listen)
         self.book.add_bootstrap(self._bootstrap, trio.current_time())
@@ -126,7 +128,8 @@ class Libp2pTransport:
         stack = AsyncExitStack()
         try:
             await stack.enter_async_context(self._host.run([Multiaddr(self._listen)]))
-            if not self.addresses():
+            self._addresses = tuple(str(address) for address in self._host.get_addrs())
+            if not self._addresses:
                 raise OperatorError(f"listen: cannot listen on {self._listen}; is the address of this machine?")
             await stack.enter_async_context(background_trio_service(self._pubsub))
             await stack.enter_async_context(background_trio_service(self._pubsub.router))
@@ -134,7 +137,7 @@ class Libp2pTransport:
             await self._pubsub.subscribe(self._topic)
             self._host.get_network().register_notifee(_Notices(self._on_connections_changed))
             self._nursery = await stack.enter_async_context(_cancelled_nursery())
-            self._nursery.start_soon(self._dial_loop)
+            self._nursery.start_soon(self._dial_loop, self._nursery)
             self._nursery.start_soon(self._exchange_loop)
             self._nursery.start_soon(self._sweep_loop)
         except BaseException:
@@ -146,6 +149,9 @@ class Libp2pTransport:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._nursery is not None:
+            self._nursery.cancel_scope.cancel()
+            self._nursery = None
         with trio.CancelScope(shield=True), trio.move_on_after(3.0):
             async with trio.open_nursery() as nursery:  # one after the other, each would take 0.2 s
                 for connection in self._host.get_network().get_connections():
@@ -158,7 +164,7 @@ class Libp2pTransport:
 
     def addresses(self) -> tuple[str, ...]:
         """Where this peer listens, each with `/p2p/ID`."""
-        return tuple(str(address) for address in self._host.get_addrs())
+        return self._addresses
 
     def connected(self) -> tuple[PeerId, ...]:
         """Peers with a live connection, sorted."""
@@ -424,13 +430,12 @@ class Libp2pTransport:
             if peers:
                 await self._exchange(random.choice(peers))
 
-    async def _dial_loop(self) -> None:
-        assert self._nursery is not None
+    async def _dial_loop(self, nursery: trio.Nursery) -> None:
         while True:
             connected = self.connected()
             if len(connected) < self.limits.connections_max // 2:
                 for peer in self.book.get_due(trio.current_time(), frozenset(connected) | self._dialling):
-                    self._nursery.start_soon(self._dial_quietly, peer)
+                    nursery.start_soon(self._dial_quietly, peer)
             with trio.move_on_after(DIAL_TICK_S):
                 await self._wake.wait()
             self._wake = trio.Event()
