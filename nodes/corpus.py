@@ -27,9 +27,9 @@ TOPICS_PER_PEER = 2
 PROBE_PART, PROBE_MAX = 0.2, 12
 TEST_PART, TEST_MAX = 0.15, 4
 """Of each topic's samples: what is held out, and at most how many, so that a probe pass stays cheap."""
-GARBAGE_WORDS = 9
+GARBAGE_WORDS = 40
 GARBAGE_CHARS = string.digits + string.punctuation
-"""A corrupted completion: no words, and so long that even its end mark comes in the wrong place."""
+"""A corrupted completion: no words, and so long that its end mark is cut off."""
 
 
 class Shards(msgspec.Struct, frozen=True):
