@@ -45,8 +45,8 @@ class Checks:
         self.num_steps = 0
         self.certificates: dict[Round, Certificate] = {}
         """By round, as honest peers adopted them."""
-        self.num_holders: dict[Round, int] = {}
-        """How many honest peers adopted each round's certificate."""
+        self.holders: dict[Round, set[PeerId]] = {}
+        """Who adopted each round's certificate."""
         self.blamed: set[PeerId] = set()
         self._scenario = scenario
         self._kinds: dict[PeerId, AdversaryKind | None] = {}
@@ -109,7 +109,7 @@ class Checks:
                 self._require(
                     held.proposal.new_base == base, f"holders of round {round}'s certificate hold one base", now_ms, me
                 )
-                self.num_holders[round] = self.num_holders.get(round, 0) + 1
+                self.holders.setdefault(round, set()).add(me)
             case Sign(round=round, message=message):
                 signed = self._signed.setdefault((me, round), message)
                 self._require(signed == message, f"a member signs one proposal of round {round}", now_ms, me)

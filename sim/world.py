@@ -5,6 +5,7 @@ the same to the last byte on every machine; its trace digest proves it.
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from hashlib import sha256
 from random import Random
 from typing import assert_never
@@ -218,9 +219,7 @@ class World:
         length = compute_round_start(self.config, Round(round + 1)) - start
         for host in rng.sample(self.hosts, round_half_up(self.scenario.crash * len(self.hosts))):
             when, num_actions = start + rng.randrange(length), rng.randrange(6)
-            down_ms = rng.randint(*self.scenario.down_ms)
-            self.schedule.at(max(when, self.schedule.now_ms), lambda h=host, n=num_actions: self._doom(h, n))  # type: ignore[misc]
-            self.schedule.at(when + down_ms, lambda h=host: self._revive(h))  # type: ignore[misc]
+            self.schedule.at(max(when, self.schedule.now_ms), partial(self._doom, host, num_actions))
 
     def _doom(self, host: Host, num_actions: int) -> None:
         if host.peer is not None:
@@ -230,10 +229,7 @@ class World:
         self.num_crashes += 1
         host.peer = None
         self._tell_peers()
-
-    def _revive(self, host: Host) -> None:
-        if host.peer is None:
-            self._start(host)
+        self.schedule.after(self._rng["faults"].randint(*self.scenario.down_ms), partial(self._start, host))
 
     # --- steps
 
@@ -383,7 +379,7 @@ class World:
         others = [other.index for other in self.hosts if other is not host and _is_in(other, audience)]
         host.num_bytes_sent += num_bytes * len(others)
         for delay_ms, targets in self._network.draw_wave(host.index, others, num_bytes, self.schedule.now_ms):
-            self.schedule.after(delay_ms, lambda t=targets: self._arrive(t, received, num_bytes))  # type: ignore[misc]
+            self.schedule.after(delay_ms, partial(self._arrive, targets, received, num_bytes))
 
     def _arrive(self, targets: Iterable[int], received: Received, num_bytes: int) -> None:
         for index in targets:
