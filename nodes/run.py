@@ -16,7 +16,7 @@ from nodes.models import resolve
 from p2pfm.config import NodeConfig
 from p2pfm.errors import OperatorError
 from p2pfm.learner import Learner
-from p2pfm.lora.layers import load_backbone
+from p2pfm.lora.layers import choose_device, load_backbone
 from p2pfm.lora.samples import Sample, parse_probe, read_samples
 from p2pfm.lora.torch_learner import TorchLearner
 from p2pfm.runtime.engine import Engine
@@ -75,6 +75,6 @@ def _make_engine(config: NodeConfig, backbone: str) -> Engine | None:
 
 
 def _make_learner(config: NodeConfig, backbone: str, samples: Sequence[Sample], probe: bytes) -> Learner:
-    model, tokenizer = load_backbone(backbone)
+    model, tokenizer = load_backbone(backbone, device=choose_device())
     honest = TorchLearner(model, tokenizer, config.network, samples, parse_probe(probe, "the probe set"))
     return FreeRider(honest, config.adversary) if config.adversary else honest

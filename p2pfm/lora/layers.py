@@ -46,6 +46,11 @@ def load_backbone(path: str | Path, dtype: torch.dtype | None = None, device: st
     return model.to(device).eval(), tokenizer
 
 
+def choose_device() -> str:
+    """Where training runs: "cuda" where torch finds one, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def build_peft(model: Any, config: AdapterConfig) -> PeftModel:
     """The backbone with LoRA modules injected (in place); adapter weights are float32, dropout is 0, eval mode.
 
