@@ -20,6 +20,7 @@ from eth.vm.forks.prague.state import PragueState
 from eth.vm.spoof import SpoofTransaction
 from eth_utils.address import to_checksum_address
 from eth_utils.exceptions import ValidationError
+from rlp.exceptions import RLPException
 
 BLOCK_GAS_MAX = 30_000_000
 TRANSACTION_GAS_MAX = 16_777_216
@@ -115,7 +116,7 @@ class EmbeddedChain:
         self._follow_clock()
         try:
             return self._methods[method](*params)
-        except (ValidationError, VMError) as error:
+        except (ValidationError, VMError, RLPException) as error:
             raise RpcError(-32000, str(error)) from error
         except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
             raise RpcError(-32602, f"{method}: invalid parameters: {error}") from error
@@ -240,8 +241,6 @@ class EmbeddedChain:
     def _send(self, raw: str) -> str:
         transaction = self._chain.get_vm().get_transaction_builder().decode(_bytes(raw))
         digest = _hex(transaction.hash)
-        if digest in self._receipts:
-            raise RpcError(-32000, "already known")
         if transaction.gas > TRANSACTION_GAS_MAX:
             raise RpcError(-32000, f"transaction gas limit {transaction.gas} is over {TRANSACTION_GAS_MAX}")
         expected = self._state().get_nonce(transaction.sender)

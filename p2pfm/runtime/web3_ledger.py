@@ -16,7 +16,7 @@ from eth_account import Account
 from eth_hash.auto import keccak
 from requests.exceptions import RequestException
 from web3 import HTTPProvider, Web3
-from web3.exceptions import BadFunctionCallOutput, ContractLogicError, TimeExhausted, Web3Exception
+from web3.exceptions import BadFunctionCallOutput, ContractLogicError, TimeExhausted, Web3Exception, Web3RPCError
 from web3.types import RPCEndpoint
 
 from p2pfm.config import ChainConfig
@@ -42,8 +42,13 @@ PAGE = 64
 GAS_MARGIN = 1.25
 """Over the estimate: the state may have moved by the time the transaction runs."""
 TIP_WEI = 1
+NONCE_TRIES_MAX = 3
 
 _PANIC = keccak(b"Panic(uint256)")[:4]
+
+
+READ_ONLY_KEY = (1).to_bytes(32, "big")
+"""For who only reads: a key that everyone knows and nobody funds."""
 
 
 class Web3Ledger:
@@ -370,11 +375,26 @@ class _Rpc:
     def _send(self, transaction: Mapping[str, Any]) -> Any:
         eth = self._web3.eth
         gas = int(eth.estimate_gas({**transaction, "from": self.account}) * GAS_MARGIN)
-        if self._nonce is None:
-            self._nonce = eth.get_transaction_count(self.account, "pending")
+        digest = self._send_signed(transaction, gas)
+        receipt = eth.wait_for_transaction_receipt(digest, RECEIPT_SECONDS_MAX, RECEIPT_POLL_S)
+        while eth.block_number - receipt["blockNumber"] + 1 < self._confirmations:
+            time.sleep(RECEIPT_POLL_S)
+        if receipt["status"] != 1:
+            eth.call({**transaction, "from": self.account})  # the same again tells why, by reverting
+            raise ChainError(f"transaction {digest.to_0x_hex()} failed but would pass now; try again")
+        return receipt
+
+    def _send_signed(self, transaction: Mapping[str, Any], gas: int) -> Any:
+        """The hash of the transaction, sent under the next nonce.
+
+        A nonce that is refused means that nothing was sent (another program uses this key): read it and sign again.
+        """
+        eth = self._web3.eth
         base_fee = eth.get_block("latest")["baseFeePerGas"]
-        signed = self._signer.sign_transaction(
-            {
+        for attempt in range(NONCE_TRIES_MAX):
+            if self._nonce is None:
+                self._nonce = eth.get_transaction_count(self.account, "pending")
+            envelope = {
                 **transaction,
                 "chainId": self._chain_id,
                 "nonce": self._nonce,
@@ -383,16 +403,16 @@ class _Rpc:
                 "maxPriorityFeePerGas": TIP_WEI,
                 "type": 2,
             }
-        )
-        digest = eth.send_raw_transaction(signed.raw_transaction)
-        self._nonce += 1
-        receipt = eth.wait_for_transaction_receipt(digest, RECEIPT_SECONDS_MAX, RECEIPT_POLL_S)
-        while eth.block_number - receipt["blockNumber"] + 1 < self._confirmations:
-            time.sleep(RECEIPT_POLL_S)
-        if receipt["status"] != 1:
-            eth.call({**transaction, "from": self.account})  # the same again tells why, by reverting
-            raise ChainError(f"transaction {digest.to_0x_hex()} failed but would pass now; try again")
-        return receipt
+            try:
+                digest = eth.send_raw_transaction(self._signer.sign_transaction(envelope).raw_transaction)
+            except Web3RPCError as error:
+                if "nonce" not in str(error) or attempt == NONCE_TRIES_MAX - 1:
+                    raise
+                self._nonce = None
+            else:
+                self._nonce += 1
+                return digest
+        raise AssertionError("the last attempt returns or raises")
 
     def _guard(self, action: Any) -> Any:
         try:
