@@ -20,7 +20,7 @@ from eth.vm.forks.prague.state import PragueState
 from eth.vm.spoof import SpoofTransaction
 from eth_utils.address import to_checksum_address
 from eth_utils.exceptions import ValidationError
-from rlp.exceptions import RLPException
+from rlp.exceptions import RLPException  # type: ignore[import-untyped]
 
 BLOCK_GAS_MAX = 30_000_000
 TRANSACTION_GAS_MAX = 16_777_216

@@ -117,11 +117,11 @@ class World:
         return msgspec.structs.replace(submission, signature=signature)
 
 
-def memory_world(params: FederationParams = PARAMS) -> World:
+def memory_world(params: FederationParams = PARAMS, tokens: Wei = TOKENS) -> World:
     """On the executable specification."""
     now = [1_000_000]
     chain = ChainConfig(1337, "0x" + "f0" * 20, "0x" + "70" * 20)
-    balances = dict.fromkeys(ACCOUNTS, TOKENS)
+    balances = dict.fromkeys(ACCOUNTS, tokens)
     ledger = InMemoryLedger(chain, params, bls.BlsVerifier(), lambda: now[0], balances)
 
     def advance(seconds: int) -> None:
