@@ -6,6 +6,7 @@ from any peer and is believed only after it was checked against both. Knows a Le
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import msgspec
@@ -133,15 +134,40 @@ def verify_round(
     ]
 
 
+def claim_newest(ledger: Ledger, peer: PeerId, fetch: Fetch) -> Wei:
+    """Draw all that the newest final round owes `peer`; 0 if nothing is owed.
+
+    Raises:
+        WorldError: no round is final yet, or nobody serves its data.
+        Reverted: the contract refused.
+    """
+    member = next((member for member in ledger.get_roster().members if member.peer == peer), None)
+    final = [settled for settled in ledger.get_rounds(FIRST) if settled.is_final]
+    if member is None or not final:
+        raise WorldError("nothing to claim yet: " + ("no round is final" if member else "this peer is not registered"))
+    leaves = from_wire(_open(final[-1], fetch(final[-1].data_digest)).leaves)
+    if member.index >= len(leaves) or leaves[member.index].cumulative_wei <= ledger.get_claimed(member.index):
+        return Wei(0)
+    return ledger.claim(final[-1].round, member.index, leaves)
+
+
+def rows_to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Rows as JSON-able objects; wei as decimal strings, since JSON readers round large numbers."""
+    told: list[dict[str, Any]] = [msgspec.to_builtins(row) for row in rows]
+    for entry in told:
+        entry.update({name: str(entry[name]) for name in ("reward_wei", "cumulative_wei", "claimed_wei")})
+    return told
+
+
 def make_rewards_table(rows: Sequence[Row]) -> Table:
     """Contributions and rewards by peer: one line a peer, one column a round, and what was claimed."""
     table = Table(title="Contributions and rewards, read from the chain")
     rounds = sorted({row.round for row in rows})
     table.add_column("peer")
     for round in rounds:
-        table.add_column(f"round {round}\n[mnat/token]", justify="right")
-    table.add_column("allotted\n[PFM]", justify="right")
-    table.add_column("claimed\n[PFM]", justify="right")
+        table.add_column(f"round {round}\n(mnat/token)", justify="right")
+    table.add_column("allotted\n(PFM)", justify="right")
+    table.add_column("claimed\n(PFM)", justify="right")
     last: dict[MemberIndex, Row] = {row.member: row for row in rows}
     by_place = {(row.member, row.round): row for row in rows}
     for row in sorted(last.values(), key=lambda row: (-row.cumulative_wei, row.member)):
@@ -192,7 +218,7 @@ def plot_rewards(rows: Sequence[Row], path: Path, names: Mapping[PeerId, str] | 
         )
         axes.set_xlabel("peer")
         axes.grid(axis="y", alpha=0.3)
-    top.legend(ncols=min(6, len(rounds)), fontsize="small")
+    figure.legend(loc="outside lower center", ncols=min(6, len(rounds)), fontsize="small")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
