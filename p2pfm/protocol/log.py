@@ -1,8 +1,8 @@
 """The format of a peer's event log: bytes in, structs out, so that any driver can replay what happened to a peer.
 
 A log is a sequence of length-prefixed JSON records (wei exceed MessagePack's 64 bits): one `LogHeader`, then one
-`LogRecord` for each event. Knows no file. A log that ends in the middle of a record (the process was killed) reads up to
-the record before.
+`LogRecord` for each event. Knows no file. A log that ends in the middle of a record (the process was killed) reads up
+to the record before.
 """
 
 from collections.abc import Iterator, Sequence

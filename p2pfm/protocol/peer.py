@@ -214,7 +214,8 @@ class Peer:
             case Phase.REVEAL:
                 return [Publish(self.state.my_reveal)] if self.state.my_reveal else []
             case Phase.ATTEST:
-                return self._propose()
+                # A proposer whose clock is ahead of ours may have spoken already.
+                return self._propose() + self._consider_proposal()
             case Phase.MERGE:
                 return self._aggregate()
 
@@ -285,7 +286,8 @@ class Peer:
         idle = state.held | state.bad | state.under_way | state.resting
         actions: list[AnyAction] = []
         for digest, announcement in sorted(self._by_payload().items()):
-            is_wanted = announcement.peer in state.announcements or digest in proposed
+            is_scored = digest not in state.late and announcement.peer not in state.equivocators
+            is_wanted = is_scored or digest in proposed
             tries = state.fetching.get(digest, 0)
             if is_wanted and digest not in idle and (tries < FETCH_TRIES_MAX or digest in proposed):
                 state.fetching[digest] = tries + 1

@@ -1,0 +1,254 @@
+"""Scenarios of the simulator: what the network must survive, each run from one seed with all invariants checked."""
+
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+
+from p2pfm.errors import ConfigError
+from p2pfm.types import NANO, Round, compute_digest
+from sim.checks import Violation
+from sim.host import Host
+from sim.learners import LinearLearner, Problem
+from sim.network import NetworkModel, Partition
+from sim.replay import replay
+from sim.scenarios import AdversaryKind, Outage, Scenario
+from sim.world import World
+
+
+def run(scenario: Scenario) -> World:
+    problem = Problem(scenario.seed)
+    world = World(scenario, lambda index: LinearLearner(problem, index))
+    world.run()
+    return world
+
+
+def bases(world: World) -> set[bytes]:
+    return {host.durable.base for host in world.hosts}
+
+
+def certified(world: World) -> list[Round]:
+    return sorted(world.checks.certificates)
+
+
+def rewards(world: World) -> list[float]:
+    """Share of an even split that each peer drew."""
+    claimed = world.chain.get_claimed()
+    return [len(claimed) * amount / sum(claimed) for amount in claimed]
+
+
+@cache
+def fifty_with_crashes() -> World:
+    return run(Scenario(seed=3, num_peers=50, num_rounds=5, crash=0.1))
+
+
+def test_one_seed_gives_one_trace() -> None:
+    again = run(Scenario(seed=3, num_peers=50, num_rounds=5, crash=0.1))
+    assert again.trace_digest() == fifty_with_crashes().trace_digest()
+
+
+def test_another_seed_gives_another_trace() -> None:
+    traces = {run(Scenario(seed=seed, num_peers=5, num_rounds=1)).trace_digest() for seed in (1, 2)}
+    assert len(traces) == 2
+
+
+def test_the_trace_does_not_depend_on_the_hash_seed() -> None:
+    code = (
+        "from sim.learners import LinearLearner, Problem; from sim.scenarios import Scenario;"
+        "from sim.world import World;"
+        "world = World(Scenario(seed=5, num_peers=6, num_rounds=2, crash=0.3), lambda i: LinearLearner(Problem(5), i));"
+        "world.run(); print(world.trace_digest())"
+    )
+    traces = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(traces) == 1
+
+
+def test_crashes_do_not_stop_the_network() -> None:
+    world = fifty_with_crashes()
+    assert world.num_crashes >= 20
+    assert len(certified(world)) >= 4
+    assert world.chain.get_head() is not None
+
+
+def test_restarted_peers_end_on_the_same_base() -> None:
+    world = fifty_with_crashes()
+    assert any(host.life > 1 for host in world.hosts)
+    assert len(bases(world)) == 1
+
+
+def test_loss_falls_towards_the_known_optimum() -> None:
+    scenario = Scenario(seed=4, num_peers=10, num_rounds=8)
+    world, problem = run(scenario), Problem(4)
+    losses = [world.losses[Round(number)] / NANO for number in range(8)]
+    assert losses == sorted(losses, reverse=True)
+    start = problem.loss(problem.parameters[0] * 0)
+    assert losses[-1] - problem.optimum_loss < 0.05 * (start - problem.optimum_loss)
+
+
+def test_every_round_of_quiet_peers_is_certified_by_all() -> None:
+    world = run(Scenario(num_peers=7, num_rounds=3))
+    assert certified(world) == [0, 1, 2]
+    assert all(len(world.checks.holders[Round(number)]) == 7 for number in range(3))
+    assert world.checks.blamed == set()
+
+
+def test_one_peer_alone_is_its_own_network() -> None:
+    assert certified(run(Scenario(num_peers=1, num_rounds=2))) == [0, 1]
+
+
+def test_anti_entropy_makes_up_for_a_fifth_of_all_messages() -> None:
+    world = run(Scenario(seed=2, num_peers=20, num_rounds=5, network=NetworkModel(loss=0.2)))
+    assert len(certified(world)) >= 4
+    assert len(bases(world)) == 1
+
+
+def test_clocks_half_a_second_apart_do_not_matter() -> None:
+    world = run(Scenario(num_peers=12, num_rounds=3, clock_skew_ms=500))
+    assert len(certified(world)) == 3
+
+
+def test_a_partition_of_less_than_a_third_heals() -> None:
+    # Two rounds of a minute; the cut lasts from the middle of the first to the middle of the third.
+    cut = Partition(start_ms=30_000, end_ms=150_000, num_hosts=3)
+    world = run(Scenario(seed=6, num_peers=12, num_rounds=4, network=NetworkModel(partitions=(cut,))))
+    assert len(certified(world)) >= 3
+    assert len(world.checks.holders[certified(world)[-1]]) == 12
+    assert len(bases(world)) == 1
+
+
+def test_without_a_quorum_rounds_are_void_and_training_goes_on_afterwards() -> None:
+    cut = Partition(start_ms=0, end_ms=90_000, num_hosts=6)
+    world = run(Scenario(seed=6, num_peers=12, num_rounds=4, network=NetworkModel(partitions=(cut,))))
+    assert Round(0) not in certified(world)
+    assert {2, 3} <= set(certified(world))
+    assert len(bases(world)) == 1
+
+
+def test_settlement_waits_for_the_chain_and_training_does_not() -> None:
+    world = run(Scenario(num_peers=7, num_rounds=3, outages=(Outage(start_ms=0, end_ms=130_000),)))
+    assert certified(world) == [0, 1, 2]
+    head = world.chain.get_head()
+    assert head is not None
+    assert head.round == 2
+
+
+def test_an_epoch_of_several_rounds_is_paid_once() -> None:
+    world = run(Scenario(num_peers=7, num_rounds=4, rounds_per_epoch=2))
+    rounds = world.chain.ledger.get_rounds(Round(0))
+    assert [settled.sums.reward_wei > 0 for settled in rounds] == [False, True, False, True]
+
+
+@pytest.mark.parametrize(("kind", "rounds_per_epoch"), [("zero", 1), ("noise", 5)])
+def test_free_riders_earn_next_to_nothing(kind: AdversaryKind, rounds_per_epoch: int) -> None:
+    # Noise helps as often as it harms: an epoch of rounds is what tells it from work (ALGORITHMS, part 4).
+    scenario = Scenario(seed=5, num_peers=12, num_rounds=5, rounds_per_epoch=rounds_per_epoch, adversaries=(kind, kind))
+    world = run(scenario)
+    shares = rewards(world)
+    assert max(shares[:2]) < 0.1
+    assert min(shares[2:]) > 0.5
+    assert len(certified(world)) == 5
+
+
+def test_a_saboteur_earns_nothing_and_does_no_harm() -> None:
+    honest = run(Scenario(seed=5, num_peers=12, num_rounds=4))
+    attacked = run(Scenario(seed=5, num_peers=12, num_rounds=4, adversaries=("sign_flip",) * 3))
+    assert max(rewards(attacked)[:3]) == 0
+    assert attacked.losses[Round(3)] < 1.15 * honest.losses[Round(3)]
+
+
+def test_lying_evaluators_below_a_third_change_little() -> None:
+    world = run(Scenario(seed=5, num_peers=12, num_rounds=4, adversaries=("liar", "liar")))
+    honest = run(Scenario(seed=5, num_peers=12, num_rounds=4))
+    assert certified(world) == [0, 1, 2, 3]
+    assert world.losses[Round(3)] < 1.1 * honest.losses[Round(3)]
+
+
+def test_an_equivocator_is_blamed_and_cannot_void_a_round() -> None:
+    world = run(Scenario(seed=7, num_peers=12, num_rounds=3, adversaries=("equivocator",)))
+    assert world.checks.blamed == {world.hosts[0].me}
+    assert certified(world) == [0, 1, 2]
+    assert rewards(world)[0] == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_evaluator_of_two_faces_is_blamed_and_cannot_void_a_round(seed: int) -> None:
+    world = run(Scenario(seed=seed, num_peers=9, num_rounds=3, adversaries=("two_faced",)))
+    assert world.checks.blamed == {world.hosts[0].me}
+    assert certified(world) == [0, 1, 2]
+
+
+def test_a_late_evaluator_is_left_out() -> None:
+    world = run(Scenario(seed=7, num_peers=9, num_rounds=3, adversaries=("late",)))
+    assert certified(world) == [0, 1, 2]
+    member = next(m.index for m in world.chain.roster.members if m.peer == world.hosts[0].me)
+    for certificate in world.checks.certificates.values():
+        if certificate.proposal.proposer != member:
+            assert member not in [reveal.member for reveal in certificate.proposal.reveals]
+
+
+def test_a_silent_member_costs_only_the_rounds_that_it_should_propose() -> None:
+    world = run(Scenario(seed=7, num_peers=9, num_rounds=9, adversaries=("silent",)))
+    assert len(certified(world)) == 8
+
+
+def test_what_is_never_served_is_never_paid() -> None:
+    world = run(Scenario(seed=7, num_peers=9, num_rounds=2, adversaries=("withholder",)))
+    assert rewards(world)[0] == 0
+    assert certified(world) == [0, 1]
+
+
+def test_all_adversaries_at_once_are_survived() -> None:
+    kinds: tuple[AdversaryKind, ...] = (
+        "equivocator", "two_faced", "zero", "liar", "late", "silent", "sign_flip", "withholder", "replay", "noise",
+    )  # fmt: skip
+    world = run(Scenario(seed=1, num_peers=40, num_rounds=4, crash=0.05, adversaries=kinds))
+    assert len(certified(world)) >= 3
+    assert len(bases(world)) == 1
+    assert world.checks.blamed <= {host.me for host in world.hosts[:2]}
+
+
+def test_an_event_log_of_every_life_replays_to_the_same_actions() -> None:
+    world = run(Scenario(seed=3, num_peers=9, num_rounds=3, crash=0.3, keep_logs=tuple(range(9))))
+    logs = [log for host in world.hosts for log in host.logs]
+    assert len(logs) > 9
+    for log in logs:
+        report = replay(bytes(log))
+        assert report.difference is None
+        assert report.num_events > 0
+
+
+def test_a_replay_names_the_first_step_that_differs() -> None:
+    world = run(Scenario(num_peers=4, num_rounds=1, keep_logs=(0,)))
+    log = bytes(world.hosts[0].logs[0])
+    position = log.rindex(b'"trained"')
+    changed = log[:position] + log[position:].replace(b'"trained",0,', b'"trained",7,', 1)
+    difference = replay(changed).difference
+    assert difference is not None
+    assert difference.event == "Trained"
+
+
+def test_a_violation_names_seed_step_peers_and_the_command_that_replays_it() -> None:
+    scenario = Scenario(seed=11, num_peers=4, num_rounds=1)
+    problem = Problem(11)
+    world = World(scenario, lambda index: LinearLearner(problem, index))
+    victim: Host = world.hosts[2]
+    # A peer that forgets its signatures on restart would sign twice: let the checks see such a one.
+    world.checks._signed[(victim.me, Round(0))] = compute_digest(b"another proposal")
+    with pytest.raises(Violation) as caught:
+        world.run()
+    text = str(caught.value)
+    assert "seed 11, step " in text
+    assert victim.me in text
+    assert 'p2pfm sim run --scenario \'{"seed":11,"num_peers":4,"num_rounds":1}\'' in text
+
+
+@pytest.mark.parametrize("field", [{"num_peers": 0}, {"num_peers": 129}, {"crash": 1.5}, {"num_rounds": 0}])
+def test_an_impossible_scenario_is_refused(field: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(field))):
+        run(Scenario(**field))  # type: ignore[arg-type]
