@@ -12,21 +12,32 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning th
 
 import json
 import logging
+import shutil
 import signal
 import sys
+import tempfile
 import threading
+from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import httpx
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from p2pfm import __version__
+from p2pfm.config import WEI_PER_PFM
 from p2pfm.errors import OperatorError, P2PFMError
+from p2pfm.types import Digest
+
+if TYPE_CHECKING:
+    from nodes.rewards import Fetch
+    from p2pfm.config import NodeConfig
+    from p2pfm.settlement.ledger import Ledger
+
+CONFIG_NAME = "node.toml"
 
 out = Console()
 err = Console(stderr=True)
@@ -261,15 +272,237 @@ def chat(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="Ask once and end; without it: a conversation.")] = "",
     model: Annotated[str, typer.Option(help="Model name as in /v1/models; empty: the newest certified base.")] = "",
     max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0: the likeliest word each time.")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest word each time.")] = 0.7,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
 ) -> None:
     """Talk to the network's model through any node; shows which replica and version answered.
 
     Example: `p2pfm chat --prompt "What is a computer?"`
     """
-    from nodes.chat import run_chat
+    from nodes.chat import ChatOptions, run_chat
 
-    run_chat(url.rstrip("/"), prompt=prompt, model=model, max_tokens=max_tokens, temperature=temperature)
+    run_chat(ChatOptions(url.rstrip("/"), model, max_tokens, temperature, seed), out, prompt or None)
+
+
+# --- testnet and localnet ---
+
+
+@testnet_app.command("up")
+def up_testnet(
+    folder: Annotated[Path, typer.Option("--out", help="Where network.toml and the data go.")] = Path("net"),
+    port: Annotated[int, typer.Option(help="JSON-RPC port.")] = 8545,
+    peers: Annotated[int, typer.Option(min=1, max=10, help="Deal ChatterBot's topics to so many shards.")] = 3,
+    model: Annotated[str, typer.Option(help="demo (SmolLM2) or tiny.")] = "demo",
+    chain: Annotated[str, typer.Option(envvar="CHAIN", help="embedded or anvil.")] = "embedded",
+    starts_in: Annotated[int, typer.Option(min=1, help="Seconds until the first round.")] = 120,
+) -> None:
+    """Run a local Ethereum testnet with the contracts on it, and write down a network that lives on it.
+
+    Example: `p2pfm testnet up --out net`
+    """
+    from nodes.corpus import build_shards
+    from nodes.homes import write_network
+    from nodes.localnet import create_network, get_preset
+    from nodes.testnet import run_testnet
+
+    preset = replace(get_preset(model), startup_s=starts_in)
+    shards = build_shards(peers, folder / "data", 0, frozenset())
+    with run_testnet(port, _is_anvil(chain), folder / "chain.log") as testnet:
+        network, _ = create_network(testnet, preset, shards.probe)
+        write_network(folder / "network.toml", network)
+        for key, value in (
+            ("chain", f"{testnet.rpc_url} ({chain}, chain id {network.chain.chain_id})"),
+            ("contract", network.chain.federation),
+            ("network", f"{folder / 'network.toml'}, first round in {starts_in} s"),
+            ("data", f"{folder / 'data'}: {', '.join(path.name for path in shards.peers)}, {shards.probe.name}"),
+        ):
+            out.print(f"{key:9} {value}", highlight=False, soft_wrap=True)
+        out.print("Ctrl-C ends the chain.")
+        testnet.process.wait()
+
+
+@testnet_app.command("endow")
+def endow_account(
+    account: Annotated[str, typer.Argument(help="The newcomer's account, as `p2pfm init` prints it.")],
+    network: Annotated[Path, typer.Option(help="The network's TOML.")] = Path("net/network.toml"),
+    rpc: Annotated[str, typer.Option(help="JSON-RPC endpoint of the testnet.")] = "http://127.0.0.1:8545",
+) -> None:
+    """Give an account its stake and ether for gas, on a local testnet.
+
+    Example: `p2pfm testnet endow 0xAbC... --network net/network.toml`
+    """
+    from nodes.homes import read_network
+    from nodes.localnet import endow
+    from nodes.testnet import account_keys
+    from p2pfm.runtime.web3_ledger import Web3Ledger
+
+    endow(Web3Ledger(rpc, read_network(network).chain, account_keys(1)[0]), account)
+    out.print(f"{account} has its stake and gas")
+
+
+@localnet_app.command("up")
+def localnet_up(
+    peers: Annotated[int, typer.Option("--peers", "-n", min=1, max=10, help="How many peers.")] = 4,
+    model: Annotated[str, typer.Option(help="demo (SmolLM2) or tiny.")] = "demo",
+    chain: Annotated[str, typer.Option(envvar="CHAIN", help="embedded or anvil.")] = "embedded",
+    folder: Annotated[Path | None, typer.Option("--out", help="A new folder; else a temporary one.")] = None,
+) -> None:
+    """Run a chain and several honest peers on this machine until Ctrl-C.
+
+    Example: `p2pfm localnet up --peers 3 --model tiny`
+    """
+    from nodes.localnet import Role, get_preset, localnet
+    from nodes.screens import watch_localnet
+
+    home = folder or Path(tempfile.mkdtemp(prefix="p2pfm-localnet-"))
+    roles: tuple[Role, ...] = ("honest",) * peers
+    with localnet(home, roles, get_preset(model), out.print, chain=_get_chain(chain)) as net:
+        for node in net.nodes:
+            out.print(f"peer {node.index}: {node.url}  config {node.home / CONFIG_NAME}", soft_wrap=True)
+        watch_localnet(net, out)
+
+
+def _is_anvil(chain: str) -> bool:
+    return _get_chain(chain) == "anvil"
+
+
+def _get_chain(chain: str) -> Literal["embedded", "anvil"]:
+    if chain not in ("embedded", "anvil"):
+        raise OperatorError(f"chain: expected embedded or anvil, got {chain!r}")
+    return "anvil" if chain == "anvil" else "embedded"
+
+
+# --- rewards ---
+
+
+def _open_rewards(config_file: Path) -> "tuple[NodeConfig, Ledger, Fetch]":
+    from nodes.homes import read_config
+    from p2pfm.runtime.web3_ledger import READ_ONLY_KEY, Web3Ledger
+
+    config = read_config(config_file)
+    ledger = Web3Ledger(config.rpc, config.network.chain, READ_ONLY_KEY)
+
+    def fetch(digest: Digest) -> bytes | None:
+        url = f"http://{config.http.host}:{config.http.port}/blobs/{digest.hex()}"
+        try:
+            response = httpx.get(url, timeout=10)
+        except httpx.HTTPError as error:
+            raise OperatorError(f"no node answers at {url}: {error}. Start it: p2pfm node run") from error
+        return response.content if response.status_code == 200 else None
+
+    return config, ledger, fetch
+
+
+@rewards_app.command("show")
+def rewards_show(config_file: ConfigFile, as_json: Json = False) -> None:
+    """Contributions and rewards by peer and round, read from the chain.
+
+    Example: `p2pfm rewards show --config alice/node.toml`
+    """
+    from nodes.rewards import make_rewards_table, read_rewards, rows_to_json
+
+    _, ledger, fetch = _open_rewards(config_file)
+    rows = read_rewards(ledger, fetch, is_partial=True)
+    if as_json:
+        _print_json(rows_to_json(rows))
+    elif rows:
+        out.print(make_rewards_table(rows))
+    else:
+        out.print("no round is on chain yet")
+
+
+@rewards_app.command("plot")
+def rewards_plot(
+    config_file: ConfigFile, path: Annotated[Path, typer.Option("--out", help="PNG file.")] = Path("rewards.png")
+) -> None:
+    """Draw rewards and contributions by peer and round.
+
+    Example: `p2pfm rewards plot --config alice/node.toml --out rewards.png`
+    """
+    from nodes.rewards import plot_rewards, read_rewards
+
+    _, ledger, fetch = _open_rewards(config_file)
+    rows = read_rewards(ledger, fetch, is_partial=True)
+    if not rows:
+        raise OperatorError("no round is on chain yet: nothing to draw")
+    plot_rewards(rows, path)
+    out.print(f"picture: {path}")
+
+
+@rewards_app.command("verify")
+def rewards_verify(config_file: ConfigFile, as_json: Json = False) -> None:
+    """Recompute every settled round from the revealed vectors and compare it with the chain; exit code 3 on a finding.
+
+    Example: `p2pfm rewards verify --config alice/node.toml`
+    """
+    from nodes.rewards import verify_rewards
+
+    config, ledger, fetch = _open_rewards(config_file)
+    findings = verify_rewards(ledger, fetch, config.network)
+    if as_json:
+        _print_json({str(round): found for round, found in findings.items()})
+    else:
+        for round, found in findings.items():
+            out.print(f"round {round}: {'[green]ok[/]' if not found else '[red]wrong[/]'}", highlight=False)
+            for line in found:
+                out.print(f"  {line}", highlight=False)
+        out.print(f"{len(findings)} settled rounds checked")
+    if any(findings.values()):
+        raise typer.Exit(int(Exit.FINDING))
+
+
+@rewards_app.command("claim")
+def rewards_claim(
+    config_file: ConfigFile,
+    password_file: Annotated[Path | None, typer.Option(help="File with the keys' password.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw all that the newest final round owes this node's account.
+
+    Example: `p2pfm rewards claim --config alice/node.toml`
+    """
+    from nodes.homes import open_keys
+    from nodes.rewards import claim_newest
+    from p2pfm.runtime.web3_ledger import Web3Ledger
+
+    config, _, fetch = _open_rewards(config_file)
+    keys = open_keys(config, password_file)
+    ledger = Web3Ledger(config.rpc, config.network.chain, keys.account_private_key)
+    paid = claim_newest(ledger, keys.peer, fetch)
+    if as_json:
+        _print_json({"paid_wei": str(paid), "account": keys.account_address})
+    else:
+        out.print(f"{paid / WEI_PER_PFM:.4f} PFM paid to {keys.account_address}", highlight=False)
+
+
+# --- demo ---
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option("--out", help="Where homes, logs and pictures go; emptied first.")] = Path(
+        "demo-out"
+    ),
+    json_path: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    chain: Annotated[str, typer.Option(envvar="CHAIN", help="embedded or anvil.")] = "embedded",
+) -> None:
+    """Five peers, a chain, two deaths and a return: the whole system in a few minutes; exit code 3 if a check fails.
+
+    Example: `p2pfm demo --json demo.json`
+    """
+    from nodes.demo import run_demo
+
+    _empty_demo_folder(folder)
+    if not run_demo(folder, out, chain=_get_chain(chain), json_path=json_path):
+        raise typer.Exit(int(Exit.FINDING))
+
+
+def _empty_demo_folder(folder: Path) -> None:
+    """Remove an earlier demonstration, and nothing that is not one."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / "chain.log").exists():
+        raise OperatorError(f"{folder} holds something else than an earlier demo; choose another --out")
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

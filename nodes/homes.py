@@ -79,6 +79,11 @@ def read_config(path: Path) -> NodeConfig:
     )
 
 
+def write_network(path: Path, network: NetworkConfig) -> None:
+    """What peers agree on, as TOML that `read_network` reads."""
+    path.write_text(tomli_w.dumps({"network": msgspec.to_builtins(network)}), encoding="utf-8")
+
+
 def read_network(path: Path) -> NetworkConfig:
     """The [network] table of any node's TOML, or a file that holds nothing else.
 

@@ -25,8 +25,6 @@ from nodes.models import resolve
 from nodes.testnet import Testnet, run_testnet
 from p2pfm.config import (
     WEI_PER_PFM,
-    AdapterConfig,
-    ChainConfig,
     HttpConfig,
     NetworkConfig,
     NodeConfig,
@@ -96,6 +94,14 @@ PRESETS = {
         startup_s=30,
     ),
 }
+
+
+def get_preset(name: str) -> Preset:
+    """The preset of this name. Raises: OperatorError."""
+    if name not in PRESETS:
+        raise OperatorError(f"model: expected one of {', '.join(PRESETS)}, got {name!r}")
+    return PRESETS[name]
+
 
 Role = Literal["honest", "free rider", "corrupted"]
 
@@ -231,32 +237,10 @@ def localnet(
     tell(f"starting the chain ({chain})")
     with run_testnet(get_free_port(), chain == "anvil", folder / "chain.log") as testnet:
         tell("deploying the contracts")
-        params = FederationParams(
-            committee_size=preset.scoring.committee_size,
-            min_stake=Wei(STAKE_PFM * WEI_PER_PFM),
-            challenge_window_s=CHALLENGE_WINDOW_S,
-            pool_per_epoch=Wei(POOL_PFM * WEI_PER_PFM),
-            rounds_per_epoch=1,
-        )
-        contracts: ChainConfig = deploy(testnet.rpc_url, testnet.keys[0], params)
-        ledger = Web3Ledger(testnet.rpc_url, contracts, testnet.keys[0])
-        ledger.fund(Wei(EPOCHS_FUNDED * POOL_PFM * WEI_PER_PFM))
-        network = NetworkConfig(
-            name="localnet",
-            genesis_ms=Millis(int((time.time() + preset.startup_s) * 1000)),
-            backbone=preset.backbone,
-            probe=_sha256(shards.probe),
-            chain=contracts,
-            adapter=AdapterConfig(),
-            training=preset.training,
-            scoring=preset.scoring,
-            phases=preset.phases,
-            settlement=SettlementConfig(rounds_per_epoch=1, pool_per_epoch_pfm=POOL_PFM),
-        )
+        network, ledger = create_network(testnet, preset, shards.probe)
         nodes = _create_nodes(folder, roles, network, testnet, shards.peers, shards.probe, gateways)
         for node in nodes:
-            ledger.send_ether(node.account, GAS_WEI)
-            ledger.transfer(node.account, Wei(STAKE_PFM * WEI_PER_PFM))
+            endow(ledger, node.account)
         net = Localnet(folder, network, testnet, ledger, nodes)
         try:
             tell(f"starting {len(nodes)} peers")
@@ -265,6 +249,41 @@ def localnet(
             yield net
         finally:
             net.stop()
+
+
+def create_network(testnet: Testnet, preset: Preset, probe: Path) -> tuple[NetworkConfig, Web3Ledger]:
+    """Deploy the contracts, fund the pool, and write down what peers agree on; the first round is `startup_s` away.
+
+    Returns the rules, and the ledger as the first prefunded account sees it: it holds all tokens.
+    """
+    params = FederationParams(
+        committee_size=preset.scoring.committee_size,
+        min_stake=Wei(STAKE_PFM * WEI_PER_PFM),
+        challenge_window_s=CHALLENGE_WINDOW_S,
+        pool_per_epoch=Wei(POOL_PFM * WEI_PER_PFM),
+        rounds_per_epoch=1,
+    )
+    contracts = deploy(testnet.rpc_url, testnet.keys[0], params)
+    ledger = Web3Ledger(testnet.rpc_url, contracts, testnet.keys[0])
+    ledger.fund(Wei(EPOCHS_FUNDED * POOL_PFM * WEI_PER_PFM))
+    network = NetworkConfig(
+        name="localnet",
+        genesis_ms=Millis(int((time.time() + preset.startup_s) * 1000)),
+        backbone=preset.backbone,
+        probe=sha256(probe.read_bytes()).hexdigest(),
+        chain=contracts,
+        training=preset.training,
+        scoring=preset.scoring,
+        phases=preset.phases,
+        settlement=SettlementConfig(rounds_per_epoch=1, pool_per_epoch_pfm=POOL_PFM),
+    )
+    return network, ledger
+
+
+def endow(ledger: Web3Ledger, account: str) -> None:
+    """Give a newcomer its stake and ether for gas."""
+    ledger.send_ether(account, GAS_WEI)
+    ledger.transfer(account, Wei(STAKE_PFM * WEI_PER_PFM))
 
 
 def _create_nodes(
@@ -301,7 +320,3 @@ def _create_nodes(
         nodes.append(LocalNode(index, home, role, config.http.port, keys.peer, keys.account_address))
         assert read_config(home / CONFIG_NAME).network == network
     return nodes
-
-
-def _sha256(path: Path) -> str:
-    return sha256(path.read_bytes()).hexdigest()

@@ -1,5 +1,6 @@
 """What people see: tables and pictures of nodes, rounds and rewards. Takes plain values, knows no network."""
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,12 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
+from rich.console import Console
+from rich.live import Live
 from rich.table import Table
 
+from nodes.localnet import Localnet
 from p2pfm.types import NANO
-
-DENSE_BYTES = 4
-"""A dense fp32 parameter."""
 
 
 def make_status_table(status: Mapping[str, Any]) -> Table:
@@ -68,6 +69,15 @@ def make_network_table(nodes: Sequence[tuple[str, str, Mapping[str, Any]]]) -> T
             f"{serving['sessions']} sessions" if serving.get("sessions") else "",
         )
     return table
+
+
+def watch_localnet(net: Localnet, console: Console) -> None:
+    """Redraw the nodes' table until interrupted."""
+    with Live(console=console, refresh_per_second=2) as live:
+        while True:
+            statuses = [(f"peer {node.index}", node.role, net.get_status(node)) for node in net.nodes]
+            live.update(make_network_table(statuses))
+            time.sleep(1)
 
 
 def plot_training(

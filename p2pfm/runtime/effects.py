@@ -7,6 +7,7 @@ import logging
 import secrets
 from collections import Counter
 from collections.abc import Callable
+from math import prod
 from typing import assert_never
 
 import trio
@@ -55,6 +56,8 @@ from p2pfm.runtime.store import Store
 from p2pfm.settlement import bls
 from p2pfm.types import Digest, Millis, PeerId, Round
 
+FP32_BYTES = 4
+
 SYNC_TIMEOUT_S = 5.0
 """A neighbour that does not answer an anti-entropy request in this time is asked again later."""
 
@@ -97,6 +100,8 @@ class Effects:
         self._nursery = nursery
         self._emit = emit
         self._shapes = dict(learner.shapes())
+        self.dense_bytes = FP32_BYTES * sum(prod(shape) for shape in self._shapes.values())
+        """What an update would weigh uncompressed: the reference for what is sent."""
         self._answers: dict[int, tuple[trio.Event, list[SyncReply]]] = {}
         # One model, one core: training, scoring and evaluation take turns. Merges are short and may not wait for them.
         self._model_turns = trio.CapacityLimiter(1)

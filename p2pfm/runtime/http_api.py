@@ -42,7 +42,7 @@ from p2pfm.runtime.openai_wire import (
 )
 from p2pfm.runtime.text import TextCodec
 from p2pfm.serving.session import Detokenizer, StopStrings
-from p2pfm.types import Digest, Millis
+from p2pfm.types import DIGEST_BYTES, Digest, Millis
 
 log = logging.getLogger(__name__)
 
@@ -82,11 +82,16 @@ class HttpApi:
         registry: CollectorRegistry,
         status: Callable[[], Mapping[str, Any]],
         now_ms: Callable[[], Millis],
+        find_blob: Callable[[Digest], bytes | None],
         limits: HttpLimits = HttpLimits(),
     ) -> None:
-        """`model`: the backbone's name; `status`: what /status shows, JSON-able; `now_ms`: the wall clock."""
+        """`model`: the backbone's name; `status`: what /status shows, JSON-able; `now_ms`: the wall clock.
+
+        `find_blob`: public content by its digest (proposals, payloads, bases); None if it is not held or not public.
+        """
         self._gateway, self._codec, self._model = gateway, codec, model
         self._registry, self._status, self._now_ms, self._limits = registry, status, now_ms, limits
+        self._find_blob = find_blob
         self._num_requests = 0
         self._requests = Counter("p2pfm_http_completions", "Completions by outcome", ["outcome"], registry=registry)
 
@@ -102,6 +107,7 @@ class HttpApi:
                 Route("/ready", self.ready),
                 Route("/metrics", self.metrics),
                 Route("/status", self.status),
+                Route("/blobs/{digest}", self.blob),
             ],
             exception_handlers={
                 ApiError: _on_api_error,
@@ -168,6 +174,20 @@ class HttpApi:
     async def status(self, request: Request) -> Response:
         """GET /status: what the node says of itself."""
         return _json(self._status())
+
+    async def blob(self, request: Request) -> Response:
+        """GET /blobs/SHA256: content-addressed bytes that an auditor checks himself."""
+        name = request.path_params["digest"]
+        try:
+            digest = Digest(bytes.fromhex(name))
+        except ValueError:
+            digest = Digest(b"")
+        if len(digest) != DIGEST_BYTES:
+            raise ApiError(400, f"expected a SHA-256 in hex, got {name[:80]!r}.", "invalid_value", "digest")
+        data = await trio.to_thread.run_sync(self._find_blob, digest)
+        if data is None:
+            raise ApiError(404, f"This node does not serve {name}; another may.", "not_found", "digest")
+        return Response(data, media_type="application/octet-stream")
 
     # --- completions --------------------------------------------------------------------------------------------------
 

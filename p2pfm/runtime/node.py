@@ -131,7 +131,15 @@ class Node:
                 self.registry,
                 now_ms,
             )
-            api = HttpApi(self.gateway, codec, self.config.network.backbone, self.registry, self.status, now_ms)
+            api = HttpApi(
+                self.gateway,
+                codec,
+                self.config.network.backbone,
+                self.registry,
+                self.status,
+                now_ms,
+                self.find_public,
+            )
             await nursery.start(serve_http, api.app(), self.config.http.host, self.config.http.port)
             learner = await self._load_learner()
             self.effects = Effects(
@@ -342,7 +350,7 @@ class Node:
 
     def find_public(self, digest: Digest) -> bytes | None:
         """A blob that anyone may have: what is served to peers is served to people too."""
-        return self._store.find(digest) if digest in self.effects.served else None
+        return self._store.find(digest) if self.stage == "running" and digest in self.effects.served else None
 
     async def _on_request(self, peer: PeerId, data: bytes) -> bytes:
         request = decode_request(data)

@@ -127,6 +127,7 @@ def _protocol_status(node: "Node") -> dict[str, Any]:
     head = durable.head
     return {
         "base": durable.base.hex(),
+        "dense_bytes": node.effects.dense_bytes,
         "certified_round": head.proposal.round if head else None,
         "updates": [
             {

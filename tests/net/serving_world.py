@@ -124,6 +124,7 @@ async def running(
         registry,
         lambda: {"round": 3},
         clock,
+        {}.get,
         limits or HttpLimits(),
     )
     async with trio.open_nursery() as nursery:

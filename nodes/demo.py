@@ -1,0 +1,541 @@
+"""`p2pfm demo`: the whole story on one machine, with every part real, in a few minutes.
+
+Five peers train on their own text, value each other's updates, certify and settle rounds on a chain, and serve all the
+while; two of them are killed, one comes back. Everything shown is read from the nodes or from the chain.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx
+import psutil
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from nodes.localnet import PRESETS, Localnet, LocalNode, Role, localnet
+from nodes.models import fetch
+from nodes.rewards import Row, plot_rewards, read_rewards, rows_to_json, verify_rewards
+from nodes.screens import format_nats, make_network_table, plot_training
+from p2pfm.config import WEI_PER_PFM
+from p2pfm.errors import WorldError
+from p2pfm.protocol.membership import compute_ranks
+from p2pfm.protocol.phases import get_durations
+from p2pfm.types import Digest, PeerId, Round
+
+ROLES: tuple[Role, ...] = ("honest", "honest", "honest", "free rider", "corrupted")
+GATEWAY = 0
+"""This node answers its clients from other peers' replicas, so that the one that generates can be killed."""
+
+STREAM_PROMPT = "Once upon a time there was a computer that wanted to learn. One day it"
+STREAM_TOKENS = 48
+KILL_AFTER_TOKENS = 10
+QUIET_ROUNDS = 3
+"""Rounds before anybody is killed."""
+
+
+@dataclass(slots=True)
+class Streamed:
+    """A streamed completion as a client saw it."""
+
+    text: str = ""
+    num_pieces: int = 0
+    num_tokens: int = 0
+    replicas: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Figures:
+    """What the demonstration measured; written by --json."""
+
+    wall_s: dict[str, float] = field(default_factory=dict)
+    cpu_s: dict[str, float] = field(default_factory=dict)
+    losses_nats: dict[int, float] = field(default_factory=dict)
+    payload_bytes: dict[int, list[int]] = field(default_factory=dict)
+    sent_bytes: dict[int, list[int]] = field(default_factory=dict)
+    dense_bytes: int = 0
+    serving: dict[str, Any] = field(default_factory=dict)
+    rejoin: dict[str, Any] = field(default_factory=dict)
+    rewards: list[dict[str, Any]] = field(default_factory=list)
+    checks: dict[str, bool] = field(default_factory=dict)
+
+
+def check_rewards(rows: Sequence[Row], roles: Mapping[str, Role]) -> dict[str, bool]:
+    """What must hold of rewards that follow contributions; `roles` by peer id."""
+    by_round: dict[int, dict[str, Row]] = {}
+    for row in rows:
+        by_round.setdefault(row.round, {})[row.peer] = row
+    ordered, totals = True, dict.fromkeys(roles, 0)
+    for held in by_round.values():
+        honest = [row for peer, row in held.items() if roles[peer] == "honest" and row.contribution is not None]
+        ranked = sorted(honest, key=lambda row: row.contribution or 0)
+        ordered &= all(a.reward_wei <= b.reward_wei for a, b in pairwise(ranked))
+        for peer, row in held.items():
+            totals[peer] += row.reward_wei
+    paid = sum(totals.values())
+    least_honest = min(total for peer, total in totals.items() if roles[peer] == "honest")
+    riders = sum(total for peer, total in totals.items() if roles[peer] == "free rider")
+    corrupted = max(total for peer, total in totals.items() if roles[peer] == "corrupted")
+    return {
+        "honest peers are paid in the order of their contribution in every round": ordered,
+        "the free rider gets about nothing (at most 1% of what is paid)": riders * 100 <= paid,
+        "the corrupted peer gets less than every honest one": corrupted < least_honest,
+    }
+
+
+class Screen:
+    """Progress bars over a table of the nodes; plain lines where the output is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=40), TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(), console=console,
+        )  # fmt: skip
+        self._live = Live(self._progress, console=console, refresh_per_second=4, transient=False)
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> "Screen":
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._live.stop()
+
+    def begin(self, what: str, total: float) -> None:
+        """A new part of the story."""
+        if self._task is not None:
+            self._progress.update(self._task, completed=self._progress.tasks[-1].total, note="")
+        self._task = self._progress.add_task(what, total=total, note="")
+        if not self.console.is_terminal:
+            self.console.print(f"· {what}")
+
+    def tell(self, note: str) -> None:
+        """What is going on now."""
+        if self._task is not None:
+            self._progress.update(self._task, note=note)
+        if not self.console.is_terminal:
+            self.console.print(f"    {note}")
+
+    def progress(self, what: str, part: float) -> None:
+        """A download or a conversion moves on."""
+        if self._task is not None:
+            self._progress.update(self._task, completed=part, note=what)
+
+    def show(self, completed: float, table: Table) -> None:
+        """Move the bar and redraw the nodes."""
+        if self._task is not None:
+            self._progress.update(self._task, completed=completed)
+        self._live.update(Group(self._progress, "", table))
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text, highlight=False)
+
+
+class Demo:
+    """The story, told on a running local network."""
+
+    def __init__(self, net: Localnet, screen: Screen, figures: Figures) -> None:
+        self.net, self.screen, self.figures = net, screen, figures
+        self.killed = net.nodes[-1]
+        """Who was killed in mid-stream."""
+        self._killed_round = -1
+        self._gateway = net.nodes[GATEWAY]
+        self._by_round: dict[int, dict[int, dict[str, int]]] = {}
+
+    # --- watching ---
+
+    def statuses(self) -> list[tuple[LocalNode, dict[str, Any]]]:
+        """Every node's status, {} for one that does not run."""
+        return [(node, self.net.get_status(node) if node.is_running else {}) for node in self.net.nodes]
+
+    def watch(self, completed: float) -> list[tuple[LocalNode, dict[str, Any]]]:
+        """One look at all nodes: redraw, and note what rounds have brought."""
+        statuses = self.statuses()
+        self.screen.show(completed, make_network_table([(f"peer {n.index}", _name(n), s) for n, s in statuses]))
+        for node, status in statuses:
+            protocol = status.get("protocol", {})
+            for text, loss in protocol.get("losses_nats", {}).items():
+                self.figures.losses_nats.setdefault(int(text), loss)
+            for text, figures in protocol.get("rounds", {}).items():
+                self._by_round.setdefault(int(text), {})[node.index] = figures
+            self.figures.dense_bytes = protocol.get("dense_bytes", self.figures.dense_bytes)
+        for round, by_node in self._by_round.items():
+            if round >= 0:
+                told = by_node.values()
+                self.figures.payload_bytes[round] = [f["payload_bytes"] for f in told if f.get("num_tokens", 0) > 1]
+                self.figures.sent_bytes[round] = [f["sent_bytes"] for f in told]
+        return statuses
+
+    def wait_until_running(self) -> None:
+        """All nodes loaded, registered, and connected to one another."""
+        num_nodes = len(self.net.nodes)
+
+        def is_done() -> bool:
+            statuses = self.watch(sum(s.get("stage") == "running" for _, s in self.statuses()))
+            return all(s.get("stage") == "running" and len(s["peers"]) == num_nodes - 1 for _, s in statuses)
+
+        self.net.wait_until("all peers run and know one another", is_done, 150, poll_s=1)
+
+    def wait_for_round(self, round: int, nodes: list[LocalNode]) -> None:
+        """Until these nodes hold a certificate of `round` or of a later one."""
+        round_s = sum(get_durations(self.net.network)) / 1000
+        start_s = self.net.network.genesis_ms / 1000
+
+        def is_done() -> bool:
+            within = (time.time() - start_s) / round_s
+            statuses = {node.index: status for node, status in self.watch(max(0.0, within))}
+            held = [statuses[node.index].get("protocol", {}).get("certified_round") for node in nodes]
+            self.screen.tell(_describe_round(statuses[nodes[0].index]))
+            return all(value is not None and value >= round for value in held)
+
+        deadline = start_s + (round + 3) * round_s
+        self.net.wait_until(f"round {round} is certified", is_done, max(30.0, deadline - time.time()), poll_s=1)
+
+    # --- the parts of the story ---
+
+    def show_failover(self) -> None:
+        """A stream outlives the process that generates it, with the very same text."""
+        model = self._pin_model()
+        self.screen.tell("a streamed completion, undisturbed")
+        calm = self._stream(model, kill=False)
+        self.screen.tell("the same again; the process that generates it is killed in mid-stream")
+        broken = self._stream(model, kill=True)
+        survivors = list(dict.fromkeys(broken.replicas))
+        self.figures.serving = {
+            "model": model,
+            "prompt": STREAM_PROMPT,
+            "text": broken.text,
+            "tokens": broken.num_tokens,
+            "replicas_in_order": survivors,
+            "tokens_undisturbed": calm.num_tokens,
+        }
+        self.figures.checks["stream survives SIGKILL of its replica, same text"] = (
+            broken.text == calm.text and broken.num_tokens == calm.num_tokens and len(survivors) >= 2
+        )
+
+    def show_second_death(self) -> LocalNode:
+        """With two nodes dead, a completion is still answered."""
+        victim = self._choose_second_victim()
+        self.net.kill(victim)
+        self.screen.tell(f"peer {victim.index} is killed too; asking again")
+        body = {
+            "model": self._newest_model(),
+            "messages": [{"role": "user", "content": "What is a computer?"}],
+            "max_tokens": 24,
+            "temperature": 0,
+        }
+        answer = httpx.post(f"{self._gateway.url}/v1/chat/completions", json=body, timeout=90).json()
+        text = answer.get("choices", [{}])[0].get("message", {}).get("content", "")
+        self.figures.serving["after_second_death"] = text
+        self.figures.checks["a completion is answered with two nodes dead"] = bool(text.strip())
+        return victim
+
+    def show_rejoin(self, node: LocalNode) -> None:
+        """A killed node comes back with its keys and takes part again."""
+        before = node.peer
+        self.net.start(node)
+        started = time.monotonic()
+        self.screen.tell(f"peer {node.index} is started again")
+        self.net.wait_until_running(node)
+        self.figures.rejoin["seconds_to_running"] = round(time.monotonic() - started, 1)
+        self.figures.rejoin["same_peer_id"] = self.net.get_status(node)["peer"] == before
+
+        def is_done() -> bool:
+            statuses = self.watch(self._round_now())
+            self.screen.tell(
+                f"peer {node.index} is back; waiting for its next update. {_describe_round(statuses[0][1])}"
+            )
+            updates = statuses[GATEWAY][1].get("protocol", {}).get("updates", [])
+            certified = statuses[GATEWAY][1].get("protocol", {}).get("certified_round") or -1
+            is_in = any(u["peer"] == node.peer for u in updates) and certified > self._killed_round
+            return is_in and node.last_status.get("protocol", {}).get("certified_round") == certified
+
+        self.net.wait_until(f"peer {node.index} takes part again", is_done, 200, poll_s=1)
+        self.figures.rejoin["takes_part_in_round"] = node.last_status["protocol"]["certified_round"]
+
+    def check_bases(self) -> None:
+        """All running nodes hold the base whose digest the chain holds."""
+        running = [node for node in self.net.nodes if node.is_running]
+
+        def is_settled() -> bool:
+            head = self.net.ledger.get_head()
+            statuses = self.watch(self._round_now())
+            bases = {s["protocol"]["base"] for node, s in statuses if node in running and "protocol" in s}
+            self.figures.checks["every running node holds the base that the chain names"] = head is not None and (
+                bases == {head.base.hex()}
+            )
+            return self.figures.checks["every running node holds the base that the chain names"]
+
+        try:
+            self.net.wait_until("the last round is on chain", is_settled, 40, poll_s=1)
+        except WorldError as error:
+            self.screen.say(f"[yellow]{error}[/]")
+
+    def read_chain(self) -> tuple[Row, ...]:
+        """Contributions and rewards as the chain has them, and the checks that people would make on them."""
+        rows = read_rewards(self.net.ledger, self._fetch_blob)
+        findings = verify_rewards(self.net.ledger, self._fetch_blob, self.net.network)
+        figures = self.figures
+        figures.rewards = rows_to_json(rows)
+        figures.checks["every round recomputes to its root on chain"] = not any(findings.values())
+        figures.checks["held-out loss fell"] = (
+            len(figures.losses_nats) > 1
+            and figures.losses_nats[max(figures.losses_nats)] < figures.losses_nats[min(figures.losses_nats)]
+        )
+        figures.checks.update(check_rewards(rows, {node.peer: node.role for node in self.net.nodes}))
+        return rows
+
+    def _fetch_blob(self, digest: Digest) -> bytes | None:
+        """From whichever node serves it; the reader checks the hash."""
+        for node in self.net.nodes:
+            if node.is_running:
+                response = httpx.get(f"{node.url}/blobs/{digest.hex()}", timeout=10)
+                if response.status_code == 200:
+                    return response.content
+        return None
+
+    # --- helpers ---
+
+    def _round_now(self) -> float:
+        elapsed_ms = time.time() * 1000 - self.net.network.genesis_ms
+        return max(0.0, elapsed_ms / sum(get_durations(self.net.network)))
+
+    def _newest_model(self) -> str:
+        names = [model["id"] for model in httpx.get(f"{self._gateway.url}/v1/models", timeout=10).json()["data"]]
+        return str(names[0])
+
+    def _pin_model(self) -> str:
+        """The newest base by its digest: both streams must use one version, whatever is certified in between."""
+        base = self.net.get_status(self._gateway)["protocol"]["base"]
+        return f"{self.net.network.backbone}+base@{base[:16]}"
+
+    def _stream(self, model: str, *, kill: bool) -> Streamed:
+        body = {
+            "model": model,
+            "prompt": STREAM_PROMPT,
+            "max_tokens": STREAM_TOKENS,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        seen = Streamed()
+        is_killed = False
+        with httpx.stream("POST", f"{self._gateway.url}/v1/completions", json=body, timeout=120) as response:
+            for event in _read_events(response):
+                seen.num_tokens = (event.get("usage") or {}).get("completion_tokens", seen.num_tokens)
+                for choice in event.get("choices", []):
+                    if choice.get("text"):
+                        seen.text += choice["text"]
+                        seen.num_pieces += 1
+                        seen.replicas.append(event["p2pfm"]["replica"])
+                if kill and not is_killed and seen.num_pieces >= KILL_AFTER_TOKENS:
+                    is_killed = True
+                    self._kill_replica(seen.replicas[-1])
+        return seen
+
+    def _kill_replica(self, peer: str) -> None:
+        node = next(node for node in self.net.nodes if node.peer == peer)
+        self._killed_round = int(self._round_now())
+        self.net.kill(node)
+        self.killed = node
+        self.screen.tell(f"peer {node.index} was generating: SIGKILL")
+
+    def _choose_second_victim(self) -> LocalNode:
+        """A node whose death costs no round: not the gateway, and not first-ranked in this round or the next two."""
+        roster = self.net.ledger.get_roster()
+        now = int(self._round_now())
+        needed = {roster.members[compute_ranks(roster, Round(r))[0]].peer for r in (now, now + 1, now + 2)}
+        running = [node for node in self.net.nodes if node.is_running and node.index != GATEWAY]
+        return next((node for node in reversed(running) if node.peer not in needed), running[-1])
+
+
+def run_demo(
+    folder: Path, console: Console, *, chain: Literal["embedded", "anvil"] = "embedded", json_path: Path | None = None
+) -> bool:
+    """Tell the whole story; returns whether every check held.
+
+    Args:
+        folder: where homes, logs and pictures go; must not hold a network yet.
+        json_path: also write the figures there.
+
+    Raises:
+        OperatorError: a missing package, a folder in use, a node that cannot start.
+        WorldError: a part took too long.
+    """
+    figures = Figures()
+    preset = PRESETS["demo"]
+    with Screen(console) as screen:
+        screen.begin("get the model", 1)
+        with _measured(figures, "model"):
+            fetch(preset.backbone, screen.progress)
+        screen.begin("start a chain and five peers", len(ROLES))
+        clock = _Clock(figures)
+        with localnet(folder, ROLES, preset, screen.tell, gateways=frozenset({GATEWAY}), chain=chain) as net:
+            demo = Demo(net, screen, figures)
+            demo.wait_until_running()
+            clock.lap("start", net)
+            screen.begin("train, value, certify, settle", QUIET_ROUNDS)
+            demo.wait_for_round(QUIET_ROUNDS - 1, net.nodes)
+            clock.lap("rounds", net)
+            screen.begin("kill the replica in mid-stream", 1)
+            demo.show_failover()
+            demo.show_second_death()
+            clock.lap("serving", net)
+            screen.begin("a killed peer comes back", QUIET_ROUNDS + 2)
+            demo.show_rejoin(demo.killed)
+            demo.check_bases()
+            clock.lap("rejoin", net)
+            screen.begin("read the chain", 1)
+            rows = demo.read_chain()
+            clock.lap("chain", net)
+    pictures = _draw(folder, figures, rows, net)
+    _print_end(console, figures, rows, net, pictures)
+    if json_path is not None:
+        json_path.write_text(json.dumps(asdict(figures), indent=2), encoding="utf-8")
+        console.print(f"figures: {json_path}", soft_wrap=True)
+    return all(figures.checks.values())
+
+
+class _Clock:
+    """Wall and CPU seconds by part of the story."""
+
+    def __init__(self, figures: Figures) -> None:
+        self._figures = figures
+        self._wall = time.monotonic()
+        self._cpu: dict[int, float] = {}
+
+    def lap(self, part: str, net: Localnet) -> None:
+        """What passed since the last lap: wall time, and CPU time of every process of the network and our own."""
+        now = time.monotonic()
+        self._figures.wall_s[part] = round(now - self._wall, 1)
+        self._wall = now
+        processes = [node.process for node in net.nodes if node.is_running and node.process] + [net.testnet.process]
+        spent = 0.0
+        for pid in [os.getpid(), *(process.pid for process in processes)]:
+            times = psutil.Process(pid).cpu_times()
+            total = times.user + times.system
+            spent += total - self._cpu.get(pid, 0.0)
+            self._cpu[pid] = total
+        self._figures.cpu_s[part] = round(spent, 1)
+
+
+@contextmanager
+def _measured(figures: Figures, part: str) -> Iterator[None]:
+    """Wall and CPU seconds of a part that runs in this process."""
+    wall, cpu = time.monotonic(), time.process_time()
+    yield
+    figures.wall_s[part] = round(time.monotonic() - wall, 1)
+    figures.cpu_s[part] = round(time.process_time() - cpu, 1)
+
+
+def _read_events(response: httpx.Response) -> Iterator[dict[str, Any]]:
+    """Server-sent events of a completion, as JSON."""
+    if response.status_code != 200:
+        raise WorldError(f"the gateway answered {response.status_code}: {response.read().decode()[:300]}")
+    for line in response.iter_lines():
+        if line.startswith("data: ") and line != "data: [DONE]":
+            yield json.loads(line.removeprefix("data: "))
+
+
+def _name(node: LocalNode) -> str:
+    state = "" if node.is_running else " [red](killed)[/]"
+    return f"{node.role}{state}"
+
+
+def _describe_round(status: Mapping[str, Any]) -> str:
+    if not status or status["round"] < 0:
+        return "waiting for the first round"
+    return f"round {status['round']}: {status['phase']}, {status['phase_ends_in_ms'] / 1000:.0f} s left"
+
+
+def _draw(folder: Path, figures: Figures, rows: Sequence[Row], net: Localnet) -> list[Path]:
+    """The two pictures."""
+    rewards, training = folder / "rewards.png", folder / "training.png"
+    plot_rewards(rows, rewards, {PeerId(node.peer): f"peer {node.index}\n{node.role}" for node in net.nodes})
+    plot_training(figures.losses_nats, figures.payload_bytes, figures.dense_bytes, training)
+    return [rewards, training]
+
+
+def _print_end(console: Console, figures: Figures, rows: Sequence[Row], net: Localnet, pictures: list[Path]) -> None:
+    """The last screen: serving, rewards, rounds, checks, pictures."""
+    serving, rejoin = figures.serving, figures.rejoin
+    console.rule("serving through failures")
+    console.print(f"[bold]{STREAM_PROMPT}[/]{escape(serving['text'])}", soft_wrap=True)
+    names = {node.peer: f"peer {node.index}" for node in net.nodes}
+    path = " → ".join(names[peer] for peer in serving["replicas_in_order"])
+    console.print(f"[dim]{serving['tokens']} tokens by {path}; the undisturbed text is the same[/]")
+    console.print(f"[dim]with two nodes dead: {escape(serving['after_second_death'].strip()[:200])!r}[/]")
+    console.print(
+        f"[dim]the killed peer ran again after {rejoin['seconds_to_running']} s and took part in round "
+        f"{rejoin['takes_part_in_round']}[/]"
+    )
+    console.rule("read from the chain")
+    console.print(_make_reward_table(rows, net))
+    console.print(_make_round_table(figures))
+    for check, holds in figures.checks.items():
+        console.print(f"{'[green]ok[/]   ' if holds else '[red]FAIL[/] '}{check}", highlight=False)
+    walls = ", ".join(f"{part} {seconds:.0f}" for part, seconds in figures.wall_s.items())
+    cpus = ", ".join(f"{part} {seconds:.0f}" for part, seconds in figures.cpu_s.items())
+    console.print(f"[dim]wall s: {walls} (total {sum(figures.wall_s.values()):.0f}); CPU s: {cpus}[/]", soft_wrap=True)
+    for picture in pictures:
+        console.print(f"picture: {picture}", soft_wrap=True, highlight=False)
+
+
+def _make_reward_table(rows: Sequence[Row], net: Localnet) -> Table:
+    """Contribution by round and what the chain allotted and paid, one line a peer, best first."""
+    rounds = sorted({row.round for row in rows})
+    table = Table(title="contributions [milli-nats/token] and rewards")
+    for column in ("peer", "role"):
+        table.add_column(column)
+    for round in rounds:
+        table.add_column(f"round {round}", justify="right")
+    for column in ("sum", "allotted PFM", "claimed PFM"):
+        table.add_column(column, justify="right")
+    by_peer = {node.peer: [row for row in rows if row.peer == node.peer] for node in net.nodes}
+    for node in sorted(net.nodes, key=lambda node: -sum(row.reward_wei for row in by_peer[node.peer])):
+        held = {row.round: row for row in by_peer[node.peer]}
+        parts = [held[r].contribution if r in held else None for r in rounds]
+        table.add_row(
+            f"peer {node.index}",
+            node.role,
+            *("absent" if part is None else format_nats(part) for part in parts),
+            format_nats(sum(part or 0 for part in parts)),
+            f"{sum(row.reward_wei for row in held.values()) / WEI_PER_PFM:.2f}",
+            f"{max((row.claimed_wei for row in held.values()), default=0) / WEI_PER_PFM:.2f}",
+        )
+    return table
+
+
+def _make_round_table(figures: Figures) -> Table:
+    """Held-out loss and bytes by round."""
+    table = Table(title="rounds")
+    for column in ("round", "held-out loss", "update, bytes", "to dense fp32", "sent a peer, bytes", "to dense fp32"):
+        table.add_column(column, justify="right")
+    for round in sorted(figures.losses_nats):
+        update = _mean(figures.payload_bytes.get(round, []))
+        sent = _mean(figures.sent_bytes.get(round, []))
+        table.add_row(
+            "before" if round < 0 else str(round),
+            f"{figures.losses_nats[round]:.3f}",
+            f"{update:,.0f}" if update else "",
+            f"{figures.dense_bytes / update:.0f}x less" if update else "",
+            f"{sent:,.0f}" if sent else "",
+            f"{figures.dense_bytes / sent:.1f}x less" if sent else "",
+        )
+    return table
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
