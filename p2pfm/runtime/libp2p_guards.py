@@ -85,14 +85,16 @@ class TransportLimits(msgspec.Struct, frozen=True):
     syn_burst_max: int = 1500
     buffered_per_connection_max: int = 32 * 1024 * 1024
     window_slack_bytes: int = 256 * 1024
-    negotiate_s: float = 5.0
+    negotiate_s: float = 10.0
+    """For each step of a handshake. Not short: a short one turns a busy machine into one that only retries; silent
+    sockets are cut by number, not by time."""
     ping_s: float = 3.0
     silent_s: float = 9.0
     """A connection that sends nothing, not even pongs, for this long is closed."""
     write_stall_s: float = 30.0
     """A writer waits this long for window credit (back-pressure), then its stream is reset."""
-    dials_max: int = 8
-    dial_s: float = 4.0
+    dials_max: int = 3
+    dial_s: float = 10.0
     known_peers_max: int = 1024
     addresses_per_peer_max: int = 8
 

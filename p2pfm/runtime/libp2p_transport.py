@@ -37,7 +37,7 @@ READ_BYTES = 256 * 1024
 IDLE_STREAMS_MAX = 4  # kept open to one peer for the next request: 1,400 requests/s against 200 with a stream for each
 IDLE_S = 120.0
 FRAME_S = 30.0  # a frame that has begun must end within this
-EXCHANGE_S = 10.0  # between two peer exchanges; the first follows each new connection at once
+EXCHANGE_S = 10.0  # between two peer exchanges; the first follows each own dial at once
 DIAL_TICK_S = 0.5
 BAN_OFFENCES = 3
 BAN_S = 60.0
@@ -425,7 +425,9 @@ class Libp2pTransport:
     async def _exchange_loop(self) -> None:
         """Ask one peer after the other who else is there, so that knowledge spreads even where nobody reconnects."""
         while True:
-            await trio.sleep(EXCHANGE_S * random.uniform(0.7, 1.3))
+            peers = self.connected()
+            interval_s = EXCHANGE_S if len(peers) > 8 else EXCHANGE_S / 2
+            await trio.sleep(interval_s * random.uniform(0.7, 1.3))
             peers = self.connected()
             if peers:
                 await self._exchange(random.choice(peers))
@@ -471,6 +473,8 @@ class Libp2pTransport:
                             self.book.on_failed(peer, address, is_other_peer="mismatch" in repr(error).lower())
                         else:
                             self.book.on_connected(peer, trio.current_time(), address)
+                            if self._nursery is not None:  # who dials asks; who is dialled learns from the question
+                                self._nursery.start_soon(self._exchange, peer)
                             return
                 self.book.on_unreachable(peer, trio.current_time())
         finally:
@@ -491,8 +495,6 @@ class Libp2pTransport:
         now = self.connected()
         for peer in set(now) - set(self._last_peers):
             self.book.on_connected(peer, trio.current_time())
-            if self._nursery is not None:
-                self._nursery.start_soon(self._exchange, peer)
         for peer in set(self._last_peers) - set(now):
             self._idle.pop(peer, None)
             self.book.on_lost(peer, trio.current_time())

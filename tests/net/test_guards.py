@@ -39,8 +39,8 @@ from p2pfm.runtime.libp2p_transport import PEERS_PROTOCOL, REQUEST_PROTOCOL, STR
 from p2pfm.types import PeerId
 
 MESHSUB = "/meshsub/1.1.0"
-DATA, WINDOW, PING, GO_AWAY = 0, 1, 2, 3
-SYN, ACK, FIN, RST = 1, 2, 4, 8
+DATA, WINDOW, PING = 0, 1, 2
+SYN, RST = 1, 8
 CUT = suppress(IOException, RawConnError)
 """The victim ended the connection while the rogue was writing."""
 
