@@ -1,0 +1,39 @@
+# What a person runs. Everything is installed into .venv; nothing outside this folder and ~/.cache/p2pfm is touched.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+CONTRACTS := contracts/node_modules/.ready
+
+.PHONY: setup demo test check clean
+
+setup: $(READY)
+
+# torch first and alone: its pinned version is the CPU build where one is offered, and nothing may pull another.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# The whole story on one machine. JSON=FILE also writes its figures; CHAIN=anvil runs it on anvil (needs Node.js).
+demo: $(READY) $(if $(filter anvil,$(CHAIN)),$(CONTRACTS))
+	@$(BIN)/p2pfm demo $(if $(JSON),--json '$(JSON)')
+
+# The tests that compile contracts or use anvil need Node.js; without it they say so and are skipped.
+test: $(READY) $(CONTRACTS)
+	$(BIN)/python -m pytest $(TESTS)
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+$(CONTRACTS): contracts/package.json
+	@if command -v npm > /dev/null; then npm install --prefix contracts --no-audit --no-fund --no-package-lock --silent; \
+	else echo 'no npm: contracts are not recompiled, anvil is not used'; mkdir -p contracts/node_modules; fi
+	@touch $@
+
+clean:
+	rm -rf .venv contracts/node_modules demo-out
