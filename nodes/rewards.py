@@ -15,10 +15,11 @@ from rich.table import Table
 
 from p2pfm.config import WEI_PER_PFM, NetworkConfig
 from p2pfm.errors import Reject, WorldError
-from p2pfm.messages import Proposal, decode_message
+from p2pfm.messages import Announcement, IncludedUpdate, Proposal, decode_message
+from p2pfm.protocol.committee import draft_proposal
 from p2pfm.settlement import merkle
-from p2pfm.settlement.ledger import LeafValue, Ledger, SettledRound
-from p2pfm.settlement.rewards import compute_leaves, compute_median, compute_sums, compute_weights, from_wire
+from p2pfm.settlement.ledger import LeafValue, Ledger, Roster, SettledRound
+from p2pfm.settlement.rewards import from_wire
 from p2pfm.types import NANO, WEIGHT_ONE, Contribution, Digest, MemberIndex, PeerId, Round, Wei, Weight, compute_digest
 
 matplotlib.use("Agg")
@@ -94,6 +95,7 @@ def read_rewards(ledger: Ledger, fetch: Fetch, first: Round = FIRST, is_partial:
 
 def verify_rewards(ledger: Ledger, fetch: Fetch, network: NetworkConfig) -> dict[Round, list[str]]:
     """Findings by settled round; an empty list: everything recomputes to what the chain holds. Raises: ChainError."""
+    roster = ledger.get_roster()
     findings: dict[Round, list[str]] = {}
     previous: Proposal | None = None
     for settled in ledger.get_rounds(Round(0)):
@@ -102,7 +104,7 @@ def verify_rewards(ledger: Ledger, fetch: Fetch, network: NetworkConfig) -> dict
             findings[settled.round] = [f"nobody serves its data {settled.data_digest.hex()}: it cannot be checked"]
             previous = None
             continue
-        findings[settled.round] = verify_round(settled, data, previous, network)
+        findings[settled.round] = verify_round(settled, data, roster, previous, network)
         try:
             previous = _decode(data)
         except Reject:
@@ -111,7 +113,7 @@ def verify_rewards(ledger: Ledger, fetch: Fetch, network: NetworkConfig) -> dict
 
 
 def verify_round(
-    settled: SettledRound, proposal_bytes: bytes, previous: Proposal | None, network: NetworkConfig
+    settled: SettledRound, proposal_bytes: bytes, roster: Roster, previous: Proposal | None, network: NetworkConfig
 ) -> list[str]:
     """What is wrong with a settled round; empty: medians, weights, leaves and root all recompute.
 
@@ -124,13 +126,10 @@ def verify_round(
         proposal = _decode(proposal_bytes)
     except Reject as error:
         return [f"data: {error}"]
-    leaves = from_wire(proposal.leaves)
     return [
         *_compare_header(settled, proposal),
-        *_compare_root(settled, leaves),
-        *_compare_medians(proposal),
-        *_compare_weights(proposal),
-        *_compare_leaves(settled, proposal, leaves, previous, network),
+        *_compare_root(settled, from_wire(proposal.leaves)),
+        *_compare_content(settled, proposal, roster, previous, network),
     ]
 
 
@@ -268,71 +267,57 @@ def _compare_root(settled: SettledRound, leaves: tuple[LeafValue, ...]) -> list[
     return findings
 
 
-def _compare_medians(proposal: Proposal) -> list[str]:
-    """An update counts if more than half of the reveals scored it; its contribution is their lower median."""
-    reveals = proposal.reveals
-    findings = []
-    if any(reveal.round != proposal.round for reveal in reveals):
-        findings.append("reveals: one is of another round")
-    if len({reveal.member for reveal in reveals}) != len(reveals):
-        findings.append("reveals: a member stands there twice")
-    readings: dict[Digest, list[Contribution]] = {}
-    for reveal in reveals:
-        for score in reveal.scores:
-            readings.setdefault(score.payload, []).append(score.contribution)
-    counted = {payload: values for payload, values in readings.items() if 2 * len(values) > len(reveals)}
-    for update in proposal.updates:
-        if update.payload not in counted:
-            findings.append(f"update {update.payload.hex()[:10]}: included, but half of the reveals or fewer scored it")
-            continue
-        median = compute_median(counted[update.payload])
-        if median != update.contribution:
-            findings.append(
-                f"update {update.payload.hex()[:10]} of member {update.member}: "
-                f"the reveals' median is {median}, the proposal says {update.contribution}"
-            )
+def _compare_content(
+    settled: SettledRound, proposal: Proposal, roster: Roster, previous: Proposal | None, network: NetworkConfig
+) -> list[str]:
+    """Medians, weights, leaves and root, recomputed from the revealed vectors by the peers' own rule.
+
+    Who proposed, at which epoch, from which base: the committee's signatures say so; that is taken from the proposal.
+    """
+    if (previous.root if previous else merkle.EMPTY_ROOT) != settled.prev_root:
+        return ["the settled round before this one is not at hand, so that its leaves cannot be recomputed"]
+    told = {update.payload: update for update in proposal.updates}
+    announced = {
+        payload: Announcement(proposal.round, update.peer, proposal.base, payload, 0, 0)
+        for payload, update in told.items()
+    }
+    then = msgspec.structs.replace(
+        roster, epoch=proposal.epoch, nonce=proposal.nonce, members=roster.members[: len(proposal.leaves)]
+    )
+    try:
+        right = draft_proposal(network, then, previous, proposal.round, proposal.base, proposal.reveals, announced)
+    except Reject as error:
+        return [f"reveals: {error}"]
+    findings = _compare_updates(right, told)
+    if right.leaves != proposal.leaves:
+        pairs = zip(from_wire(right.leaves), from_wire(proposal.leaves), strict=False)
+        findings += [
+            f"leaf of member {index}: recomputed {computed}, the proposal says {given}"
+            for index, (computed, given) in enumerate(pairs)
+            if computed != given
+        ]
     return findings
 
 
-def _compare_weights(proposal: Proposal) -> list[str]:
-    weights = compute_weights([update.contribution for update in proposal.updates])
-    return [
-        f"update {update.payload.hex()[:10]}: its merge weight should be {weight / WEIGHT_ONE:.9f}, "
-        f"the proposal says {update.weight / WEIGHT_ONE:.9f}"
-        for update, weight in zip(proposal.updates, weights, strict=True)
-        if update.weight != weight
-    ]
-
-
-def _compare_leaves(
-    settled: SettledRound,
-    proposal: Proposal,
-    leaves: tuple[LeafValue, ...],
-    previous: Proposal | None,
-    network: NetworkConfig,
-) -> list[str]:
-    """Every leaf follows from the leaf before and this round's contributions."""
-    if (previous.root if previous else merkle.EMPTY_ROOT) != settled.prev_root:
-        return ["leaves: the settled round before this one is not at hand, so that they cannot be recomputed"]
-    before = from_wire(previous.leaves) if previous else ()
-    last_round = previous.round if previous else -1
-    per_epoch = network.settlement.rounds_per_epoch
-    try:
-        expected = compute_leaves(
-            before,
-            {update.member: update.contribution for update in proposal.updates},
-            num_members=len(leaves),
-            pool=network.pool_per_epoch(),
-            is_payout=(proposal.round + 1) // per_epoch > (last_round + 1) // per_epoch,
-            is_epoch_start=compute_sums(before).reward_wei > 0,
-        )
-    except ValueError as error:
-        return [f"leaves: {error}"]
-    return [
-        f"leaf of member {index}: recomputed {right}, the proposal says {given}"
-        for index, (right, given) in enumerate(zip(expected, leaves, strict=True))
-        if right != given
-    ]
+def _compare_updates(right: Proposal, told: Mapping[Digest, IncludedUpdate]) -> list[str]:
+    findings = []
+    computed = {update.payload: update for update in right.updates}
+    for payload, given in told.items():
+        name, expected = f"update {payload.hex()[:10]} of member {given.member}", computed.get(payload)
+        if expected is None:
+            findings.append(f"{name}: included, but half of the reveals or fewer scored it")
+        elif expected.contribution != given.contribution:
+            findings.append(
+                f"{name}: the reveals' median is {expected.contribution}, the proposal says {given.contribution}"
+            )
+        elif expected.weight != given.weight:
+            findings.append(
+                f"{name}: its merge weight should be {expected.weight / WEIGHT_ONE:.9f}, "
+                f"the proposal says {given.weight / WEIGHT_ONE:.9f}"
+            )
+        elif expected != given:
+            findings.append(f"{name}: expected peer {expected.peer}, the proposal says {given.peer}")
+    return findings
 
 
 def _format_contribution(row: Row | None) -> str:

@@ -78,7 +78,7 @@ class ScoreReveal(Wire, frozen=True, tag="reveal"):
 
 
 class IncludedUpdate(Wire, frozen=True):
-    """An update in a proposal: its median contribution and its merge weight (all sum to WEIGHT_ONE, or to 0)."""
+    """An update in a proposal: its median contribution and its merge weight (they sum to WEIGHT_ONE at most)."""
 
     peer: Name
     member: Index

@@ -385,8 +385,9 @@ class Peer:
         if self._is_orphaned() or (self.settled and self.settled.round > (head.proposal.round if head else -1)):
             raise Reject("the chain holds a round whose certificate is not here yet")
         validate_reveals(state.roster, reveals, state.round, state.commitments, state.late_commitments)
+        previous = head.proposal if head else None
         return draft_proposal(
-            self.config, state.roster, self.durable.head, state.round, self.durable.base, reveals, self._by_payload()
+            self.config, state.roster, previous, state.round, self.durable.base, reveals, self._by_payload()
         )
 
     def _propose(self) -> list[AnyAction]:

@@ -159,7 +159,8 @@ class Bench:
         durable = self.peer.durable
         announcements = {payload_of(name, round): announcement_of(name, round, durable.base) for name in NAMES}
         reveals = [reveal_of(member, round) for member in members]
-        return draft_proposal(CONFIG, self.roster, durable.head, round, durable.base, reveals, announcements)
+        previous = durable.head.proposal if durable.head else None
+        return draft_proposal(CONFIG, self.roster, previous, round, durable.base, reveals, announcements)
 
     def run_to_attest(self, round: Round = ROUND) -> list[AnyAction]:
         """Everything up to the first moment of ATTEST; `join` must have been called."""

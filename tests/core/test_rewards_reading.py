@@ -19,7 +19,6 @@ from p2pfm.config import NetworkConfig, SettlementConfig
 from p2pfm.errors import Reject, WorldError
 from p2pfm.messages import (
     Announcement,
-    Certificate,
     Proposal,
     Score,
     ScoreReveal,
@@ -53,7 +52,7 @@ class Settled:
             settlement=SettlementConfig(rounds_per_epoch=2, pool_per_epoch_pfm=1),
         )
         self.blobs: dict[Digest, bytes] = {}
-        self.head: Certificate | None = None
+        self.previous: Proposal | None = None
 
     def settle(self, round: int, tamper: Callable[[Proposal], Proposal] = lambda proposal: proposal) -> None:
         """The round's right proposal, changed by `tamper`, signed by all and accepted by the contract."""
@@ -77,7 +76,8 @@ class Settled:
             )
             for judge in range(3)
         ]
-        draft = draft_proposal(self.network, roster, self.head, Round(round), Digest(b"b" * 32), reveals, announcements)
+        base = Digest(b"b" * 32)
+        draft = draft_proposal(self.network, roster, self.previous, Round(round), base, reveals, announcements)
         proposal = tamper(msgspec.structs.replace(draft, new_base=Digest(b"n" * 32)))
         leaves = from_wire(proposal.leaves)
         submission = Submission(
@@ -95,7 +95,7 @@ class Settled:
         submission = self.world.sign(submission)
         self.world.any.submit_round(submission)
         self.blobs[submission.data_digest] = encode(proposal)
-        self.head = Certificate(proposal, (), submission.signature)
+        self.previous = proposal
 
     def findings(self) -> dict[Round, list[str]]:
         """Of all rounds."""
