@@ -355,8 +355,8 @@ def localnet_up(
     from nodes.screens import watch_localnet
 
     home = folder or Path(tempfile.mkdtemp(prefix="p2pfm-localnet-"))
-    roles: tuple[Role, ...] = ("honest",) * peers
-    with localnet(home, roles, get_preset(model), out.print, chain=_get_chain(chain)) as net:
+    honest: Role = "honest"
+    with localnet(home, (honest,) * peers, get_preset(model), out.print, chain=_get_chain(chain)) as net:
         for node in net.nodes:
             out.print(f"peer {node.index}: {node.url}  config {node.home / CONFIG_NAME}", soft_wrap=True)
         watch_localnet(net, out)

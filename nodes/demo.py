@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import httpx
 import psutil
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
@@ -24,7 +25,7 @@ from rich.table import Table
 
 from nodes.localnet import PRESETS, Localnet, LocalNode, Role, localnet
 from nodes.models import fetch
-from nodes.rewards import Row, plot_rewards, read_rewards, rows_to_json, verify_rewards
+from nodes.rewards import Row, claim_newest, plot_rewards, read_rewards, rows_to_json, verify_rewards
 from nodes.screens import format_nats, make_network_table, plot_training
 from p2pfm.config import WEI_PER_PFM
 from p2pfm.errors import WorldError
@@ -103,6 +104,7 @@ class Screen:
         )  # fmt: skip
         self._live = Live(self._progress, console=console, refresh_per_second=4, transient=False)
         self._task: TaskID | None = None
+        self._last_note = ""
 
     def __enter__(self) -> "Screen":
         if self.console.is_terminal:
@@ -120,12 +122,14 @@ class Screen:
         if not self.console.is_terminal:
             self.console.print(f"· {what}")
 
-    def tell(self, note: str) -> None:
-        """What is going on now."""
+    def tell(self, note: str, seconds_left: float | None = None) -> None:
+        """What is going on now, and how long it will take; without a terminal each thing is said once."""
+        left = "" if seconds_left is None else f", {seconds_left:.0f} s left"
         if self._task is not None:
-            self._progress.update(self._task, note=note)
-        if not self.console.is_terminal:
-            self.console.print(f"    {note}")
+            self._progress.update(self._task, note=note + left)
+        if not self.console.is_terminal and note != self._last_note:
+            self._last_note = note
+            self.console.print(f"    {note}", highlight=False)
 
     def progress(self, what: str, part: float) -> None:
         """A download or a conversion moves on."""
@@ -172,7 +176,7 @@ class Demo:
                 self._by_round.setdefault(int(text), {})[node.index] = figures
             self.figures.dense_bytes = protocol.get("dense_bytes", self.figures.dense_bytes)
         for round, by_node in self._by_round.items():
-            if round >= 0:
+            if 0 <= round < int(self._round_now()):
                 told = by_node.values()
                 self.figures.payload_bytes[round] = [f["payload_bytes"] for f in told if f.get("num_tokens", 0) > 1]
                 self.figures.sent_bytes[round] = [f["sent_bytes"] for f in told]
@@ -197,7 +201,7 @@ class Demo:
             within = (time.time() - start_s) / round_s
             statuses = {node.index: status for node, status in self.watch(max(0.0, within))}
             held = [statuses[node.index].get("protocol", {}).get("certified_round") for node in nodes]
-            self.screen.tell(_describe_round(statuses[nodes[0].index]))
+            self.screen.tell(*_describe_round(statuses[nodes[0].index]))
             return all(value is not None and value >= round for value in held)
 
         deadline = start_s + (round + 3) * round_s
@@ -286,16 +290,30 @@ class Demo:
     def read_chain(self) -> tuple[Row, ...]:
         """Contributions and rewards as the chain has them, and the checks that people would make on them."""
         rows = read_rewards(self.net.ledger, self._fetch_blob)
+        self._claim_for_all(rows)
+        rows = read_rewards(self.net.ledger, self._fetch_blob)
         findings = verify_rewards(self.net.ledger, self._fetch_blob, self.net.network)
         figures = self.figures
         figures.rewards = rows_to_json(rows)
         figures.checks["every round recomputes to its root on chain"] = not any(findings.values())
-        figures.checks["held-out loss fell"] = (
+        figures.checks["held-out loss fell from before the first round to after the last"] = (
             len(figures.losses_nats) > 1
             and figures.losses_nats[max(figures.losses_nats)] < figures.losses_nats[min(figures.losses_nats)]
         )
         figures.checks.update(check_rewards(rows, {node.peer: node.role for node in self.net.nodes}))
         return rows
+
+    def _claim_for_all(self, rows: Sequence[Row]) -> None:
+        """Claims are open to anyone and always paid to the peer: so the dead are paid too."""
+        newest = max(row.round for row in rows)
+        self.net.wait_until("the newest round is final", lambda: self._is_final(newest), 30)
+        for row in rows:
+            if row.round == newest and row.cumulative_wei > row.claimed_wei:
+                self.screen.tell(f"claiming for …{row.peer[-6:]}")
+                claim_newest(self.net.ledger, row.peer, self._fetch_blob)
+
+    def _is_final(self, round: Round) -> bool:
+        return all(settled.is_final for settled in self.net.ledger.get_rounds(round))
 
     def _fetch_blob(self, digest: Digest) -> bytes | None:
         """From whichever node serves it; the reader checks the hash."""
@@ -454,10 +472,14 @@ def _name(node: LocalNode) -> str:
     return f"{node.role}{state}"
 
 
-def _describe_round(status: Mapping[str, Any]) -> str:
-    if not status or status["round"] < 0:
-        return "waiting for the first round"
-    return f"round {status['round']}: {status['phase']}, {status['phase_ends_in_ms'] / 1000:.0f} s left"
+def _describe_round(status: Mapping[str, Any]) -> tuple[str, float]:
+    """The phase in words, and its seconds left."""
+    if not status:
+        return "waiting for an answer", 0.0
+    left = status["phase_ends_in_ms"] / 1000
+    return (
+        "waiting for the first round" if status["round"] < 0 else f"round {status['round']}: {status['phase']}"
+    ), left
 
 
 def _draw(folder: Path, figures: Figures, rows: Sequence[Row], net: Localnet) -> list[Path]:
@@ -496,13 +518,11 @@ def _print_end(console: Console, figures: Figures, rows: Sequence[Row], net: Loc
 def _make_reward_table(rows: Sequence[Row], net: Localnet) -> Table:
     """Contribution by round and what the chain allotted and paid, one line a peer, best first."""
     rounds = sorted({row.round for row in rows})
-    table = Table(title="contributions [milli-nats/token] and rewards")
+    table = Table(title="contribution by round [milli-nats/token], and reward [PFM]", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("peer", "role"):
-        table.add_column(column)
-    for round in rounds:
-        table.add_column(f"round {round}", justify="right")
-    for column in ("sum", "allotted PFM", "claimed PFM"):
-        table.add_column(column, justify="right")
+        table.add_column(column, no_wrap=True)
+    for column in (*(str(round) for round in rounds), "sum", "allotted", "claimed"):
+        table.add_column(column, justify="right", no_wrap=True)
     by_peer = {node.peer: [row for row in rows if row.peer == node.peer] for node in net.nodes}
     for node in sorted(net.nodes, key=lambda node: -sum(row.reward_wei for row in by_peer[node.peer])):
         held = {row.round: row for row in by_peer[node.peer]}
@@ -510,7 +530,7 @@ def _make_reward_table(rows: Sequence[Row], net: Localnet) -> Table:
         table.add_row(
             f"peer {node.index}",
             node.role,
-            *("absent" if part is None else format_nats(part) for part in parts),
+            *("-" if part is None else format_nats(part) for part in parts),
             format_nats(sum(part or 0 for part in parts)),
             f"{sum(row.reward_wei for row in held.values()) / WEI_PER_PFM:.2f}",
             f"{max((row.claimed_wei for row in held.values()), default=0) / WEI_PER_PFM:.2f}",
@@ -520,19 +540,19 @@ def _make_reward_table(rows: Sequence[Row], net: Localnet) -> Table:
 
 def _make_round_table(figures: Figures) -> Table:
     """Held-out loss and bytes by round."""
-    table = Table(title="rounds")
-    for column in ("round", "held-out loss", "update, bytes", "to dense fp32", "sent a peer, bytes", "to dense fp32"):
-        table.add_column(column, justify="right")
-    for round in sorted(figures.losses_nats):
+    table = Table(title="held-out loss, and bytes beside a dense fp32 update", box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("round", "loss", "an update", "is smaller by", "sent a peer", "is less by"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for round in sorted({*figures.losses_nats, *figures.payload_bytes}):
         update = _mean(figures.payload_bytes.get(round, []))
         sent = _mean(figures.sent_bytes.get(round, []))
         table.add_row(
             "before" if round < 0 else str(round),
-            f"{figures.losses_nats[round]:.3f}",
+            f"{figures.losses_nats[round]:.3f}" if round in figures.losses_nats else "void",
             f"{update:,.0f}" if update else "",
-            f"{figures.dense_bytes / update:.0f}x less" if update else "",
+            f"{figures.dense_bytes / update:.0f}x" if update else "",
             f"{sent:,.0f}" if sent else "",
-            f"{figures.dense_bytes / sent:.1f}x less" if sent else "",
+            f"{figures.dense_bytes / sent:.1f}x" if sent else "",
         )
     return table
 

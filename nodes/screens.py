@@ -108,4 +108,4 @@ def plot_training(
 
 def format_nats(nano: float) -> str:
     """A contribution for people [milli-nats a token]."""
-    return f"{nano / NANO * 1000:+.2f}"
+    return f"{nano / NANO * 1000:+.1f}"

@@ -26,7 +26,7 @@ from p2pfm.messages import (
     decode_request,
     encode,
 )
-from p2pfm.protocol.events import AnyEvent, PeersChanged, SyncAsked, Tick
+from p2pfm.protocol.events import AnyEvent, Evaluate, PeersChanged, SyncAsked, Tick
 from p2pfm.protocol.peer import Peer, initial_durable
 from p2pfm.runtime import exchange
 from p2pfm.runtime.door import Door
@@ -254,6 +254,8 @@ class Node:
         self.peer = Peer(self.keys.peer, self.config.network, durable)
         self.effects.served |= {self._probe, durable.base}
         await self.effects.adopt(durable.base)
+        if durable.head is None:  # where the story begins: people compare with it
+            await self.effects.carry_out(Evaluate(Round(-1), durable.base))
         self._event_log = EventLogWriter(
             Path(self.config.home) / "events", self.config.network, self.keys.peer, durable
         )

@@ -160,7 +160,10 @@ class Settler:
         proposal = decode_message(data)
         assert isinstance(proposal, Proposal), "the blob under a data digest is a proposal"
         leaves = from_wire(proposal.leaves)
-        if leaves[member.index].cumulative_wei > await trio.to_thread.run_sync(self._ledger.get_claimed, member.index):
+        is_in = member.index < len(leaves)  # a newcomer has no leaf in rounds before it joined
+        if is_in and leaves[member.index].cumulative_wei > await trio.to_thread.run_sync(
+            self._ledger.get_claimed, member.index
+        ):
             paid = await trio.to_thread.run_sync(self._ledger.claim, final[-1].round, member.index, leaves)
             log.info("claimed %.4f PFM", paid / 10**18)
         self._claimed = final[-1].round
