@@ -31,6 +31,7 @@ from p2pfm import __version__
 from p2pfm.config import WEI_PER_PFM
 from p2pfm.errors import OperatorError, P2PFMError
 from p2pfm.types import Digest
+from sim.cli import app as sim_app
 
 if TYPE_CHECKING:
     from nodes.rewards import Fetch
@@ -73,6 +74,7 @@ for name, group in (
     ("rewards", rewards_app),
 ):
     app.add_typer(group, name=name)
+app.add_typer(sim_app, name="sim")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The node's TOML file.")]

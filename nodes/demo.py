@@ -40,7 +40,7 @@ GATEWAY = 0
 STREAM_PROMPT = "Once upon a time there was a computer that wanted to learn. One day it"
 STREAM_TOKENS = 48
 KILL_AFTER_TOKENS = 10
-QUIET_ROUNDS = 3
+QUIET_ROUNDS = 2
 """Rounds before anybody is killed."""
 
 
@@ -154,7 +154,7 @@ class Demo:
         self.net, self.screen, self.figures = net, screen, figures
         self.killed = net.nodes[-1]
         """Who was killed in mid-stream."""
-        self._killed_round = -1
+        self._killed_round = self._missed_round = -1
         self._gateway = net.nodes[GATEWAY]
         self._by_round: dict[int, dict[int, dict[str, int]]] = {}
 
@@ -246,28 +246,41 @@ class Demo:
         self.figures.checks["a completion is answered with two nodes dead"] = bool(text.strip())
         return victim
 
-    def show_rejoin(self, node: LocalNode) -> None:
-        """A killed node comes back with its keys and takes part again."""
-        before = node.peer
-        self.net.start(node)
-        started = time.monotonic()
+    def wait_for_missed_round(self) -> None:
+        """Until the others have certified a round without the killed peer: it will have something to fetch."""
+        running = [node for node in self.net.nodes if node.is_running]
+        self.wait_for_round(self._killed_round, running)
+        self._missed_round = self.net.get_status(self._gateway)["protocol"]["certified_round"]
+
+    def show_rejoin(self) -> None:
+        """A killed node comes back with its keys, fetches the base it missed, and takes part again."""
+        node, figures = self.killed, self.figures
         self.screen.tell(f"peer {node.index} is started again")
+        started = time.monotonic()
+        self.net.start(node)
         self.net.wait_until_running(node)
-        self.figures.rejoin["seconds_to_running"] = round(time.monotonic() - started, 1)
-        self.figures.rejoin["same_peer_id"] = self.net.get_status(node)["peer"] == before
+        figures.rejoin = {
+            "peer": node.index,
+            "missed_round": self._missed_round,
+            "seconds_to_running": round(time.monotonic() - started, 1),
+        }
+        figures.checks["the killed peer comes back with its keys"] = self.net.get_status(node)["peer"] == node.peer
+        fetched = False
 
         def is_done() -> bool:
-            statuses = self.watch(self._round_now())
-            self.screen.tell(
-                f"peer {node.index} is back; waiting for its next update. {_describe_round(statuses[0][1])}"
-            )
-            updates = statuses[GATEWAY][1].get("protocol", {}).get("updates", [])
-            certified = statuses[GATEWAY][1].get("protocol", {}).get("certified_round") or -1
-            is_in = any(u["peer"] == node.peer for u in updates) and certified > self._killed_round
-            return is_in and node.last_status.get("protocol", {}).get("certified_round") == certified
+            nonlocal fetched
+            statuses = {n.index: status.get("protocol", {}) for n, status in self.watch(self._round_now())}
+            where, left = _describe_round(self._gateway.last_status)
+            self.screen.tell(f"peer {node.index} is back; waiting for its update to be certified; {where}", left)
+            notes = statuses[node.index].get("notes", [])
+            fetched |= any(n["round"] == self._missed_round and n["text"].startswith("certified") for n in notes)
+            certified = statuses[GATEWAY].get("certified_round") or -1
+            is_in = any(update["peer"] == node.peer for update in statuses[GATEWAY].get("updates", []))
+            return is_in and certified > self._missed_round
 
         self.net.wait_until(f"peer {node.index} takes part again", is_done, 200, poll_s=1)
-        self.figures.rejoin["takes_part_in_round"] = node.last_status["protocol"]["certified_round"]
+        figures.checks["it fetched the base that was certified while it was away"] = fetched
+        figures.rejoin["takes_part_in_round"] = self._gateway.last_status["protocol"]["certified_round"]
 
     def check_bases(self) -> None:
         """All running nodes hold the base whose digest the chain holds."""
@@ -277,10 +290,9 @@ class Demo:
             head = self.net.ledger.get_head()
             statuses = self.watch(self._round_now())
             bases = {s["protocol"]["base"] for node, s in statuses if node in running and "protocol" in s}
-            self.figures.checks["every running node holds the base that the chain names"] = head is not None and (
-                bases == {head.base.hex()}
-            )
-            return self.figures.checks["every running node holds the base that the chain names"]
+            is_same = head is not None and bases == {head.base.hex()}
+            self.figures.checks["every running node holds the base that the chain names"] = is_same
+            return is_same and head is not None and head.round in self.figures.losses_nats
 
         try:
             self.net.wait_until("the last round is on chain", is_settled, 40, poll_s=1)
@@ -409,10 +421,13 @@ def run_demo(
             clock.lap("rounds", net)
             screen.begin("kill the replica in mid-stream", 1)
             demo.show_failover()
+            clock.lap("failover", net)
+            screen.begin("the others go on without it", QUIET_ROUNDS + 1)
+            demo.wait_for_missed_round()
             demo.show_second_death()
-            clock.lap("serving", net)
+            clock.lap("rounds without it", net)
             screen.begin("a killed peer comes back", QUIET_ROUNDS + 2)
-            demo.show_rejoin(demo.killed)
+            demo.show_rejoin()
             demo.check_bases()
             clock.lap("rejoin", net)
             screen.begin("read the chain", 1)
@@ -500,8 +515,8 @@ def _print_end(console: Console, figures: Figures, rows: Sequence[Row], net: Loc
     console.print(f"[dim]{serving['tokens']} tokens by {path}; the undisturbed text is the same[/]")
     console.print(f"[dim]with two nodes dead: {escape(serving['after_second_death'].strip()[:200])!r}[/]")
     console.print(
-        f"[dim]the killed peer ran again after {rejoin['seconds_to_running']} s and took part in round "
-        f"{rejoin['takes_part_in_round']}[/]"
+        f"[dim]peer {rejoin['peer']} missed round {rejoin['missed_round']}, ran again {rejoin['seconds_to_running']} s "
+        f"after its restart, fetched the base it had missed, and took part in round {rejoin['takes_part_in_round']}[/]"
     )
     console.rule("read from the chain")
     console.print(_make_reward_table(rows, net))
@@ -518,7 +533,9 @@ def _print_end(console: Console, figures: Figures, rows: Sequence[Row], net: Loc
 def _make_reward_table(rows: Sequence[Row], net: Localnet) -> Table:
     """Contribution by round and what the chain allotted and paid, one line a peer, best first."""
     rounds = sorted({row.round for row in rows})
-    table = Table(title="contribution by round [milli-nats/token], and reward [PFM]", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title="contribution by round in milli-nats a token, and reward in PFM", box=SIMPLE_HEAD, pad_edge=False
+    )
     for column in ("peer", "role"):
         table.add_column(column, no_wrap=True)
     for column in (*(str(round) for round in rounds), "sum", "allotted", "claimed"):

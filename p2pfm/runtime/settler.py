@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from p2pfm.config import NetworkConfig
+from p2pfm.config import WEI_PER_PFM, NetworkConfig
 from p2pfm.errors import ChainError, Reverted
 from p2pfm.messages import Certificate, Proposal, decode_message
 from p2pfm.protocol.events import AnyEvent, RosterChanged, SettledChanged
@@ -160,10 +160,9 @@ class Settler:
         proposal = decode_message(data)
         assert isinstance(proposal, Proposal), "the blob under a data digest is a proposal"
         leaves = from_wire(proposal.leaves)
-        is_in = member.index < len(leaves)  # a newcomer has no leaf in rounds before it joined
-        if is_in and leaves[member.index].cumulative_wei > await trio.to_thread.run_sync(
-            self._ledger.get_claimed, member.index
-        ):
+        drawn = await trio.to_thread.run_sync(self._ledger.get_claimed, member.index)
+        # A newcomer has no leaf in rounds before it joined.
+        if member.index < len(leaves) and leaves[member.index].cumulative_wei > drawn:
             paid = await trio.to_thread.run_sync(self._ledger.claim, final[-1].round, member.index, leaves)
-            log.info("claimed %.4f PFM", paid / 10**18)
+            log.info("claimed %.4f PFM", paid / WEI_PER_PFM)
         self._claimed = final[-1].round
