@@ -14,6 +14,7 @@ from p2pfm.protocol.gossip import SLOTS_MAX
 from p2pfm.protocol.peer import LOSSES_MAX, ROOTS_MAX
 from p2pfm.protocol.phases import Phase
 from p2pfm.protocol.round_state import EARLY_MAX
+from p2pfm.settlement.ledger import SettledRound
 from p2pfm.settlement.rewards import compute_sums, from_wire
 from p2pfm.types import Digest, Millis, PeerId, Round
 from sim.chain import Chain
@@ -86,17 +87,16 @@ class Checks:
         self._require(sums.reward_wei <= chain.ledger.params.pool_per_epoch, "a root pays at most its pool", now_ms)
         self._require(sums.cumulative_wei <= chain.deposits, "roots pay at most what was deposited", now_ms)
 
-    def after_claims(self, chain: Chain, now_ms: Millis) -> None:
-        """Check what was drawn.
+    def after_claims(self, chain: Chain, final: SettledRound | None, now_ms: Millis) -> None:
+        """Check what was drawn against the newest final round.
 
         Raises:
             Violation: an invariant does not hold.
         """
-        head = chain.get_head()
         total = sum(chain.get_claimed())
         self._require(total <= chain.deposits, "the sum of claims never exceeds deposits", now_ms)
         self._require(
-            total == (head.sums.cumulative_wei if head else 0), "claims sum to what the newest root allots", now_ms
+            total == (final.sums.cumulative_wei if final else 0), "claims sum to what the newest root allots", now_ms
         )
 
     def _check_action(self, host: Host, now_ms: Millis, action: AnyAction) -> None:

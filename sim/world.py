@@ -102,7 +102,7 @@ NOTICE_MS = 300
 """A peer's coming or going is noticed by the others after this [ms]."""
 
 KEEP_ROUNDS = 2
-"""Blobs older than so many rounds are dropped unless some host's durable state names them."""
+"""Blobs that no host's durable state has named for so many rounds are dropped."""
 
 MakeLearner = Callable[[int], Learner]
 """An honest learner for the peer of this number."""
@@ -524,10 +524,11 @@ class World:
                 self._emit(other, self._rng["network"].randint(0, BLOCK_MS), SettledChanged(head))
 
     def _claim(self) -> None:
-        head = self.chain.get_head()
-        if head is not None:
-            self.chain.claim(self.checks.certificates[head.round])
-        self.checks.after_claims(self.chain, self.schedule.now_ms)
+        """All draw what the newest final round owes them: one that was settled late is still open to challenge."""
+        final = [settled for settled in self.chain.ledger.get_rounds(Round(0)) if settled.is_final]
+        if final:
+            self.chain.claim(self.checks.certificates[final[-1].round])
+        self.checks.after_claims(self.chain, final[-1] if final else None, self.schedule.now_ms)
 
     def _challenge_window_s(self) -> int:
         return self.chain.ledger.params.challenge_window_s
@@ -536,17 +537,15 @@ class World:
 
     def _drop_old_blobs(self) -> None:
         """Forget bytes that no host can need any more."""
-        for digest in self._pool:
-            self._pool_rounds.setdefault(digest, self._round)
         needed: set[Digest | None] = set()
         for host in self.hosts:
             durable = host.durable
             needed |= {durable.base, durable.residual, durable.pending_residual, durable.announced_payload}
-        old = {
-            digest
-            for digest, since in self._pool_rounds.items()
-            if since <= self._round - KEEP_ROUNDS and digest not in needed
-        }
+        for digest in self._pool:
+            # Counted from when it was last needed: work that began then may still read it.
+            if digest in needed or digest not in self._pool_rounds:
+                self._pool_rounds[digest] = self._round
+        old = {digest for digest, since in self._pool_rounds.items() if since <= self._round - KEEP_ROUNDS}
         for digest in old:
             del self._pool[digest], self._pool_rounds[digest]
         for host in self.hosts:
