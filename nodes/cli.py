@@ -13,10 +13,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning th
 import json
 import logging
 import shutil
-import signal
 import sys
 import tempfile
-import threading
 from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
@@ -27,6 +25,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from nodes.tied import end_with_stdin
 from p2pfm import __version__
 from p2pfm.config import WEI_PER_PFM
 from p2pfm.errors import OperatorError, P2PFMError
@@ -201,15 +200,8 @@ def node_run(
     config = read_config(config_file)
     _set_up_logging(logging.DEBUG if verbose else logging.INFO, as_json=config.log_json)
     if tied:
-        threading.Thread(target=_end_with_stdin, daemon=True).start()
+        end_with_stdin()
     run_node(config, open_keys(config, password_file))
-
-
-def _end_with_stdin() -> None:
-    """End this process when the one that started it is gone."""
-    while os.read(sys.stdin.fileno(), 4096):  # not sys.stdin: its lock would be held when the interpreter ends
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class _JsonLines(logging.Formatter):

@@ -1,7 +1,6 @@
 """Several real nodes on one machine: a chain, the contracts, shards of text, and one process a peer.
 
-Knows how to start, watch, kill and end processes; no protocol. Each child ends by itself when its parent is gone (its
-standard input closes), so nothing is left behind however this process ends.
+Knows how to start, watch, kill and end processes; no protocol. Nothing is left behind however this process ends.
 """
 
 import contextlib
@@ -23,6 +22,7 @@ from nodes.corpus import build_shards
 from nodes.homes import CONFIG_NAME, create_home, get_free_port, read_config
 from nodes.models import resolve
 from nodes.testnet import Testnet, run_testnet
+from nodes.tied import start_tied, stop
 from p2pfm.config import (
     WEI_PER_PFM,
     CompressionConfig,
@@ -47,9 +47,6 @@ GAS_WEI = 10 * 10**18
 """Ether a new account gets: more than a day of rounds costs."""
 CHALLENGE_WINDOW_S = 2
 """On a local testnet rounds become final at once; a real network gives auditors hours."""
-STOP_S = 8.0
-"""A child that does not end in this time after SIGTERM is killed."""
-
 Tell = Callable[[str], None]
 
 
@@ -149,13 +146,10 @@ class Localnet:
         """Run `p2pfm node run` for this peer; its output goes to node.log in its folder."""
         assert not node.is_running
         with (node.home / "node.log").open("ab") as log:
-            node.process = subprocess.Popen(
+            node.process = start_tied(
                 [sys.executable, "-m", "nodes.cli", "node", "run", "--config", str(node.home / CONFIG_NAME), "--tied"],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # Ctrl-C reaches us alone; we end them in order
-                env={**os.environ, "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"},
+                log,
+                env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
             )
 
     def kill(self, node: LocalNode) -> None:
@@ -197,18 +191,11 @@ class Localnet:
 
     def stop(self) -> None:
         """End every process, kindly first."""
-        for node in self.nodes:
-            if node.is_running and node.process is not None:
-                node.process.terminate()
-        deadline = time.monotonic() + STOP_S
-        for node in self.nodes:
-            if node.process is None:
-                continue
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                node.process.wait(max(0.1, deadline - time.monotonic()))
-            if node.process.poll() is None:
-                node.process.kill()
-                node.process.wait()
+        running = [node.process for node in self.nodes if node.is_running and node.process is not None]
+        for process in running:
+            process.terminate()
+        for process in running:
+            stop(process)
 
 
 @contextlib.contextmanager

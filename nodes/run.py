@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import socket
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -13,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from nodes.adversaries import FreeRider
 from nodes.models import resolve
-from p2pfm.config import NodeConfig
+from p2pfm.config import HttpConfig, NodeConfig
 from p2pfm.errors import OperatorError
 from p2pfm.learner import Learner
 from p2pfm.lora.layers import choose_device, load_backbone
@@ -37,6 +38,7 @@ def run_node(config: NodeConfig, keys: Keys) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers_logging.disable_progress_bar()
+    _refuse_port_in_use(config.http)
     samples = read_samples(Path(config.data))
     backbone = resolve(config.network.backbone)
     models = Models(
@@ -46,6 +48,18 @@ def run_node(config: NodeConfig, keys: Keys) -> None:
     )
     ledger = Web3Ledger(config.rpc, config.network.chain, keys.account_private_key)
     trio.run(_run_until_told, Node(config, keys, ledger, models))
+
+
+def _refuse_port_in_use(http: HttpConfig) -> None:
+    """Before the models are loaded: an operator should not wait for this."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((http.host, http.port))
+        except OSError as error:
+            raise OperatorError(
+                f"http.port: cannot listen on {http.host}:{http.port} ({error.strerror}). Choose another in the TOML"
+            ) from error
 
 
 async def _run_until_told(node: Node) -> None:

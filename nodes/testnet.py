@@ -24,6 +24,7 @@ from typing import Any
 
 from eth_account import Account
 
+from nodes.tied import end_with_stdin, start_tied, stop
 from p2pfm.errors import OperatorError
 
 CHAIN_ID = 1337
@@ -31,7 +32,6 @@ ETHER = 10**18
 NUM_ACCOUNTS = 32
 REQUEST_BYTES_MAX = 4 * 1024 * 1024
 START_SECONDS_MAX = 60.0
-STOP_SECONDS_MAX = 5.0
 CONTRACTS = Path(__file__).resolve().parent.parent / "contracts"
 MNEMONIC = "test test test test test test test test test test test junk"
 """anvil's own default: the same prefunded accounts on both chains."""
@@ -47,12 +47,7 @@ class Testnet:
 
     def stop(self) -> None:
         """End the process, by force if it does not listen."""
-        self.process.terminate()
-        try:
-            self.process.wait(STOP_SECONDS_MAX)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        stop(self.process)
 
 
 def account_keys(count: int = NUM_ACCOUNTS) -> tuple[bytes, ...]:
@@ -82,7 +77,7 @@ def serve_embedded(host: str, port: int, chain_id: int = CHAIN_ID) -> ThreadingH
 
 def start_embedded(port: int, log: Path | None = None) -> Testnet:
     """The embedded chain in a child process. Raises: OperatorError if it does not answer in time."""
-    command = [sys.executable, "-m", "nodes.testnet", "--port", str(port)]
+    command = [sys.executable, "-m", "nodes.testnet", "--port", str(port), "--tied"]
     return _start(command, port, log)
 
 
@@ -92,7 +87,18 @@ def start_anvil(port: int, log: Path | None = None) -> Testnet:
     if binary is None:
         raise OperatorError("anvil is not installed: run `npm install --prefix contracts` (needs Node.js)")
     command = [
-        *(str(binary), "--port", str(port), "--chain-id", str(CHAIN_ID), "--accounts", str(NUM_ACCOUNTS)),
+        *(
+            sys.executable,
+            "-m",
+            "nodes.tied",
+            str(binary),
+            "--port",
+            str(port),
+            "--chain-id",
+            str(CHAIN_ID),
+            "--accounts",
+            str(NUM_ACCOUNTS),
+        ),
         *("--mnemonic", MNEMONIC, "--balance", "1000000", "--hardfork", "prague", "--enable-tx-gas-limit"),
         *("--block-time", "1", "--mixed-mining", "--silent"),
     ]
@@ -119,9 +125,7 @@ def run_testnet(port: int, is_anvil: bool = False, log: Path | None = None) -> I
 def _start(command: list[str], port: int, log: Path | None) -> Testnet:
     output: Any = log.open("ab") if log else subprocess.DEVNULL
     try:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, cwd=CONTRACTS.parent
-        )
+        process = start_tied(command, output, cwd=CONTRACTS.parent)
     finally:
         if log:
             output.close()
@@ -199,7 +203,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m nodes.testnet", description=main.__doc__)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8545)
+    parser.add_argument("--tied", action="store_true", help="end when standard input closes")
     arguments = parser.parse_args()
+    if arguments.tied:
+        end_with_stdin()
     try:
         server = serve_embedded(arguments.host, arguments.port)
     except OperatorError as error:

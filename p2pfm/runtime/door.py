@@ -7,7 +7,14 @@ from collections import OrderedDict
 
 from p2pfm.config import NetworkConfig
 from p2pfm.errors import Reject
-from p2pfm.messages import Attestation, Certificate, Envelope, Message, decode_message, proposal_digest
+from p2pfm.messages import (
+    Attestation,
+    Certificate,
+    Envelope,
+    Message,
+    decode_message,
+    proposal_digest,
+)
 from p2pfm.protocol.events import AnyEvent, RosterChanged, SettledChanged
 from p2pfm.runtime.envelopes import verify_envelope
 from p2pfm.settlement import bls
@@ -41,13 +48,20 @@ class Door:
             case _:
                 pass
 
+    def prove(self, envelope: Envelope) -> None:
+        """Its author signed it, for this network. Depends on nothing else that this node knows.
+
+        Raises:
+            Reject: otherwise.
+        """
+        verify_envelope(self._network_id, envelope)
+
     def open(self, envelope: Envelope) -> Message:
-        """The message inside, proven to be of its author and, where it carries BLS signatures, of who it names.
+        """The message inside a proven envelope; where it carries BLS signatures, they are of who it names.
 
         Raises:
             Reject: not decodable, a wrong signature, or an oversized body.
         """
-        verify_envelope(self._network_id, envelope)
         message = decode_message(envelope.body, self._config.limits.message_bytes_max)
         match message:
             case Attestation():

@@ -165,7 +165,7 @@ class Effects:
         return self._answers.setdefault(token, (trio.Event(), []))
 
     async def receive(self, forwarder: PeerId, envelope: Envelope) -> Message | None:
-        """Check an envelope and hand it to the core; returns its message. A broken rule blames who gave it to us.
+        """Open a proven envelope and hand it to the core; returns its message. A broken rule blames who gave it to us.
 
         A presence is for the gateway alone: the protocol does not depend on it.
         """
@@ -237,6 +237,7 @@ class Effects:
             if not isinstance(reply, SyncReply):
                 raise Reject(f"expected a sync reply, got {type(reply).__name__}")
             for envelope in reply.envelopes:
+                self._door.prove(envelope)
                 await self.receive(action.peer, envelope)
             if reply.head is not None:
                 await trio.to_thread.run_sync(self._door.verify_certificate, reply.head)

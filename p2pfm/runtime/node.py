@@ -116,6 +116,7 @@ class Node:
             OperatorError: a part cannot start; says which and what to do.
         """
         async with self.transport, trio.open_nursery() as nursery:
+            self.transport.set_gate(self._prove)
             self.transport.set_handler(self._on_request)
             self.transport.set_stream_handler(self._on_stream)
             await self._join_chain()
@@ -272,6 +273,10 @@ class Node:
 
     # --- the queue ---
 
+    def _prove(self, data: bytes) -> None:
+        """The transport's gate: gossip that its author did not sign is neither heard nor passed on."""
+        self._door.prove(decode_envelope(data))
+
     def _emit(self, event: AnyEvent) -> None:
         self._events_in.send_nowait(event)
 
@@ -313,11 +318,7 @@ class Node:
 
     async def _gossip_loop(self) -> None:
         async for forwarder, data in self.transport.gossip:
-            try:
-                envelope = decode_envelope(data)
-            except Reject as error:
-                self.effects.blame(forwarder, str(error))
-                continue
+            envelope = decode_envelope(data)  # the gate has proven it
             message = await self.effects.receive(forwarder, envelope)
             if isinstance(message, Presence):
                 self.gateway.on_presence(envelope.author, message)

@@ -1,0 +1,59 @@
+"""Child processes that end with whoever started them, however that one ended: its end closes their standard input.
+
+python -m nodes.tied COMMAND...      runs a foreign program so tied
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+STOP_S = 5.0
+"""A child that does not end in this time after being asked is killed."""
+
+
+def end_with_stdin() -> None:
+    """From now on, end this process (SIGTERM) when its standard input closes."""
+    threading.Thread(target=_wait_for_end, daemon=True).start()
+
+
+def start_tied(command: Sequence[str], output: Any, **options: Any) -> "subprocess.Popen[bytes]":
+    """Start a program that calls `end_with_stdin`, out of reach of the terminal's Ctrl-C: we end it in order.
+
+    Args:
+        output: file or descriptor for its output and errors.
+    """
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True, **options
+    )
+
+
+def stop(process: "subprocess.Popen[bytes]", wait_s: float = STOP_S) -> None:
+    """End a child, by force if it does not listen."""
+    process.terminate()
+    try:
+        process.wait(wait_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _wait_for_end() -> None:
+    while os.read(0, 4096):  # not sys.stdin: its lock would be held when the interpreter ends
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main() -> None:
+    """Run the command given on the command line."""
+    process = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+    signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
+    end_with_stdin()
+    sys.exit(process.wait())
+
+
+if __name__ == "__main__":
+    main()

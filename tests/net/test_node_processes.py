@@ -1,0 +1,190 @@
+"""Real nodes: four processes, libp2p on loopback, a real EVM, a small real transformer; through rounds and deaths."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from nodes.homes import CONFIG_NAME
+from nodes.localnet import PRESETS, Localnet, LocalNode, localnet
+from nodes.rewards import read_rewards, verify_rewards
+from p2pfm.settlement.ledger import SettledRound
+from p2pfm.types import Digest, Round
+from sim.replay import replay_path
+
+pytestmark = pytest.mark.slow
+
+ROUND_S = 18
+GATEWAY, RIDER = 0, 3
+PROMPT = "The state of the union is"
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Localnet]:
+    folder = tmp_path_factory.mktemp("net")
+    roles = ("honest", "honest", "honest", "free rider")
+    with localnet(folder, roles, PRESETS["tiny"], print, gateways=frozenset({GATEWAY})) as running:
+        for node in running.nodes:
+            running.wait_until_running(node)
+        yield running
+
+
+def certified(net: Localnet, node: LocalNode) -> int:
+    round = net.get_status(node).get("protocol", {}).get("certified_round")
+    return -1 if round is None else int(round)
+
+
+def wait_for_round(net: Localnet, round: int, nodes: list[LocalNode]) -> None:
+    ends_s = net.network.genesis_ms / 1000 + (round + 3) * ROUND_S
+    net.wait_until(
+        f"round {round} is certified",
+        lambda: all(certified(net, node) >= round for node in nodes),
+        max(10.0, ends_s - time.time()),
+    )
+
+
+def settled(net: Localnet, round: int) -> SettledRound:
+    found: list[SettledRound] = []
+
+    def is_there() -> bool:
+        found[:] = [entry for entry in net.ledger.get_rounds(Round(0)) if entry.round >= round]
+        return bool(found)
+
+    net.wait_until(f"round {round} on chain", is_there, 40)
+    return found[0]
+
+
+def fetch(net: Localnet) -> Any:
+    def get(digest: Digest) -> bytes | None:
+        response = httpx.get(f"{net.nodes[GATEWAY].url}/blobs/{digest.hex()}", timeout=10)
+        return response.content if response.status_code == 200 else None
+
+    return get
+
+
+def run_cli(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "nodes.cli", *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_two_rounds_certify_settle_and_pay_by_contribution(net: Localnet) -> None:
+    wait_for_round(net, 1, net.nodes)
+    entry = settled(net, 1)
+    rows = read_rewards(net.ledger, fetch(net))
+    assert {row.round for row in rows} >= {0, 1}
+    for round in (0, 1):
+        held = sorted((row for row in rows if row.round == round), key=lambda row: row.contribution or 0)
+        assert [row.reward_wei for row in held] == sorted(row.reward_wei for row in held)
+        assert 0 < sum(row.reward_wei for row in held) <= net.network.pool_per_epoch()
+        rider = next(row for row in held if row.peer == net.nodes[RIDER].peer)
+        assert (rider.contribution, rider.reward_wei) == (0, 0)
+    assert not any(verify_rewards(net.ledger, fetch(net), net.network).values())
+    served = fetch(net)(entry.base)
+    assert served is not None, "the base that the chain names can be had from a node"
+
+
+def test_all_nodes_hold_the_same_certified_bases(net: Localnet) -> None:
+    wait_for_round(net, 1, net.nodes)
+    told = [net.get_status(node)["protocol"] for node in net.nodes]
+    by_round: dict[int, set[str]] = {}
+    for protocol in told:
+        by_round.setdefault(protocol["certified_round"], set()).add(protocol["base"])
+    assert all(len(bases) == 1 for bases in by_round.values())
+
+
+def test_updates_are_far_smaller_than_dense(net: Localnet) -> None:
+    wait_for_round(net, 0, net.nodes)
+    protocol = net.get_status(net.nodes[1])["protocol"]
+    assert protocol["rounds"]["0"]["payload_bytes"] * 40 < protocol["dense_bytes"]
+
+
+def test_metrics_and_status_are_for_machines_too(net: Localnet) -> None:
+    text = httpx.get(f"{net.nodes[1].url}/metrics", timeout=10).text
+    assert "p2pfm_certified_round" in text
+    assert 'p2pfm_events_total{kind="Received"}' in text
+    shown = run_cli("node", "status", "--config", str(net.nodes[1].home / CONFIG_NAME), "--json")
+    assert shown.returncode == 0, shown.stderr
+    assert json.loads(shown.stdout)["peer"] == net.nodes[1].peer
+
+
+def test_rewards_commands_read_the_chain(net: Localnet) -> None:
+    wait_for_round(net, 0, net.nodes)
+    settled(net, 0)
+    config = str(net.nodes[1].home / CONFIG_NAME)
+    shown = run_cli("rewards", "show", "--config", config, "--json")
+    assert {row["peer"] for row in json.loads(shown.stdout)} == {node.peer for node in net.nodes}
+    checked = run_cli("rewards", "verify", "--config", config)
+    assert (checked.returncode, "wrong" in checked.stdout) == (0, False), checked.stdout + checked.stderr
+    picture = net.folder / "rewards.png"
+    assert run_cli("rewards", "plot", "--config", config, "--out", str(picture)).returncode == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert run_cli("rewards", "claim", "--config", config).returncode == 0
+
+
+def test_chat_answers_through_any_node(net: Localnet) -> None:
+    answered = run_cli("chat", "--url", net.nodes[2].url, "--prompt", "hello", "--max-tokens", "8")
+    assert answered.returncode == 0, answered.stderr
+
+
+def test_stream_goes_on_when_its_replica_is_killed_and_the_node_comes_back(net: Localnet) -> None:
+    """The whole life of a node: it serves, is killed in mid-stream, misses nothing it had, and takes part again."""
+    gateway = net.nodes[GATEWAY]
+    wait_for_round(net, 0, net.nodes)
+    client = openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", timeout=60, max_retries=0)
+    model = f"tiny+base@{net.get_status(gateway)['protocol']['base'][:16]}"
+    ask = {"model": model, "prompt": PROMPT, "max_tokens": 200, "temperature": 0}
+    calm = client.completions.create(**ask)
+    text, victim = "", None
+    usage = None
+    for event in client.completions.create(**ask, stream=True, stream_options={"include_usage": True}):
+        usage = event.usage or usage
+        text += "".join(choice.text for choice in event.choices)
+        if victim is None and text:
+            victim = next(node for node in net.nodes if node.peer == event.model_extra["p2pfm"]["replica"])
+            assert victim is not gateway
+            net.kill(victim)
+    assert victim is not None
+    assert text == calm.choices[0].text
+    assert usage is not None
+    assert usage.completion_tokens == calm.usage.completion_tokens
+
+    before = victim.last_status["protocol"]["certified_round"] or 0
+    net.start(victim)
+    net.wait_until_running(victim)
+    status = net.get_status(victim)
+    assert status["peer"] == victim.peer
+    assert (status["protocol"]["certified_round"] or 0) >= before
+
+    def is_back() -> bool:
+        protocol = net.get_status(gateway)["protocol"]
+        told = net.get_status(victim)["protocol"]
+        is_in = any(update["peer"] == victim.peer for update in protocol["updates"])
+        return is_in and protocol["certified_round"] > before and told["base"] == protocol["base"]
+
+    net.wait_until("the killed node takes part again", is_back, 6 * ROUND_S)
+
+
+def test_event_logs_replay_to_the_same_actions(net: Localnet) -> None:
+    wait_for_round(net, 0, net.nodes)
+    for node in net.nodes[:2]:
+        reports = replay_path(node.home)
+        assert sum(report.num_events for report in reports) > 50
+        assert [report.difference for report in reports] == [None] * len(reports)
+
+
+def test_logs_tell_no_secret(net: Localnet) -> None:
+    for node in net.nodes:
+        secrets = [(node.home / "password").read_text().strip()]
+        logged = (node.home / "node.log").read_text(errors="replace")
+        assert not any(secret in logged for secret in secrets)
+        for path in [node.home / "password", *(node.home / "keys").iterdir()]:
+            assert path.stat().st_mode & 0o077 == 0, f"{path} can be read by others"
+        assert not list(Path(node.home).rglob("*.tmp"))
