@@ -9,14 +9,18 @@ from typing import Protocol
 from p2pfm.config import CompressionConfig, NetworkConfig
 from p2pfm.contribution.aumann_shapley import Player, compute_contributions
 from p2pfm.contribution.rounding import to_contribution
+from p2pfm.errors import Reject
 from p2pfm.learner import Learner
 from p2pfm.lora.compress import Update, compress, decode_payload, feed_back
 from p2pfm.lora.delta import decode_tensors, encode_tensors, subtract
 from p2pfm.lora.merge import clip_factors, merge
 from p2pfm.protocol.events import Evaluate, Evaluated, Merge, Merged, Scored, ScoreUpdates, Train, Trained, Weighted
-from p2pfm.types import NANO, WEIGHT_ONE, Digest, Tensors
+from p2pfm.types import NANO, WEIGHT_ONE, Digest, PeerId, Tensors
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+NAME_BYTES_MAX = 128
+"""The wire's bound of a peer id."""
 
 
 class BlobStore(Protocol):
@@ -41,7 +45,7 @@ def train_update(learner: Learner, blobs: BlobStore, config: NetworkConfig, acti
     base = decode_tensors(blobs.get(action.base), shapes)
     residual = None if action.residual is None else decode_tensors(blobs.get(action.residual), shapes)
     training = learner.train(base, action.round)
-    payload, payload_bytes, rest = compress_delta(blobs, config.compression, training.delta, residual)
+    payload, payload_bytes, rest = compress_delta(blobs, config.compression, training.delta, residual, action.maker)
     return Trained(
         round=action.round,
         base=action.base,
@@ -59,7 +63,8 @@ def score_updates(
     """Aumann-Shapley contributions of the round's updates, in the order asked.
 
     Weights are p_i in parts of WEIGHT_ONE; updates are clipped to the median norm first. Both gradients are taken on
-    the same fresh sample, drawn from `seed`. `salt`: 32 fresh secret bytes for the commitment.
+    the same fresh sample, drawn from `seed`; what an update repeats of the last aggregate earns nothing. `salt`: 32
+    fresh secret bytes for the commitment.
     """
     shapes = learner.shapes()
     base = decode_tensors(blobs.get(action.base), shapes)
@@ -68,7 +73,9 @@ def score_updates(
         Player(update.positions, update.values, weighted.weight / WEIGHT_ONE * factor)
         for update, weighted, factor in zip(updates, action.updates, clip_factors(updates), strict=True)
     ]
-    values = compute_contributions(lambda at: learner.gradient(at, seed)[1], base, players)
+    values = compute_contributions(
+        lambda at: learner.gradient(at, seed)[1], base, players, repeated=_last_aggregate(blobs, shapes, base, action)
+    )
     return Scored(round=action.round, contributions=tuple(to_contribution(value) for value in values), salt=salt)
 
 
@@ -87,29 +94,63 @@ def evaluate(learner: Learner, blobs: BlobStore, action: Evaluate) -> Evaluated:
     return Evaluated(round=action.round, loss_nano=round(loss_nats * NANO))
 
 
-def validate_blob(kind: str, data: bytes, shapes: Shapes, config: NetworkConfig) -> None:
-    """Check that bytes are what `Fetch.kind` says: a "payload" or a "base".
+def validate_blob(kind: str, data: bytes, shapes: Shapes, config: NetworkConfig) -> PeerId | None:
+    """Check that bytes are what `Fetch.kind` says: a "payload" (returns its maker) or a "base" (None).
 
     Raises:
         Reject: malformed.
     """
     if kind == "payload":
-        decode_payload(data, shapes, config.compression, config.limits.payload_bytes_max)
-    elif kind == "base":
+        maker, coded = split_payload(data)
+        decode_payload(coded, shapes, config.compression, config.limits.payload_bytes_max)
+        return maker
+    if kind == "base":
         decode_tensors(data, shapes)
-    else:
-        raise AssertionError(f"no such kind of blob: {kind}")
+        return None
+    raise AssertionError(f"no such kind of blob: {kind}")
 
 
 def compress_delta(
-    blobs: BlobStore, config: CompressionConfig, delta: Tensors, residual: Tensors | None
+    blobs: BlobStore, config: CompressionConfig, delta: Tensors, residual: Tensors | None, maker: PeerId
 ) -> tuple[Digest, int, Digest]:
     """Compress a delta with error feedback: (payload, its bytes, next residual), all in the store."""
     wanted = feed_back(residual, delta, config)
-    payload, decoded = compress(wanted, config)
+    coded, decoded = compress(wanted, config)
+    payload = join_payload(maker, coded)
     return blobs.put(payload), len(payload), blobs.put(encode_tensors(subtract(wanted, decoded)))
+
+
+def join_payload(maker: PeerId, coded: bytes) -> bytes:
+    """A payload's bytes: one byte with the length of its maker's peer id, the id, the coded update."""
+    name = maker.encode()
+    assert 0 < len(name) <= NAME_BYTES_MAX
+    return bytes([len(name)]) + name + coded
+
+
+def split_payload(data: bytes) -> tuple[PeerId, bytes]:
+    """Inverse of `join_payload`. Raises: Reject."""
+    size = data[0] if data else 0
+    name = data[1 : 1 + size]
+    try:
+        maker = PeerId(name.decode())
+    except UnicodeDecodeError as error:
+        raise Reject(f"expected the maker's peer id, got bytes that are no text: {error}") from error
+    if not 0 < size <= NAME_BYTES_MAX or len(name) != size:
+        raise Reject(f"expected a payload that begins with its maker's peer id, got {len(data)} bytes")
+    return maker, data[1 + size :]
+
+
+def _last_aggregate(blobs: BlobStore, shapes: Shapes, base: Tensors, action: ScoreUpdates) -> Tensors | None:
+    """What the last merge added; None before the first, or where this peer was away and never had the base before."""
+    if action.previous is None:
+        return None
+    try:
+        return subtract(base, decode_tensors(blobs.get(action.previous), shapes))
+    except KeyError:
+        return None
 
 
 def _updates(blobs: BlobStore, shapes: Shapes, config: NetworkConfig, weighted: Sequence[Weighted]) -> list[Update]:
     bytes_max = config.limits.payload_bytes_max
-    return [decode_payload(blobs.get(item.payload), shapes, config.compression, bytes_max) for item in weighted]
+    coded = [split_payload(blobs.get(item.payload))[1] for item in weighted]
+    return [decode_payload(data, shapes, config.compression, bytes_max) for data in coded]

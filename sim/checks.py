@@ -138,7 +138,7 @@ class Checks:
         bounds = (
             ("early messages", len(peer.early), EARLY_MAX),
             ("message log", len(peer.state.log), SLOTS_MAX * 5 * num_members),
-            ("payloads asked for", len(peer.state.fetching), SLOTS_MAX * num_members),
+            ("payloads asked for", len(peer.state.updates.tries), SLOTS_MAX * num_members),
             ("certified roots", len(peer.roots), ROOTS_MAX),
             ("losses", len(peer.losses), LOSSES_MAX),
         )

@@ -27,7 +27,7 @@ from p2pfm.lora.delta import subtract, zeros
 from p2pfm.messages import Announcement, Attestation, Proposal, ScoreCommit, ScoreReveal
 from p2pfm.protocol.events import AnyAction, AnyEvent, Publish, Scored, ScoreUpdates, Serve
 from p2pfm.types import Array, Contribution, Digest, Round, Tensors, compute_digest
-from p2pfm.work import BlobStore
+from p2pfm.work import BlobStore, join_payload
 from sim.scenarios import AdversaryKind
 
 SIGN_FLIP_SCALE = np.float32(-3)
@@ -67,8 +67,8 @@ class Equivocator(Honest):
     """Announces its update to one half of its peers, and an empty one, which it serves too, to the others."""
 
     def __init__(self, network: NetworkConfig, shapes: dict[str, tuple[int, ...]], blobs: BlobStore) -> None:
-        self._empty, _ = compress(zeros(shapes), network.compression)
-        self._digest: Digest = compute_digest(self._empty)
+        self._coded, _ = compress(zeros(shapes), network.compression)
+        self._digest: Digest | None = None
         self._blobs = blobs
 
     def act(self, actions: Sequence[AnyAction]) -> list[Deed]:
@@ -76,10 +76,11 @@ class Equivocator(Honest):
         deeds: list[Deed] = []
         for action in actions:
             if isinstance(action, Publish) and isinstance(action.message, Announcement):
-                self._blobs.put(self._empty)
-                other = msgspec.structs.replace(action.message, payload=self._digest, payload_bytes=len(self._empty))
+                empty = join_payload(action.message.peer, self._coded)
+                self._digest = self._blobs.put(empty)
+                other = msgspec.structs.replace(action.message, payload=self._digest, payload_bytes=len(empty))
                 deeds += [Deed(action, "even"), Deed(Publish(other), "odd")]
-            elif isinstance(action, Serve):
+            elif isinstance(action, Serve) and self._digest is not None:
                 deeds += [Deed(action), Deed(Serve(self._digest))]
             else:
                 deeds.append(Deed(action))

@@ -128,7 +128,7 @@ class World:
         self._network_id = self.config.network_id()
         self._pool: dict[Digest, bytes] = {}
         self._pool_rounds: dict[Digest, Round] = {}
-        self._is_valid: dict[tuple[str, Digest], bool] = {}
+        self._validated: dict[tuple[str, Digest], tuple[bool, PeerId | None]] = {}
         self._merged: dict[Merge, Digest] = {}
         self._evaluated: dict[Digest, int] = {}
         self._askers: dict[int, tuple[Host, int, Host]] = {}
@@ -442,7 +442,8 @@ class World:
         if host.life != life or host.peer is None:
             return
         if action.digest in host.disk.held:
-            self._emit(host, 0, Fetched(action.digest))
+            _, maker = self._validate(host, action, host.disk.get(action.digest))
+            self._emit(host, 0, Fetched(action.digest, maker))
             return
         if attempt == min(len(action.providers), PROVIDERS_MAX):
             self._emit(host, 0, FetchFailed(action.digest, is_malformed=False))
@@ -471,22 +472,25 @@ class World:
         if host.life != life or host.peer is None:
             return
         host.num_bytes_received += len(data)
-        if self._validate(host, action, data):
+        is_valid, maker = self._validate(host, action, data)
+        if is_valid:
             host.disk.put(data)
-            self._step(host, Fetched(action.digest))
+            self._step(host, Fetched(action.digest, maker))
         else:
             self._step(host, FetchFailed(action.digest, is_malformed=True))
 
-    def _validate(self, host: Host, action: Fetch, data: bytes) -> bool:
-        """Whether bytes are well-formed; found out once for all hosts."""
+    def _validate(self, host: Host, action: Fetch, data: bytes) -> tuple[bool, PeerId | None]:
+        """Whether bytes are well-formed, and who made them; found out once for all hosts."""
         key = (action.kind, action.digest)
-        if key not in self._is_valid:
+        if key not in self._validated:
             try:
-                work.validate_blob(action.kind, data, host.learner.shapes(), self.config)
-                self._is_valid[key] = True
+                self._validated[key] = (
+                    True,
+                    work.validate_blob(action.kind, data, host.learner.shapes(), self.config),
+                )
             except Reject:
-                self._is_valid[key] = False
-        return self._is_valid[key]
+                self._validated[key] = (False, None)
+        return self._validated[key]
 
     # --- the chain
 

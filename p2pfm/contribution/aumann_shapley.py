@@ -40,8 +40,16 @@ class Player:
         self.weight = weight
 
 
-def compute_contributions(gradient: Gradient, base: Tensors, players: Sequence[Player], points: int = 2) -> list[float]:
-    """phi [nats/token] of every player, in their order; `points` gradients in all (1, 2 or 3)."""
+def compute_contributions(
+    gradient: Gradient, base: Tensors, players: Sequence[Player], points: int = 2, repeated: Tensors | None = None
+) -> list[float]:
+    """phi [nats/token] of every player, in their order; `points` gradients in all (1, 2 or 3).
+
+    Args:
+        repeated: the last aggregate. What an update has of it (its projection, where positive) earns nothing: who
+            replays the aggregate would else draw two thirds of honest pay (ALGORITHMS, part 4). An update that points
+            against it is not excused for that part.
+    """
     flat = _flatten(base)
     combined = np.zeros_like(flat)
     for player in players:
@@ -49,7 +57,15 @@ def compute_contributions(gradient: Gradient, base: Tensors, players: Sequence[P
     slope = np.zeros_like(flat)
     for place, share in NODES[points]:
         slope += share * _flatten(gradient(_unflatten(flat + place * combined, base)))
-    return [-player.weight * _dot(slope[player.positions], player.values) for player in players]
+    values = [-player.weight * _dot(slope[player.positions], player.values) for player in players]
+    if repeated is None:
+        return values
+    old = _flatten(repeated)
+    energy, gain = float(np.sum(old * old)), float(np.sum(slope * old))
+    if energy == 0:
+        return values
+    parts = [max(0.0, _dot(old[player.positions], player.values)) / energy for player in players]
+    return [value + player.weight * part * gain for value, player, part in zip(values, players, parts, strict=True)]
 
 
 def _dot(left: NDArray[np.float64], right: NDArray[np.float32]) -> float:

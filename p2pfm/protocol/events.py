@@ -87,6 +87,8 @@ class Fetched(Event, frozen=True, tag="fetched"):
     """A blob has come, matches its digest, and is well-formed for its kind."""
 
     digest: Digest
+    maker: PeerId | None = None
+    """Who a payload's first bytes name; None for a base, which has no maker."""
 
 
 class FetchFailed(Event, frozen=True, tag="fetch_failed"):
@@ -172,9 +174,13 @@ class Persist(Action, frozen=True, tag="persist"):
 
 
 class Train(Action, frozen=True, tag="train"):
-    """Local steps from `base`, error feedback from `residual`, compression; answer: `Trained`."""
+    """Local steps from `base`, error feedback from `residual`, compression; answer: `Trained`.
+
+    The payload begins with its `maker`, so that nobody is paid for announcing another's digest.
+    """
 
     round: Round
+    maker: PeerId
     base: Digest
     residual: Digest | None
 
@@ -209,10 +215,14 @@ class Weighted(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ScoreUpdates(Action, frozen=True, tag="score"):
-    """Measure the contribution of every update to the round's game; answer: `Scored`."""
+    """Measure the contribution of every update to the round's game; answer: `Scored`.
+
+    What an update repeats of the last aggregate (`base` minus `previous`) earns nothing.
+    """
 
     round: Round
     base: Digest
+    previous: Digest | None
     updates: tuple[Weighted, ...]
 
 

@@ -76,6 +76,7 @@ from p2pfm.protocol.events import (
 from p2pfm.protocol.membership import compute_ranks, compute_shares, get_member, get_peer
 from p2pfm.protocol.phases import Phase, compute_position
 from p2pfm.protocol.round_state import EarlyMessages, RoundState
+from p2pfm.protocol.updates import FETCH_TRIES_MAX
 from p2pfm.settlement.ledger import Roster, SettledRound
 from p2pfm.settlement.rewards import proposal_message
 from p2pfm.settlement.sampling import compute_quorum
@@ -83,9 +84,6 @@ from p2pfm.types import Digest, MemberIndex, Millis, PeerId, Round, compute_dige
 
 SYNC_MS = 3_000
 """How often a peer asks another for what it lacks: three chances in the shortest usual phase."""
-
-FETCH_TRIES_MAX = 6
-"""How often a payload is asked for before its update counts as absent."""
 
 FETCH_RETRY_MS = 1_000
 """How long a payload that nobody gave rests: its announcer's clock may be a little behind."""
@@ -150,8 +148,8 @@ class Peer:
                 actions += self._on_received(envelope, message)
             case Trained():
                 actions += self._on_trained(event)
-            case Fetched(digest=digest):
-                actions += self._on_fetched(digest)
+            case Fetched():
+                actions += self._on_fetched(event)
             case FetchFailed(digest=digest, is_malformed=is_malformed):
                 actions += self._on_fetch_failed(digest, is_malformed)
             case Scored():
@@ -225,12 +223,13 @@ class Peer:
         if now_ms >= self._next_sync_ms:
             self._next_sync_ms = Millis(now_ms + SYNC_MS)
             actions += self._ask_sync()
-        if self.state.resting and now_ms >= self._next_retry_ms:
+        resting = self.state.updates.resting
+        if resting and now_ms >= self._next_retry_ms:
             self._next_retry_ms = Millis(now_ms + FETCH_RETRY_MS)
-            self.state.resting.clear()
+            resting.clear()
             actions += self._fetch_missing()
         due_ms = [compute_position(self.config, now_ms).ends_ms, self._next_sync_ms]
-        if self.state.resting:
+        if resting:
             due_ms.append(self._next_retry_ms)
         return [*actions, SetTimer(min(due_ms))]
 
@@ -243,8 +242,10 @@ class Peer:
             return []
         if get_member(state.roster, self.me) is None or durable.announced_round >= state.round:
             return []
+        if self._is_behind():
+            return []
         state.is_training = True
-        return [Train(state.round, durable.base, durable.residual)]
+        return [Train(state.round, self.me, durable.base, durable.residual)]
 
     def _on_trained(self, event: Trained) -> list[AnyAction]:
         state = self.state
@@ -258,7 +259,7 @@ class Peer:
         announcement = Announcement(
             state.round, self.me, event.base, event.payload, event.payload_bytes, event.num_tokens
         )
-        state.held.add(event.payload)
+        state.updates.hold(event.payload, self.me)
         self.durable = msgspec.structs.replace(
             self.durable,
             announced_round=state.round,
@@ -273,66 +274,50 @@ class Peer:
         mine = self.durable.announced_payload
         own: list[AnyAction] = []
         if mine is not None and self.durable.announced_round == self.state.round:
-            self.state.held.add(mine)
+            self.state.updates.hold(mine, self.me)
             own = [Serve(mine)]
         return own + self._fetch_missing()
 
     def _fetch_missing(self) -> list[AnyAction]:
-        """Ask for every announced payload that is not here, from its announcer first, then from anyone."""
+        """Ask for every payload that is wanted here, once TRAIN is over: before, nobody gives one."""
         state = self.state
         if state.phase == Phase.TRAIN or state.round < 0 or state.is_certified:
             return []
         proposed = self._proposed() if state.is_proposal_valid else frozenset()
-        idle = state.held | state.bad | state.under_way | state.resting
-        actions: list[AnyAction] = []
-        for digest, announcement in sorted(self._by_payload().items()):
-            is_scored = digest not in state.late and announcement.peer not in state.equivocators
-            is_wanted = is_scored or digest in proposed
-            tries = state.fetching.get(digest, 0)
-            if is_wanted and digest not in idle and (tries < FETCH_TRIES_MAX or digest in proposed):
-                state.fetching[digest] = tries + 1
-                state.under_way.add(digest)
-                actions.append(self._fetch_payload(announcement))
-        return actions
+        return [*state.updates.fetch_missing(proposed, self.peers)]
 
     def _proposed(self) -> frozenset[Digest]:
         """Payloads that the received proposal includes, be it right or wrong."""
         proposal = self.state.proposal
         return frozenset(update.payload for update in proposal.updates) if proposal else frozenset()
 
-    def _fetch_payload(self, announcement: Announcement) -> Fetch:
-        others = tuple(peer for peer in self.peers if peer != announcement.peer)
-        # Start at another holder for each payload, so that no single node serves all of them.
-        shift = announcement.payload[0] % len(others) if others else 0
-        providers = (announcement.peer, *others[shift:], *others[:shift])
-        return Fetch(announcement.payload, "payload", announcement.payload_bytes, providers)
-
-    def _on_fetched(self, digest: Digest) -> list[AnyAction]:
-        if self.wanted and digest == self.wanted.proposal.new_base:
+    def _on_fetched(self, event: Fetched) -> list[AnyAction]:
+        if self.wanted and event.digest == self.wanted.proposal.new_base:
             certificate, self.wanted = self.wanted, None
             return self._adopt(certificate)
-        if digest in self.state.under_way:
-            self.state.under_way.remove(digest)
-            self.state.held.add(digest)
-            return [Serve(digest), *self._consider_proposal()]
-        return []
+        updates = self.state.updates
+        if event.digest not in updates.under_way:
+            return []
+        author = updates.by_payload()[event.digest].peer
+        try:
+            blames = updates.on_fetched(event.digest, event.maker)
+        except Reject as error:
+            return [Blame(author, str(error))]
+        return [*blames, Serve(event.digest), *self._consider_proposal()]
 
     def _on_fetch_failed(self, digest: Digest, is_malformed: bool) -> list[AnyAction]:
         state = self.state
         if self.wanted and digest == self.wanted.proposal.new_base:
             wanted, self.wanted = self.wanted, None
             return [Note(state.round, f"base of round {wanted.proposal.round} could not be fetched: asking again")]
-        if digest not in state.under_way:
+        if digest not in state.updates.under_way:
             return []
-        state.under_way.remove(digest)
-        announcement = self._by_payload()[digest]
+        author = state.updates.on_failed(digest, is_malformed=is_malformed)
         if is_malformed:
-            state.bad.add(digest)
-            return [Blame(announcement.peer, "announced a payload that does not decode")]
-        state.resting.add(digest)
-        if state.fetching[digest] != FETCH_TRIES_MAX:
+            return [Blame(author, "announced a payload that does not decode")]
+        if state.updates.tries[digest] != FETCH_TRIES_MAX:
             return []
-        return [Note(state.round, f"payload of {announcement.peer[-6:]} is not to be had: it counts as absent")]
+        return [Note(state.round, f"payload of {author[-6:]} is not to be had: it counts as absent")]
 
     # --- SCORE and REVEAL
 
@@ -347,18 +332,14 @@ class Peer:
         if self._my_index() is None or state.roster is None or self.wanted is not None:
             return []
         shares = compute_shares(state.roster, self.config.stake_cap())
-        updates = {
-            announcement.payload: Weighted(announcement.payload, shares[peer])
-            for peer, announcement in sorted(state.announcements.items())
-            if announcement.payload in state.held
-            and announcement.base == self.durable.base
-            and peer not in state.equivocators
-        }
-        if not updates:
+        makers = state.updates.scorable(self.durable.base)
+        if not makers:
             state.failure = "no update to score"
             return [Note(state.round, "no update to score")]
-        state.scored = tuple(sorted(updates))
-        return [ScoreUpdates(state.round, self.durable.base, tuple(updates[digest] for digest in state.scored))]
+        state.scored = tuple(sorted(makers))
+        updates = tuple(Weighted(digest, shares[makers[digest]]) for digest in state.scored)
+        previous = self.durable.head.proposal.base if self.durable.head else None
+        return [ScoreUpdates(state.round, self.durable.base, previous, updates)]
 
     def _on_scored(self, event: Scored) -> list[AnyAction]:
         state, index = self.state, self._my_index()
@@ -374,21 +355,15 @@ class Peer:
 
     # --- ATTEST
 
-    def _by_payload(self) -> dict[Digest, Announcement]:
-        """Announcements by payload; of two with one payload the lower peer id stands, the same on every peer."""
-        known = [*self.state.late.values(), *self.state.announcements.values()]
-        return {a.payload: a for a in sorted(known, key=lambda a: a.peer, reverse=True)}
-
     def _draft(self, reveals: tuple[ScoreReveal, ...]) -> Proposal:
         state, head = self.state, self.durable.head
         assert state.roster is not None, "only a peer with a roster drafts"
-        if self._is_orphaned() or (self.settled and self.settled.round > (head.proposal.round if head else -1)):
+        if self._is_orphaned() or self._is_behind():
             raise Reject("the chain holds a round whose certificate is not here yet")
         validate_reveals(state.roster, reveals, state.round, state.commitments, state.late_commitments)
         previous = head.proposal if head else None
-        return draft_proposal(
-            self.config, state.roster, previous, state.round, self.durable.base, reveals, self._by_payload()
-        )
+        announced = state.updates.by_payload()
+        return draft_proposal(self.config, state.roster, previous, state.round, self.durable.base, reveals, announced)
 
     def _propose(self) -> list[AnyAction]:
         state, index = self.state, self._my_index()
@@ -410,7 +385,7 @@ class Peer:
         merge = merge_request(proposal)
         if merge is None:
             return self._on_merged(request, proposal.base)
-        if request in state.merging or any(update.payload not in state.held for update in merge.updates):
+        if request in state.merging or any(update.payload not in state.updates.makers for update in merge.updates):
             return []
         state.merging.add(request)
         return [msgspec.structs.replace(merge, request=request)]
@@ -537,6 +512,11 @@ class Peer:
             del self.roots[min(self.roots)]
             self._is_whole = False
 
+    def _is_behind(self) -> bool:
+        """The chain holds a newer round than this peer: its certificate, and the base to work from, are yet to come."""
+        head = self.durable.head
+        return self.settled is not None and self.settled.round > (head.proposal.round if head else -1)
+
     def _adopt(self, certificate: Certificate) -> list[AnyAction]:
         proposal, durable, state = certificate.proposal, self.durable, self.state
         is_mine_merged = durable.announced_round == proposal.round and any(
@@ -612,7 +592,7 @@ class Peer:
         kind = type(message).__name__
         actions: list[AnyAction] = [Blame(author, f"said two different things: {kind} of round {state.round}")]
         if isinstance(message, Announcement):
-            state.equivocators.add(author)
+            state.updates.equivocators.add(author)
             is_needed = message.payload in self._proposed()
         elif isinstance(message, ScoreCommit):
             reveals = state.proposal.reveals if state.proposal else ()
@@ -688,10 +668,7 @@ class Peer:
         # It is kept all the same, for the case that most of the committee heard it in time. A peer that was away
         # cannot tell and relies on them. The same holds for the second update of an equivocator.
         is_late = state.phase > Phase.TRAIN and state.saw_train
-        if is_late or author in state.announcements:
-            state.late[message.payload] = message
-        else:
-            state.announcements[author] = message
+        state.updates.add(message, is_late=is_late)
         return True, self._fetch_missing()
 
     def _on_proposal(self, author: PeerId, message: Proposal) -> bool:

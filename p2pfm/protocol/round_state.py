@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from p2pfm.messages import Announcement, Attestation, Envelope, Message, Proposal, ScoreReveal
+from p2pfm.messages import Attestation, Envelope, Message, Proposal, ScoreReveal
 from p2pfm.protocol.gossip import RoundLog
 from p2pfm.protocol.phases import Phase
+from p2pfm.protocol.updates import Updates
 from p2pfm.settlement.ledger import Roster
 from p2pfm.types import Digest, MemberIndex, PeerId, Round
 
@@ -23,23 +24,8 @@ class RoundState:
     """This peer was here when payloads were still secret, so it can tell who announced in time."""
     roster: Roster | None
     log: RoundLog = field(default_factory=RoundLog)
-    announcements: dict[PeerId, Announcement] = field(default_factory=dict)
-    late: dict[Digest, Announcement] = field(default_factory=dict)
-    """By payload: announced here after TRAIN, or as its author's second update. Not scored, but needed where most of
-    the committee heard it in time, or heard it first."""
-    equivocators: set[PeerId] = field(default_factory=set)
-    """Announced two updates: neither is scored here."""
+    updates: Updates = field(default_factory=Updates)
     is_training: bool = False
-    held: set[Digest] = field(default_factory=set)
-    """Payloads in the blob store, well-formed."""
-    bad: set[Digest] = field(default_factory=set)
-    """Payloads that match their digest and are malformed all the same."""
-    fetching: dict[Digest, int] = field(default_factory=dict)
-    """Payloads asked for, and how often."""
-    resting: set[Digest] = field(default_factory=set)
-    """Payloads that nobody gave just now: to be asked for again in a while."""
-    under_way: set[Digest] = field(default_factory=set)
-    """Payloads whose answer is awaited."""
     scored: tuple[Digest, ...] = ()
     my_reveal: ScoreReveal | None = None
     commitments: dict[MemberIndex, tuple[Digest, ...]] = field(default_factory=dict)

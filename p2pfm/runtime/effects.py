@@ -213,13 +213,15 @@ class Effects:
                 self._emit(FetchFailed(action.digest, is_malformed=False))
                 return
             try:
-                await trio.to_thread.run_sync(work.validate_blob, action.kind, data, self._shapes, self._config)
+                maker = await trio.to_thread.run_sync(
+                    work.validate_blob, action.kind, data, self._shapes, self._config
+                )
             except Reject as error:
                 log.warning("%s %s: %s", action.kind, action.digest.hex()[:10], error)
                 self._emit(FetchFailed(action.digest, is_malformed=True))
                 return
             await trio.to_thread.run_sync(self._store.put, data)
-            self._emit(Fetched(action.digest))
+            self._emit(Fetched(action.digest, maker))
 
     async def _sign(self, action: Sign) -> None:
         signature = await trio.to_thread.run_sync(bls.sign, self._keys.bls_secret, action.message)

@@ -87,16 +87,16 @@ class Settler:
         self._due[certificate.proposal.round] = (trio.current_time() + rank * RANK_DELAY_S, 0)
 
     async def _follow(self) -> None:
+        head = await trio.to_thread.run_sync(self._ledger.get_head)
+        if head is not None and head != self.head:  # before the roster: a peer that is behind must not begin to train
+            self.head = head
+            await self._emit(SettledChanged(head))
         roster = await trio.to_thread.run_sync(self._ledger.get_roster)
         if roster != self.roster:
             self.roster = roster
             self._roster_since = trio.current_time()
             if roster.committee:  # before the first draw there is nothing that a peer could do
                 await self._emit(RosterChanged(roster))
-        head = await trio.to_thread.run_sync(self._ledger.get_head)
-        if head is not None and head != self.head:
-            self.head = head
-            await self._emit(SettledChanged(head))
 
     async def _rotate(self) -> None:
         """Draw the next committee when newcomers have no seat although there is room, and once an epoch.

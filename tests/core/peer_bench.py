@@ -76,6 +76,11 @@ def payload_of(name: PeerId, round: Round = ROUND) -> Digest:
     return compute_digest(f"payload {name} {round}".encode())
 
 
+def maker_of(payload: Digest) -> PeerId | None:
+    """Whose update of any of the first rounds this is; None for anything else."""
+    return next((name for name in NAMES for number in range(8) if payload_of(name, Round(number)) == payload), None)
+
+
 def announcement_of(name: PeerId, round: Round = ROUND, base: Digest = BASE) -> Announcement:
     return Announcement(round, name, base, payload_of(name, round), 100, 10)
 
@@ -141,7 +146,7 @@ class Bench:
             self.hear(index, announcement_of(name, round, self.peer.durable.base))
         actions = self.go(Phase.EXCHANGE, round)
         for fetch in every(actions, Fetch):
-            actions += self.feed(Fetched(fetch.digest))
+            actions += self.feed(Fetched(fetch.digest, maker_of(fetch.digest)))
         return actions
 
     def reveal(self, round: Round = ROUND, members: tuple[int, ...] = (0, 1, 2, 3)) -> list[AnyAction]:

@@ -20,7 +20,7 @@ from p2pfm.lora.merge import clip_factors
 from p2pfm.lora.samples import parse_probe, parse_samples, read_probe, read_samples
 from p2pfm.lora.torch_learner import TorchLearner
 from p2pfm.protocol.events import Evaluate, Merge, ScoreUpdates, Train, Weighted
-from p2pfm.types import WEIGHT_ONE, Digest, Millis, Round, Weight, compute_digest
+from p2pfm.types import WEIGHT_ONE, Digest, Millis, PeerId, Round, Weight, compute_digest
 
 TINY = Path(__file__).parent.parent / "fixtures" / "tiny-llama"
 NUM_PEERS = 6
@@ -40,6 +40,9 @@ class MemoryBlobs(dict):
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     return build_shards(NUM_PEERS, tmp_path_factory.mktemp("shards"), seed=0, corrupted={4})
+
+
+MAKER = PeerId("maker")
 
 
 def make_config(probe, **changes):
@@ -148,16 +151,17 @@ def test_a_round_of_work_lowers_held_out_loss_and_is_the_same_on_every_peer(shar
     config = make_config(read_probe(shards.probe))
     blobs = MemoryBlobs()
     base = blobs.put(encode_tensors(learners[0].initial()))
-    trained = [work.train_update(learner, blobs, config, Train(Round(0), base, None)) for learner in learners[:3]]
+    train = Train(Round(0), MAKER, base, None)
+    trained = [work.train_update(learner, blobs, config, train) for learner in learners[:3]]
     nothing = {name: np.zeros(shape, np.float32) for name, shape in learners[0].shapes().items()}
-    free_ride, _, _ = work.compress_delta(blobs, config.compression, nothing, None)
+    free_ride, _, _ = work.compress_delta(blobs, config.compression, nothing, None, MAKER)
     payloads = [*(answer.payload for answer in trained), free_ride]
     for answer in trained:
         work.validate_blob("payload", blobs.get(answer.payload), learners[0].shapes(), config)
         assert answer.payload_bytes == len(blobs.get(answer.payload))
     weighted = tuple(Weighted(payload, Weight(WEIGHT_ONE // 4)) for payload in payloads)
     scored = work.score_updates(
-        learners[0], blobs, config, ScoreUpdates(Round(0), base, weighted), seed=5, salt=b"s" * 32
+        learners[0], blobs, config, ScoreUpdates(Round(0), base, None, weighted), seed=5, salt=b"s" * 32
     )
     assert scored.contributions[3] == 0
     assert min(scored.contributions[:3]) > 0
@@ -176,9 +180,11 @@ def test_error_feedback_keeps_what_the_payload_left_out(shards, learners):
     blobs = MemoryBlobs()
     base = blobs.put(encode_tensors(learners[0].initial()))
     shapes = learners[0].shapes()
-    answer = work.train_update(learners[0], blobs, config, Train(Round(0), base, None))
+    answer = work.train_update(learners[0], blobs, config, Train(Round(0), MAKER, base, None))
     delta = learners[0].train(learners[0].initial(), Round(0)).delta
-    sent = decode_payload(blobs.get(answer.payload), shapes, config.compression, 1 << 24).tensors()
+    maker, coded = work.split_payload(blobs.get(answer.payload))
+    assert maker == MAKER
+    sent = decode_payload(coded, shapes, config.compression, 1 << 24).tensors()
     rest = decode_tensors(blobs.get(answer.residual), shapes)
     for name in shapes:
         np.testing.assert_allclose(sent[name] + rest[name], delta[name], atol=1e-7)

@@ -15,6 +15,7 @@ from peer_bench import (
     commit_of,
     every,
     make_roster,
+    maker_of,
     only,
     payload_of,
     reveal_of,
@@ -137,8 +138,32 @@ def test_the_timer_never_lies_behind_a_phase_end() -> None:
 
 
 def test_training_starts_with_the_registry_and_from_the_base() -> None:
-    train = only(Bench().join(), Train)
-    assert train == Train(Round(0), BASE, None)
+    bench = Bench()
+    assert only(bench.join(), Train) == Train(Round(0), bench.me, BASE, None)
+
+
+def test_announcing_anothers_digest_earns_its_maker_the_credit_and_the_copier_the_blame() -> None:
+    """The copier has the lower peer id, which is what would decide if bytes did not name their maker."""
+    bench = Bench(index=3)
+    bench.join()
+    copied = msgspec.structs.replace(announcement_of(NAMES[2]), peer=NAMES[1])
+    for author, message in ((1, copied), (2, announcement_of(NAMES[2]))):
+        bench.hear(author, message)
+    fetch = only(bench.go(Phase.EXCHANGE), Fetch)
+    assert fetch.digest == payload_of(NAMES[2])
+    assert blamed(bench.feed(Fetched(fetch.digest, NAMES[2]))) == [NAMES[1]]
+    scored = only(bench.go(Phase.SCORE), ScoreUpdates)
+    assert [update.payload for update in scored.updates] == [payload_of(NAMES[2])]
+    assert bench.peer.state.updates.by_payload()[payload_of(NAMES[2])].peer == NAMES[2]
+
+
+def test_a_payload_that_nobody_who_announced_it_made_is_not_scored() -> None:
+    bench = Bench(index=3)
+    bench.join()
+    bench.hear(1, msgspec.structs.replace(announcement_of(NAMES[2]), peer=NAMES[1]))
+    fetch = only(bench.go(Phase.EXCHANGE), Fetch)
+    assert blamed(bench.feed(Fetched(fetch.digest, NAMES[2]))) == [NAMES[1]]
+    assert not every(bench.go(Phase.SCORE), ScoreUpdates)
 
 
 def test_a_peer_that_is_not_registered_does_not_train() -> None:
@@ -521,13 +546,13 @@ def test_an_update_that_only_others_heard_in_time_is_fetched_for_their_proposal(
     for index in (0, 1, 2):
         bench.hear(index, announcement_of(NAMES[index]))
     for fetch in every(bench.go(Phase.EXCHANGE), Fetch):
-        bench.feed(Fetched(fetch.digest))
+        bench.feed(Fetched(fetch.digest, maker_of(fetch.digest)))
     bench.hear(3, announcement_of(NAMES[3]))
     bench.reveal()
     bench.go(Phase.ATTEST)
     actions = bench.hear(0, msgspec.structs.replace(bench.draft(), new_base=NEW_BASE))
     assert only(actions, Fetch).digest == payload_of(NAMES[3])
-    actions = bench.feed(Fetched(payload_of(NAMES[3])))
+    actions = bench.feed(Fetched(payload_of(NAMES[3]), NAMES[3]))
     assert only(bench.answer_merge(actions, NEW_BASE), Sign).round == 0
 
 
@@ -806,9 +831,9 @@ def test_messages_of_the_next_round_wait_for_it() -> None:
     bench = Bench()
     bench.join()
     bench.hear(1, announcement_of(NAMES[1], Round(1)))
-    assert bench.peer.state.announcements == {}
+    assert bench.peer.state.updates.announcements == {}
     bench.go(Phase.TRAIN, Round(1))
-    assert list(bench.peer.state.announcements) == [NAMES[1]]
+    assert list(bench.peer.state.updates.announcements) == [NAMES[1]]
 
 
 def test_no_stranger_and_no_chatterer_fills_the_room_for_early_messages() -> None:
@@ -821,7 +846,7 @@ def test_no_stranger_and_no_chatterer_fills_the_room_for_early_messages() -> Non
     assert len(bench.peer.early) == 1
     bench.hear(1, announcement_of(NAMES[1], Round(1)))
     bench.go(Phase.TRAIN, Round(1))
-    assert NAMES[1] in bench.peer.state.announcements
+    assert NAMES[1] in bench.peer.state.updates.announcements
 
 
 def test_messages_of_other_rounds_are_dropped() -> None:

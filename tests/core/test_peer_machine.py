@@ -5,7 +5,7 @@ import msgspec
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from peer_bench import BASE, CONFIG, NAMES, make_roster, payload_of, reveal_of, seal
+from peer_bench import BASE, CONFIG, NAMES, make_roster, maker_of, payload_of, reveal_of, seal
 
 from p2pfm.messages import (
     Announcement,
@@ -119,7 +119,9 @@ class PeerMachine(RuleBasedStateMachine):
             case Train(round=round, base=base):
                 self.feed(Trained(round, base, compute_digest(salt), 10, 10, compute_digest(salt + b"r"), 1))
             case Fetch(digest=digest):
-                self.feed(Fetched(digest) if is_good else FetchFailed(digest, is_malformed=data.draw(st.booleans())))
+                maker = data.draw(st.sampled_from([None, maker_of(digest), *NAMES[1:]]))
+                failed = FetchFailed(digest, is_malformed=data.draw(st.booleans()))
+                self.feed(Fetched(digest, maker) if is_good else failed)
             case ScoreUpdates(round=round, updates=updates):
                 if round != self.peer.round or len(updates) == len(self.peer.state.scored):
                     values = tuple(data.draw(contributions) for _ in updates)
@@ -221,9 +223,9 @@ class PeerMachine(RuleBasedStateMachine):
         state, num_members = self.peer.state, 5
         assert len(self.peer.early) <= min(EARLY_MAX, 5 * num_members)
         assert len(state.log) <= SLOTS_MAX * 5 * num_members
-        assert len(state.fetching) <= 3 * num_members
-        assert len(state.announcements) <= num_members
-        assert len(state.late) <= SLOTS_MAX * num_members
+        assert len(state.updates.tries) <= 3 * num_members
+        assert len(state.updates.announcements) <= num_members
+        assert len(state.updates.late) <= SLOTS_MAX * num_members
         assert sum(len(held) for held in state.commitments.values()) <= (SLOTS_MAX + 1) * num_members
         assert len(self.peer.roots) <= ROOTS_MAX
         assert len(self.peer.losses) <= LOSSES_MAX

@@ -1,0 +1,109 @@
+"""The updates of one round, as one peer knows them: who announced what in time, and which payloads are here.
+
+Knows no committee, clock or store. A payload names its maker in its first bytes (the driver reads it), so that nobody
+is paid for announcing another's digest.
+"""
+
+from dataclasses import dataclass, field
+
+from p2pfm.errors import Reject
+from p2pfm.messages import Announcement
+from p2pfm.protocol.events import Blame, Fetch
+from p2pfm.types import Digest, PeerId
+
+FETCH_TRIES_MAX = 6
+"""How often a payload is asked for before its update counts as absent (a proposed one is asked for to the end)."""
+
+
+@dataclass(slots=True)
+class Updates:
+    """One round's announcements and payloads."""
+
+    announcements: dict[PeerId, Announcement] = field(default_factory=dict)
+    """Heard here while payloads were secret: these are scored."""
+    late: dict[tuple[Digest, PeerId], Announcement] = field(default_factory=dict)
+    """Heard after TRAIN, or as an author's second update. Not scored here, but needed where most of the committee heard
+    it in time, or heard it first."""
+    equivocators: set[PeerId] = field(default_factory=set)
+    """Announced two updates: neither is scored here."""
+    makers: dict[Digest, PeerId] = field(default_factory=dict)
+    """Payloads in the blob store, well-formed, with the maker that their bytes name."""
+    bad: set[Digest] = field(default_factory=set)
+    """Payloads that match their digest and are malformed all the same."""
+    tries: dict[Digest, int] = field(default_factory=dict)
+    """Payloads asked for, and how often."""
+    resting: set[Digest] = field(default_factory=set)
+    """Payloads that nobody gave just now: to be asked for again in a while."""
+    under_way: set[Digest] = field(default_factory=set)
+    """Payloads whose answer is awaited."""
+
+    def add(self, announcement: Announcement, *, is_late: bool) -> None:
+        """Remember what an author announced; `is_late`: when payloads were public already."""
+        author = announcement.peer
+        if is_late or author in self.announcements:
+            self.late[(announcement.payload, author)] = announcement
+        else:
+            self.announcements[author] = announcement
+
+    def hold(self, digest: Digest, maker: PeerId) -> None:
+        """A payload is in the store."""
+        self.under_way.discard(digest)
+        self.makers[digest] = maker
+
+    def by_payload(self) -> dict[Digest, Announcement]:
+        """Announcements by payload. Of two with one payload the maker's stands; before it is here, the lower id's."""
+        known = sorted([*self.late.values(), *self.announcements.values()], key=lambda a: a.peer, reverse=True)
+        found = {announcement.payload: announcement for announcement in known}
+        found.update({a.payload: a for a in known if self.makers.get(a.payload) == a.peer})
+        return found
+
+    def scorable(self, base: Digest) -> dict[Digest, PeerId]:
+        """Payloads to score, with their makers: announced in time, once, by who made them, from this base, and here."""
+        return {
+            announcement.payload: peer
+            for peer, announcement in sorted(self.announcements.items())
+            if announcement.base == base
+            and peer not in self.equivocators
+            and self.makers.get(announcement.payload) == peer
+        }
+
+    def fetch_missing(self, proposed: frozenset[Digest], peers: tuple[PeerId, ...]) -> list[Fetch]:
+        """Ask for every payload that may be scored or is proposed, and is not here: announcer first, then anyone."""
+        idle = self.makers.keys() | self.bad | self.under_way | self.resting
+        timely = {a.payload for peer, a in self.announcements.items() if peer not in self.equivocators}
+        fetches = []
+        for digest, announcement in sorted(self.by_payload().items()):
+            is_wanted = digest in proposed or (digest in timely and self.tries.get(digest, 0) < FETCH_TRIES_MAX)
+            if is_wanted and digest not in idle:
+                self.tries[digest] = self.tries.get(digest, 0) + 1
+                self.under_way.add(digest)
+                fetches.append(_fetch(announcement, peers))
+        return fetches
+
+    def on_fetched(self, digest: Digest, maker: PeerId | None) -> list[Blame]:
+        """A payload that was asked for is here; whoever announced it without having made it is blamed.
+
+        Raises:
+            Reject: nobody who announced it made it (a copy of a copy): it counts as malformed.
+        """
+        self.under_way.discard(digest)
+        authors = {a.peer for a in (*self.late.values(), *self.announcements.values()) if a.payload == digest}
+        if maker is None or maker not in authors:
+            self.bad.add(digest)
+            raise Reject("announced a payload that another peer made")
+        self.makers[digest] = maker
+        return [Blame(peer, "announced a payload that another peer made") for peer in sorted(authors - {maker})]
+
+    def on_failed(self, digest: Digest, *, is_malformed: bool) -> PeerId:
+        """Nobody gave the payload now, or it is malformed; returns who announced it."""
+        self.under_way.discard(digest)
+        (self.bad if is_malformed else self.resting).add(digest)
+        return self.by_payload()[digest].peer
+
+
+def _fetch(announcement: Announcement, peers: tuple[PeerId, ...]) -> Fetch:
+    others = tuple(peer for peer in peers if peer != announcement.peer)
+    # Start at another holder for each payload, so that no single node serves all of them.
+    shift = announcement.payload[0] % len(others) if others else 0
+    providers = (announcement.peer, *others[shift:], *others[:shift])
+    return Fetch(announcement.payload, "payload", announcement.payload_bytes, providers)
