@@ -5,6 +5,7 @@ differ on empty, malformed and infinite input, so this wrapper refuses those bef
 peer, round or transport. Sources: draft-irtf-cfrg-bls-signature-05, RFC 9380, EIP-2537 (points as the chain has them).
 """
 
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
@@ -18,6 +19,12 @@ from py_ecc.optimized_bls12_381 import curve_order, normalize
 
 from p2pfm.config import ChainConfig
 from p2pfm.types import Digest, PeerId
+
+RECURSION_MAX = 3000
+"""py_ecc 8 raises the interpreter's limit to 100,000 when it is imported. A stranger's deeply nested JSON would then
+overflow the C stack and end the process; three times the usual limit is plenty for everything here."""
+
+sys.setrecursionlimit(min(sys.getrecursionlimit(), RECURSION_MAX))
 
 KEY_BYTES = 48
 SIGNATURE_BYTES = 96

@@ -2,6 +2,7 @@
 that are not ours only ever Reject."""
 
 import contextlib
+import importlib
 
 import msgpack
 import msgspec
@@ -245,3 +246,14 @@ def as_plain(value: object) -> object:
     if isinstance(value, tuple):
         return tuple(as_plain(item) for item in value)
     return value
+
+
+@pytest.mark.parametrize("opening", [b"\x91", b"\x81\xa1x", b"\x92\xa8proposal"])
+def test_nesting_of_any_depth_is_rejected_and_ends_no_process(opening: bytes) -> None:
+    """py_ecc once raised the recursion limit so far that such bytes overflowed the C stack."""
+    importlib.import_module("p2pfm.settlement.bls")
+    for decode in (decode_message, decode_envelope, decode_request, decode_reply):
+        with pytest.raises(Reject):
+            decode(opening * 200_000)
+    with pytest.raises((msgspec.DecodeError, RecursionError)):
+        msgspec.json.decode(b"[" * 1_000_000)
