@@ -195,13 +195,15 @@ def node_run(
     Example: `p2pfm node run --config alice/node.toml`
     """
     from nodes.homes import open_keys, read_config
-    from nodes.run import run_node
 
     config = read_config(config_file)
+    keys = open_keys(config, password_file)
+    from nodes.run import run_node  # loads torch: after what is quick to refuse
+
     _set_up_logging(logging.DEBUG if verbose else logging.INFO, as_json=config.log_json)
     if tied:
         end_with_stdin()
-    run_node(config, open_keys(config, password_file))
+    run_node(config, keys)
 
 
 class _JsonLines(logging.Formatter):

@@ -383,10 +383,10 @@ class Demo:
         self.screen.tell(f"peer {node.index} was generating: SIGKILL")
 
     def _choose_second_victim(self) -> LocalNode:
-        """A node whose death costs no round: not the gateway, and not first-ranked in this round or the next two."""
+        """A node whose death costs no round: not the gateway, and not first-ranked in the next two rounds."""
         roster = self.net.ledger.get_roster()
-        now = int(self._round_now())
-        needed = {roster.members[compute_ranks(roster, Round(r))[0]].peer for r in (now, now + 1, now + 2)}
+        done = self.net.get_status(self._gateway)["protocol"]["certified_round"]
+        needed = {roster.members[compute_ranks(roster, Round(r))[0]].peer for r in (done + 1, done + 2)}
         running = [node for node in self.net.nodes if node.is_running and node.index != GATEWAY]
         return next((node for node in reversed(running) if node.peer not in needed), running[-1])
 

@@ -41,6 +41,8 @@ MNEMONIC = "test test test test test test test test test test test junk"
 class Testnet:
     """A running chain: its JSON-RPC address and the private keys of accounts that hold ether."""
 
+    __test__ = False  # not pytest's, whatever its name says
+
     rpc_url: str
     keys: tuple[bytes, ...]
     process: subprocess.Popen[bytes]

@@ -213,9 +213,7 @@ class Effects:
                 self._emit(FetchFailed(action.digest, is_malformed=False))
                 return
             try:
-                maker = await trio.to_thread.run_sync(
-                    work.validate_blob, action.kind, data, self._shapes, self._config
-                )
+                maker = await trio.to_thread.run_sync(work.validate_blob, action.kind, data, self._shapes, self._config)
             except Reject as error:
                 log.warning("%s %s: %s", action.kind, action.digest.hex()[:10], error)
                 self._emit(FetchFailed(action.digest, is_malformed=True))

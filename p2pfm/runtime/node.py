@@ -14,7 +14,7 @@ import trio
 from prometheus_client import CollectorRegistry
 
 from p2pfm.config import WEI_PER_PFM, NodeConfig
-from p2pfm.errors import ChainError, OperatorError, PeerUnreachable, Reject, Reverted
+from p2pfm.errors import ChainError, OperatorError, PeerUnreachable, Reject
 from p2pfm.learner import Learner
 from p2pfm.lora.delta import encode_tensors
 from p2pfm.messages import (
@@ -183,14 +183,8 @@ class Node:
         try:
             roster = await trio.to_thread.run_sync(self._ledger.get_roster)
             if all(member.peer != self.keys.peer for member in roster.members):
-                self.stage = "registering"
                 await trio.to_thread.run_sync(self._register)
             await self.settler.refresh()
-        except Reverted as error:
-            raise OperatorError(
-                f"could not register on chain: {error}. Account {self.keys.account_address} needs "
-                f"{self.config.stake_pfm} PFM of stake and some ether for gas"
-            ) from error
         except ChainError as error:
             if self._store.load_durable() is None:
                 raise OperatorError(
@@ -200,11 +194,20 @@ class Node:
             log.warning("chain: %s; going on with what is known", error)
 
     def _register(self) -> None:
+        """Stake and join. Raises: OperatorError, naming the account that lacks something."""
+        self.stage = "registering"
         key = bls.public_key(self.keys.bls_secret)
         chain = self.config.network.chain
         possession = bls.prove_possession(self.keys.bls_secret, chain, self.keys.account_address, self.keys.peer)
         stake = Wei(self.config.stake_pfm * WEI_PER_PFM)
-        index = self._ledger.register(self.keys.peer, key, possession, stake)
+        try:
+            index = self._ledger.register(self.keys.peer, key, possession, stake)
+        except ChainError as error:
+            raise OperatorError(
+                f"could not register on chain: {error}. Account {self.keys.account_address} needs "
+                f"{self.config.stake_pfm} PFM of stake and some ether for gas (on a local testnet: "
+                f"p2pfm testnet endow {self.keys.account_address})"
+            ) from error
         log.info("registered as member %d with a stake of %d PFM", index, self.config.stake_pfm)
 
     async def _load_learner(self) -> Learner:
@@ -248,6 +251,9 @@ class Node:
     async def _restore(self, learner: Learner) -> None:
         """The state of the last run, or of a newcomer; the base is served from the first moment."""
         durable = await trio.to_thread.run_sync(self._store.load_durable)
+        if durable is not None and durable.head is not None:
+            # Killed between adopting and queueing, nobody else may know this certificate.
+            await self.settler.queue(durable.head, 0)
         if durable is None or await trio.to_thread.run_sync(self._store.find, durable.base) is None:
             # A base whose blob was lost with the disk is fetched again with the next certificate.
             initial = await trio.to_thread.run_sync(self._store.put, encode_tensors(learner.initial()))
@@ -344,6 +350,7 @@ class Node:
         assert self.peer is not None, "runs only once the core does"
         durable = self.peer.durable
         needed = (durable.base, durable.residual, durable.pending_residual, durable.announced_payload)
+        self.effects.served = {digest for digest in self.effects.served if self._store.has(digest)}
         keep = {digest for digest in needed if digest is not None} | {self._probe, *self._settled_data}
         freed = self._store.prune(keep, BLOB_BYTES_MAX)
         if freed:
