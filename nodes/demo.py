@@ -501,7 +501,7 @@ def _draw(folder: Path, figures: Figures, rows: Sequence[Row], net: Localnet) ->
     """The two pictures."""
     rewards, training = folder / "rewards.png", folder / "training.png"
     plot_rewards(rows, rewards, {PeerId(node.peer): f"peer {node.index}\n{node.role}" for node in net.nodes})
-    plot_training(figures.losses_nats, figures.payload_bytes, figures.dense_bytes, training)
+    plot_training(figures.losses_nats, figures.payload_bytes, figures.sent_bytes, figures.dense_bytes, training)
     return [rewards, training]
 
 
@@ -534,7 +534,10 @@ def _make_reward_table(rows: Sequence[Row], net: Localnet) -> Table:
     """Contribution by round and what the chain allotted and paid, one line a peer, best first."""
     rounds = sorted({row.round for row in rows})
     table = Table(
-        title="contribution by round in milli-nats a token, and reward in PFM", box=SIMPLE_HEAD, pad_edge=False
+        title="contribution by round in milli-nats a token, and reward in PFM",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
     )
     for column in ("peer", "role"):
         table.add_column(column, no_wrap=True)
@@ -557,7 +560,12 @@ def _make_reward_table(rows: Sequence[Row], net: Localnet) -> Table:
 
 def _make_round_table(figures: Figures) -> Table:
     """Held-out loss and bytes by round."""
-    table = Table(title="held-out loss, and bytes beside a dense fp32 update", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title="held-out loss, and bytes beside a dense fp32 update",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for column in ("round", "loss", "an update", "is smaller by", "sent a peer", "is less by"):
         table.add_column(column, justify="right", no_wrap=True)
     for round in sorted({*figures.losses_nats, *figures.payload_bytes}):

@@ -187,8 +187,9 @@ def plot_rewards(rows: Sequence[Row], path: Path, names: Mapping[PeerId, str] | 
     if not rows:
         raise ValueError("expected at least one settled round")
     rounds = sorted({row.round for row in rows})
-    members = sorted({row.member: row.peer for row in rows}.items())
-    labels = [(names or {}).get(peer, f"…{peer[-6:]}") for _, peer in members]
+    called = {row.member: (names or {}).get(row.peer, f"…{row.peer[-6:]}") for row in rows}
+    members = sorted(called, key=lambda member: (called[member], member))
+    labels = [called[member] for member in members]
     by_place = {(row.member, row.round): row for row in rows}
     colours = pyplot.get_cmap("viridis")
     figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(max(7.0, 1.1 * len(members)), 8.0), constrained_layout=True)
@@ -196,7 +197,7 @@ def plot_rewards(rows: Sequence[Row], path: Path, names: Mapping[PeerId, str] | 
     drawn = [0.0] * len(members)
     for rank, round in enumerate(rounds):
         colour = colours(rank / max(1, len(rounds) - 1) * 0.85)
-        here = [by_place.get((member, round)) for member, _ in members]
+        here = [by_place.get((member, round)) for member in members]
         rewards = [row.reward_wei / WEI_PER_PFM if row else 0.0 for row in here]
         top.bar(positions, rewards, bottom=drawn, color=colour, label=f"round {round}")
         drawn = [below + reward for below, reward in zip(drawn, rewards, strict=True)]

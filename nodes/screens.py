@@ -81,27 +81,41 @@ def watch_localnet(net: Localnet, console: Console) -> None:
 
 
 def plot_training(
-    losses: Mapping[int, float], payload_bytes: Mapping[int, Sequence[int]], dense_bytes: int, path: Path
+    losses: Mapping[int, float],
+    payload_bytes: Mapping[int, Sequence[int]],
+    sent_bytes: Mapping[int, Sequence[int]],
+    dense_bytes: int,
+    path: Path,
 ) -> None:
-    """Held-out loss after each round, and what a peer's update weighs beside the dense fp32 delta.
+    """Held-out loss after each round, and the bytes of a peer beside one dense fp32 update.
 
     Args:
         losses: [nats/token] by round; -1 is before training.
         payload_bytes: sizes of the announced updates by round.
-        dense_bytes: the same delta uncompressed in fp32.
+        sent_bytes: all that each peer sent, by round.
+        dense_bytes: an update uncompressed in fp32.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     rounds = sorted(losses)
     left.plot(rounds, [losses[r] for r in rounds], marker="o", color="#2b6cb0")
-    left.set(title="Held-out loss of the shared model", xlabel="after round (-1: before)", ylabel="nats a token")
-    left.set_xticks(rounds)
+    left.set(title="Held-out loss of the shared model", xlabel="after round", ylabel="nats a token")
+    left.set_xticks(rounds, ["before" if r < 0 else str(r) for r in rounds])
     left.grid(alpha=0.3)
     counted = sorted(payload_bytes)
-    means = [sum(payload_bytes[r]) / max(1, len(payload_bytes[r])) / 1024 for r in counted]
-    bars = right.bar([str(r) for r in counted], means, color="#2f855a", width=0.6)
-    right.bar_label(bars, labels=[f"{dense_bytes / 1024 / m:.0f}x" if m else "" for m in means], padding=2)
-    right.set(title="An update on the wire (ratio to dense fp32)", xlabel="round", ylabel="KiB a peer")
-    right.set_ylim(0, 1.2 * max(means, default=1))
+    for offset, by_round, label, colour in (
+        (-0.2, payload_bytes, "an update", "#2f855a"),
+        (0.2, sent_bytes, "all that a peer sends", "#90cdf4"),
+    ):
+        means = [sum(by_round[r]) / max(1, len(by_round[r])) for r in counted]
+        bars = right.bar([r + offset for r in counted], [mean / 1024 for mean in means], 0.4, label=label, color=colour)
+        ratios = [f"{dense_bytes / mean:.0f}x" if mean else "" for mean in means]
+        right.bar_label(bars, labels=ratios, padding=2, fontsize="small")
+    right.axhline(dense_bytes / 1024, color="#c53030", linestyle="--", label="a dense fp32 update")
+    right.set(title="Bytes a peer and round; how many times less than dense", xlabel="round", ylabel="KiB")
+    right.set_yscale("log")
+    right.set_ylim(1, 20 * dense_bytes / 1024)
+    right.set_xticks(counted)
+    right.legend(ncols=3, fontsize="small", loc="upper center")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

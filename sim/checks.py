@@ -11,7 +11,8 @@ import msgspec
 from p2pfm.messages import Announcement, Certificate
 from p2pfm.protocol.events import Adopt, AnyAction, Blame, Publish, Serve, Sign
 from p2pfm.protocol.gossip import SLOTS_MAX
-from p2pfm.protocol.peer import LOSSES_MAX, ROOTS_MAX
+from p2pfm.protocol.history import ROOTS_MAX
+from p2pfm.protocol.peer import LOSSES_MAX
 from p2pfm.protocol.phases import Phase
 from p2pfm.protocol.round_state import EARLY_MAX
 from p2pfm.settlement.ledger import SettledRound
@@ -139,7 +140,7 @@ class Checks:
             ("early messages", len(peer.early), EARLY_MAX),
             ("message log", len(peer.state.log), SLOTS_MAX * 5 * num_members),
             ("payloads asked for", len(peer.state.updates.tries), SLOTS_MAX * num_members),
-            ("certified roots", len(peer.roots), ROOTS_MAX),
+            ("certified roots", len(peer.history.roots), ROOTS_MAX),
             ("losses", len(peer.losses), LOSSES_MAX),
         )
         for name, size, bound in bounds:

@@ -6,8 +6,6 @@ Each handler validates, changes state, returns actions, in that order. The same 
 simulator; a node's event log replays here to the same actions.
 """
 
-import itertools
-
 import msgspec
 
 from p2pfm.config import NetworkConfig
@@ -28,7 +26,6 @@ from p2pfm.messages import (
     compute_commitment,
 )
 from p2pfm.protocol.committee import (
-    NO_DIGEST,
     draft_digest,
     draft_proposal,
     merge_request,
@@ -73,6 +70,7 @@ from p2pfm.protocol.events import (
     Trained,
     Weighted,
 )
+from p2pfm.protocol.history import History
 from p2pfm.protocol.membership import compute_ranks, compute_shares, get_member, get_peer
 from p2pfm.protocol.phases import Phase, compute_position
 from p2pfm.protocol.round_state import EarlyMessages, RoundState
@@ -91,9 +89,6 @@ FETCH_RETRY_MS = 1_000
 BASE_BYTES_MAX = 1 << 30
 """No adapter's base is larger."""
 
-ROOTS_MAX = 64
-"""Certified roots remembered, to compare with the chain's."""
-
 LOSSES_MAX = 64
 """Held-out losses remembered, for people."""
 
@@ -106,13 +101,11 @@ class Peer:
         self.config = config
         self.durable = durable
         self.roster: Roster | None = None
-        self.settled: SettledRound | None = None
         self.peers: tuple[PeerId, ...] = ()
         self.state = RoundState(Round(-1), Phase.MERGE, saw_train=False, roster=None)
         self.wanted: Certificate | None = None
         """A certificate whose base is being fetched."""
-        self.roots: dict[Round, Digest] = {}
-        """Certified roots by round, each following the one before it without a gap."""
+        self.history = History(durable.head.proposal if durable.head else None)
         self.losses: dict[Round, int] = {}
         """Held-out loss after each round [nano-nats/token], as evaluated here."""
         self.early = EarlyMessages()
@@ -120,9 +113,6 @@ class Peer:
         self._next_retry_ms = Millis(0)
         # Everybody begins with another neighbour, so that no single one is asked by all at once.
         self._num_syncs = int.from_bytes(compute_digest(me.encode())[:4], "big")
-        self._is_whole = False
-        if durable.head:
-            self._extend_lineage(durable.head.proposal)
 
     @property
     def round(self) -> Round:
@@ -242,7 +232,7 @@ class Peer:
             return []
         if get_member(state.roster, self.me) is None or durable.announced_round >= state.round:
             return []
-        if self._is_behind():
+        if self.history.is_behind():
             return []
         state.is_training = True
         return [Train(state.round, self.me, durable.base, durable.residual)]
@@ -358,7 +348,7 @@ class Peer:
     def _draft(self, reveals: tuple[ScoreReveal, ...]) -> Proposal:
         state, head = self.state, self.durable.head
         assert state.roster is not None, "only a peer with a roster drafts"
-        if self._is_orphaned() or self._is_behind():
+        if self.history.is_orphaned() or self.history.is_behind():
             raise Reject("the chain holds a round whose certificate is not here yet")
         validate_reveals(state.roster, reveals, state.round, state.commitments, state.late_commitments)
         previous = head.proposal if head else None
@@ -471,7 +461,7 @@ class Peer:
     def _on_certificate(self, certificate: Certificate) -> list[AnyAction]:
         """A certificate whose signature the driver has checked: adopt it if it moves this peer forward."""
         proposal = certificate.proposal
-        if not self._is_progress(proposal):
+        if not self.history.is_progress(proposal):
             return []
         if self.wanted and self.wanted.proposal.round >= proposal.round:
             return []
@@ -480,42 +470,6 @@ class Peer:
             return self._adopt(certificate)
         self.wanted = certificate
         return [Fetch(proposal.new_base, "base", BASE_BYTES_MAX, self._shifted_peers())]
-
-    def _is_progress(self, proposal: Proposal) -> bool:
-        """Newer than the head, or of the chain's history where the chain, the arbiter, contradicts ours."""
-        head, settled = self.durable.head, self.settled
-        if settled and _contradicts(settled, proposal.round, proposal.prev_root, proposal.root):
-            return False
-        if head is None or proposal.round > head.proposal.round:
-            return True
-        is_ours = self.roots.get(proposal.round) == proposal.root
-        return bool(settled and self._is_orphaned() and proposal.round >= settled.round and not is_ours)
-
-    def _is_orphaned(self) -> bool:
-        """The chain took another root than we did, for a round that we hold or after a root that we hold."""
-        settled, lineage = self.settled, sorted(self.roots.items())
-        if settled is None:
-            return False
-        pairs = itertools.pairwise([(Round(-1), NO_DIGEST), *lineage] if self._is_whole else lineage)
-        is_passed = any(_contradicts(settled, round, previous, root) for (_, previous), (round, root) in pairs)
-        return is_passed or self.roots.get(settled.round, settled.root) != settled.root
-
-    def _extend_lineage(self, proposal: Proposal) -> None:
-        """Remember a certified root with those that it follows; others are of another history."""
-        older = {round: root for round, root in sorted(self.roots.items()) if round < proposal.round}
-        while older and older[max(older)] != proposal.prev_root:
-            del older[max(older)]
-        # Whole: nothing lies between its first root and the beginning.
-        self._is_whole = proposal.prev_root == NO_DIGEST or (self._is_whole and bool(older))
-        self.roots = {**older, proposal.round: proposal.root}
-        if len(self.roots) > ROOTS_MAX:
-            del self.roots[min(self.roots)]
-            self._is_whole = False
-
-    def _is_behind(self) -> bool:
-        """The chain holds a newer round than this peer: its certificate, and the base to work from, are yet to come."""
-        head = self.durable.head
-        return self.settled is not None and self.settled.round > (head.proposal.round if head else -1)
 
     def _adopt(self, certificate: Certificate) -> list[AnyAction]:
         proposal, durable, state = certificate.proposal, self.durable, self.state
@@ -529,7 +483,7 @@ class Peer:
             # What was announced has arrived only if it was merged: else the old residual still holds all of it.
             residual=durable.pending_residual if is_mine_merged else durable.residual,
         )
-        self._extend_lineage(proposal)
+        self.history.extend(proposal)
         if proposal.round == state.round:
             state.is_certified = True
         state.is_training = False
@@ -695,8 +649,9 @@ class Peer:
         peer = others[self._num_syncs % len(others)]
         head = self.durable.head
         head_round = head.proposal.round if head else -1
-        if self._is_orphaned() and self.settled:
-            head_round = self.settled.round - 1
+        settled = self.history.settled
+        if settled and self.history.is_orphaned():
+            head_round = settled.round - 1
         return [AskSync(peer, SyncRequest(Round(max(self.state.round, 0)), self.state.log.digests(), head_round))]
 
     def _shifted_peers(self) -> tuple[PeerId, ...]:
@@ -715,21 +670,10 @@ class Peer:
         return self._start_training()
 
     def _on_settled(self, settled: SettledRound) -> list[AnyAction]:
-        self.settled = settled
-        if self._is_orphaned():
+        self.history.settled = settled
+        if self.history.is_orphaned():
             return [Note(settled.round, "the chain took another root of a round held here: asking for its certificate")]
         return []
-
-
-def _contradicts(settled: SettledRound, round: Round, prev_root: Digest, root: Digest) -> bool:
-    """Whether a round cannot be in the same history as the one that the chain took.
-
-    It is the same round with another root, or another round that follows the same root (a round that changed nothing
-    has the root that it follows, and tells nothing).
-    """
-    if round == settled.round:
-        return root != settled.root
-    return prev_root == settled.prev_root and settled.prev_root not in (settled.root, root)
 
 
 def initial_durable(base: Digest) -> Durable:

@@ -49,7 +49,8 @@ from p2pfm.protocol.events import (
     Trained,
 )
 from p2pfm.protocol.gossip import SLOTS_MAX
-from p2pfm.protocol.peer import LOSSES_MAX, ROOTS_MAX, Peer, initial_durable
+from p2pfm.protocol.history import ROOTS_MAX
+from p2pfm.protocol.peer import LOSSES_MAX, Peer, initial_durable
 from p2pfm.protocol.phases import Phase
 from p2pfm.protocol.round_state import EARLY_MAX
 from p2pfm.settlement.ledger import LeafValue, SettledRound, Sums
@@ -227,7 +228,7 @@ class PeerMachine(RuleBasedStateMachine):
         assert len(state.updates.announcements) <= num_members
         assert len(state.updates.late) <= SLOTS_MAX * num_members
         assert sum(len(held) for held in state.commitments.values()) <= (SLOTS_MAX + 1) * num_members
-        assert len(self.peer.roots) <= ROOTS_MAX
+        assert len(self.peer.history.roots) <= ROOTS_MAX
         assert len(self.peer.losses) <= LOSSES_MAX
 
     def round(self, ahead: int) -> Round:
