@@ -370,10 +370,17 @@ class Demo:
                         seen.text += choice["text"]
                         seen.num_pieces += 1
                         seen.replicas.append(event["p2pfm"]["replica"])
+                        self._show_stream(seen)
                 if kill and not is_killed and seen.num_pieces >= KILL_AFTER_TOKENS:
                     is_killed = True
                     self._kill_replica(seen.replicas[-1])
         return seen
+
+    def _show_stream(self, seen: Streamed) -> None:
+        """The end of the text so far, and who writes it: a person sees the pause and the change of hands."""
+        if self.screen.console.is_terminal:
+            writer = next(node.index for node in self.net.nodes if node.peer == seen.replicas[-1])
+            self.screen.tell(f"peer {writer}: …{seen.text[-36:]!r}")
 
     def _kill_replica(self, peer: str) -> None:
         node = next(node for node in self.net.nodes if node.peer == peer)

@@ -24,20 +24,25 @@ def make_status_table(status: Mapping[str, Any]) -> Table:
     table.add_column(overflow="fold")
     chain, protocol, serving = status["chain"], status.get("protocol", {}), status.get("serving", {})
     seconds = status["phase_ends_in_ms"] / 1000
+    where = f"{status['round']} · {status['phase']}, {seconds:.0f} s left"
     table.add_row("stage", status["stage"])
     table.add_row("network", f"{status['network']['name']} · {status['network']['backbone']}")
-    table.add_row("round", f"{status['round']} · {status['phase']}, {seconds:.0f} s left")
+    table.add_row("round", where if status["round"] >= 0 else f"the first begins in {seconds:.0f} s")
     table.add_row("peers", f"{len(status['peers'])} connected")
     table.add_row("listens on", "\n".join(status["addresses"]))
     table.add_row("account", status["account"])
     table.add_row("member", f"{chain['member']} of {chain['members']}, committee {chain['committee']}")
-    table.add_row("chain", f"{chain['rpc']} · {chain['error'] or 'reachable'}, settled round {chain['settled_round']}")
+    settled = "no round settled yet" if chain["settled_round"] is None else f"settled round {chain['settled_round']}"
+    table.add_row("chain", f"{chain['rpc']} · {chain['error'] or 'reachable'}, {settled}")
     if protocol:
         losses = protocol["losses_nats"]
-        table.add_row("base", f"{protocol['base'][:16]} · certified in round {protocol['certified_round']}")
+        certified = protocol["certified_round"]
+        origin = "the initial adapter" if certified is None else f"certified in round {certified}"
+        table.add_row("base", f"{protocol['base'][:16]} · {origin}")
         if losses:
             newest = max(losses, key=int)
-            table.add_row("held-out loss", f"{losses[newest]:.3f} nats/token after round {newest}")
+            when = "before the first round" if int(newest) < 0 else f"after round {newest}"
+            table.add_row("held-out loss", f"{losses[newest]:.3f} nats a token {when}")
         table.add_row(
             "serves",
             f"{len(serving['versions'])} versions, {serving['sessions']} sessions, {serving['replicas']} replicas",

@@ -3,16 +3,16 @@
 from pathlib import Path
 
 import pytest
+from store_child import certificate_of
 
 from p2pfm.config import ChainConfig, NetworkConfig
 from p2pfm.errors import OperatorError
-from p2pfm.messages import Certificate, Proposal
 from p2pfm.protocol.events import Durable, SetTimer, Tick
 from p2pfm.protocol.log import digest_actions
 from p2pfm.protocol.log import read_log as read_log_bytes
 from p2pfm.runtime.event_log import EventLogWriter, read_log
 from p2pfm.runtime.store import Store
-from p2pfm.types import Digest, MemberIndex, Millis, PeerId, Round, compute_digest
+from p2pfm.types import Digest, Millis, PeerId, Round, compute_digest
 
 ZERO = Digest(bytes(32))
 
@@ -27,23 +27,6 @@ def make_durable(number: int) -> Durable:
         pending_residual=None,
         announced_payload=None,
     )
-
-
-def make_certificate(round: int) -> Certificate:
-    proposal = Proposal(
-        round=Round(round),
-        proposer=MemberIndex(0),
-        epoch=0,
-        nonce=0,
-        base=ZERO,
-        new_base=ZERO,
-        prev_root=ZERO,
-        root=ZERO,
-        updates=(),
-        reveals=(),
-        leaves=(),
-    )
-    return Certificate(proposal, (), bytes(96))
 
 
 def make_network() -> NetworkConfig:
@@ -102,14 +85,14 @@ def test_state_queue_and_addresses_survive_reopening(tmp_path: Path) -> None:
         store.save_durable(make_durable(1))
         store.save_durable(make_durable(2))
         for round in (5, 3, 4):
-            store.queue_settlement(make_certificate(round))
+            store.queue_settlement(certificate_of(round))
         store.drop_settlement(Round(4))
         store.save_addresses(("old",))
         store.save_addresses(("b", "a"))
     with Store(tmp_path) as store:
         assert store.load_durable() == make_durable(2)
         assert [c.proposal.round for c in store.get_settlements()] == [3, 5]
-        assert store.get_settlements()[0] == make_certificate(3)
+        assert store.get_settlements()[0] == certificate_of(3)
         assert store.get_addresses() == ("b", "a")
 
 

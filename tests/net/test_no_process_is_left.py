@@ -1,0 +1,58 @@
+"""However a local network ends, nothing that it started lives on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.slow
+
+GONE_S = 20
+INTERRUPTED = 130
+
+
+def wait_for(is_done: Callable[[], bool], timeout_s: float, what: str) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not is_done():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
+
+
+def start(folder: Path) -> tuple["subprocess.Popen[bytes]", list[psutil.Process]]:
+    """`p2pfm localnet up` in a session of its own, and its children once chain and peers are there."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nodes.cli", "localnet", "up", "--peers", "2", "--model", "tiny", "--out", str(folder)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    children: list[psutil.Process] = []
+
+    def are_there() -> bool:
+        children[:] = psutil.Process(process.pid).children(recursive=True)
+        return len(children) >= 3 and (folder / "peer-1" / "node.log").exists()
+
+    wait_for(are_there, 90, "a chain and two peers were started")
+    return process, children
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_lives_on_after(number: signal.Signals, tmp_path: Path) -> None:
+    process, children = start(tmp_path / "net")
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # Ctrl-C reaches the whole group
+    else:
+        process.send_signal(number)
+    try:
+        code = process.wait(GONE_S)
+        wait_for(lambda: not any(child.is_running() for child in children), GONE_S, f"left behind: {children}")
+    finally:
+        for child in children:
+            if child.is_running():
+                child.kill()
+    if number == signal.SIGINT:
+        assert code == INTERRUPTED
