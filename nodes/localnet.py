@@ -71,9 +71,9 @@ PRESETS = {
         # Measured beta 0.95 to overshoot in the fourth round on shards this small, at every learning rate tried.
         compression=CompressionConfig(beta=0.5),
         phases=PhaseConfig(
-            train_ms=Millis(22_000),
+            train_ms=Millis(26_000),
             exchange_ms=Millis(2_500),
-            score_ms=Millis(16_000),
+            score_ms=Millis(18_000),
             reveal_ms=Millis(2_000),
             attest_ms=Millis(4_000),
             merge_ms=Millis(2_000),
