@@ -88,6 +88,8 @@ def main() -> None:
         _fail(error, Exit.OPERATOR)
     except P2PFMError as error:
         _fail(error, Exit.WORLD)
+    except OSError as error:
+        _fail(OperatorError(f"{error.filename or 'the system'}: {error.strerror or error}"), Exit.OPERATOR)
     except KeyboardInterrupt:
         err.print("interrupted; everything that was started is ended")
         raise SystemExit(Exit.INTERRUPTED) from None

@@ -277,6 +277,11 @@ def _compare_content(
     """
     if (previous.root if previous else merkle.EMPTY_ROOT) != settled.prev_root:
         return ["the settled round before this one is not at hand, so that its leaves cannot be recomputed"]
+    members = [reveal.member for reveal in proposal.reveals]
+    if len(set(members)) < len(members) or any(
+        reveal.round != proposal.round or reveal.member >= len(proposal.leaves) for reveal in proposal.reveals
+    ):
+        return ["reveals: one member's stand there twice, or are nobody's, or of another round"]
     told = {update.payload: update for update in proposal.updates}
     announced = {
         payload: Announcement(proposal.round, update.peer, proposal.base, payload, 0, 0)

@@ -3,10 +3,12 @@
 import logging
 import signal
 import socket
+import sqlite3
 import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import trio
@@ -25,6 +27,8 @@ from p2pfm.runtime.keys import Keys
 from p2pfm.runtime.node import Models, Node
 from p2pfm.runtime.text import load_text_codec
 from p2pfm.runtime.web3_ledger import Web3Ledger
+
+E = TypeVar("E", bound=Exception)
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +73,8 @@ async def _run_until_told(node: Node) -> None:
             await node.run()
     except* OperatorError as group:
         raise _first(group) from None
+    except* (OSError, sqlite3.Error) as group:  # what must be durable cannot be: better to stop than to sign twice
+        raise OperatorError(f"the disk or the system refused: {_first(group)}; is there space in the home?") from None
 
 
 async def _cancel_on_signal(scope: trio.CancelScope) -> None:
@@ -78,7 +84,7 @@ async def _cancel_on_signal(scope: trio.CancelScope) -> None:
             scope.cancel()
 
 
-def _first(group: BaseExceptionGroup[OperatorError]) -> OperatorError:
+def _first(group: BaseExceptionGroup[E]) -> E:
     error = group.exceptions[0]
     return _first(error) if isinstance(error, BaseExceptionGroup) else error
 

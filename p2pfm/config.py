@@ -4,6 +4,7 @@ The digest of a NetworkConfig is the network's id: two nodes whose rules differ 
 Knows no file: the command line reads the TOML text and passes it here.
 """
 
+import re
 import tomllib
 from typing import Literal
 
@@ -199,5 +200,16 @@ def validate_network(network: NetworkConfig) -> None:
     for key, value, low, high in checks:
         if not low <= value <= high:
             raise ConfigError(f"network.{key}: expected {low:g} to {high:g}, got {value}")
+    for key, address in (("federation", network.chain.federation), ("token", network.chain.token)):
+        if not re.fullmatch(r"0x[0-9a-fA-F]{40}", address):
+            raise ConfigError(f"network.chain.{key}: expected 0x and 40 hex digits, got {address!r}")
+    # A score is 34 bytes of digest and up to 9 of value: every member's vector stands in a proposal.
+    vectors_bytes = network.scoring.committee_size * network.limits.peers_max * 45
+    if vectors_bytes > network.limits.message_bytes_max:
+        raise ConfigError(
+            f"network.scoring.committee_size: vectors of {network.scoring.committee_size} members over "
+            f"{network.limits.peers_max} peers take {vectors_bytes} bytes, and limits.message_bytes_max is "
+            f"{network.limits.message_bytes_max}; lower the committee's size or peers_max"
+        )
     if len(network.probe) != 64 or any(c not in "0123456789abcdef" for c in network.probe):
         raise ConfigError(f"network.probe: expected 64 lower-case hex digits (a SHA-256), got {network.probe!r}")

@@ -7,6 +7,7 @@
     ├── WorldError          nobody's fault: retry later
     │   ├── ChainError      the chain is unreachable or refused a transaction
     │   │   └── Reverted    the contract said no (carries its custom error's name)
+    │   ├── Unjudged        whose keys count is not known here (yet)
     │   └── PeerUnreachable
     └── (a bug is an AssertionError: it is never caught)
 
@@ -44,6 +45,10 @@ class Reverted(ChainError):
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"the contract refused: {reason}{': ' + detail if detail else ''}")
         self.reason = reason
+
+
+class Unjudged(WorldError):
+    """Bytes that cannot be judged by what is known here yet: drop them, blame nobody, ask again."""
 
 
 class PeerUnreachable(WorldError):

@@ -3,13 +3,16 @@
 Knows a Learner and a blob store; no socket, clock or message. Each function answers one Action of `protocol.events`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
+
+import numpy as np
 
 from p2pfm.config import CompressionConfig, NetworkConfig
 from p2pfm.contribution.aumann_shapley import Player, compute_contributions
 from p2pfm.contribution.rounding import to_contribution
-from p2pfm.errors import Reject
+from p2pfm.errors import Reject, WorldError
 from p2pfm.learner import Learner
 from p2pfm.lora.compress import Update, compress, decode_payload, feed_back
 from p2pfm.lora.delta import decode_tensors, encode_tensors, subtract
@@ -45,6 +48,8 @@ def train_update(learner: Learner, blobs: BlobStore, config: NetworkConfig, acti
     base = decode_tensors(blobs.get(action.base), shapes)
     residual = None if action.residual is None else decode_tensors(blobs.get(action.residual), shapes)
     training = learner.train(base, action.round)
+    if not math.isfinite(training.loss_nats) or not all(np.isfinite(t).all() for t in training.delta.values()):
+        raise WorldError("local training diverged (not a finite number): lower training.learning_rate")
     payload, payload_bytes, rest = compress_delta(blobs, config.compression, training.delta, residual, action.maker)
     return Trained(
         round=action.round,
@@ -76,6 +81,8 @@ def score_updates(
     values = compute_contributions(
         lambda at: learner.gradient(at, seed)[1], base, players, repeated=_last_aggregate(blobs, shapes, base, action)
     )
+    if not all(math.isfinite(value) for value in values):
+        raise WorldError("the probe's loss is no finite number at this base: its contributions cannot be measured")
     return Scored(round=action.round, contributions=tuple(to_contribution(value) for value in values), salt=salt)
 
 
@@ -91,6 +98,8 @@ def merge_updates(blobs: BlobStore, shapes: Shapes, config: NetworkConfig, actio
 def evaluate(learner: Learner, blobs: BlobStore, action: Evaluate) -> Evaluated:
     """Held-out loss at a base on the fixed test split."""
     loss_nats = learner.evaluate(decode_tensors(blobs.get(action.base), learner.shapes()))
+    if not math.isfinite(loss_nats):
+        raise WorldError("the held-out loss is no finite number at this base")
     return Evaluated(round=action.round, loss_nano=round(loss_nats * NANO))
 
 

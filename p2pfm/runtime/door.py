@@ -6,24 +6,31 @@ Knows no socket; blocking (BLS), so the node calls it in a thread.
 from collections import OrderedDict
 
 from p2pfm.config import NetworkConfig
-from p2pfm.errors import Reject
+from p2pfm.errors import Reject, Unjudged
 from p2pfm.messages import (
     Attestation,
     Certificate,
     Envelope,
     Message,
+    Presence,
     decode_message,
     proposal_digest,
 )
 from p2pfm.protocol.events import AnyEvent, RosterChanged, SettledChanged
+from p2pfm.protocol.membership import get_member
 from p2pfm.runtime.envelopes import verify_envelope
 from p2pfm.settlement import bls
 from p2pfm.settlement.ledger import Roster, SettledRound
 from p2pfm.settlement.rewards import proposal_message
 from p2pfm.settlement.sampling import compute_quorum
+from p2pfm.types import Digest, PeerId, compute_digest
 
 ROSTERS_MAX = 8
 """Committees remembered: a certificate of an earlier epoch can still arrive."""
+
+
+PROVEN_MAX = 1024
+"""Bodies remembered as proven: more than a round has of them."""
 
 
 class Door:
@@ -34,6 +41,7 @@ class Door:
         self._network_id = config.network_id()
         self._rosters: OrderedDict[tuple[int, int], Roster] = OrderedDict()
         self._settled: SettledRound | None = None
+        self._proven: OrderedDict[Digest, None] = OrderedDict()
 
     def on_event(self, event: AnyEvent) -> None:
         """Learn what the chain tells: committees, and the newest round."""
@@ -63,13 +71,23 @@ class Door:
             Reject: not decodable, a wrong signature, or an oversized body.
         """
         message = decode_message(envelope.body, self._config.limits.message_bytes_max)
+        digest = compute_digest(envelope.body)
+        if digest in self._proven:  # gossip and sync bring the same again: BLS costs milliseconds
+            return message
         match message:
             case Attestation():
-                self._verify_attestation(message)
+                self._verify_attestation(envelope.author, message)
+            case Presence() if message.peer != envelope.author:
+                raise Reject(f"presence that speaks for {message.peer}")
+            case Presence() | Certificate() if not self._is_registered(envelope.author):
+                raise Unjudged("serving and certificates are registered peers' affair")  # BLS costs 3 ms: no stranger's
             case Certificate():
                 self.verify_certificate(message)
             case _:
                 pass
+        self._proven[digest] = None
+        if len(self._proven) > PROVEN_MAX:
+            self._proven.popitem(last=False)
         return message
 
     def verify_certificate(self, certificate: Certificate) -> None:
@@ -80,11 +98,11 @@ class Door:
         """
         proposal = certificate.proposal
         settled = self._settled
-        if settled and settled.round == proposal.round and settled.data_digest == proposal_digest(proposal):
-            return  # the contract has verified it: good even when its committee is no longer known here
         roster = self._rosters.get((proposal.epoch, proposal.nonce))
         if roster is None:
-            raise Reject(f"certificate of epoch {proposal.epoch}, restart {proposal.nonce}: no such committee known")
+            if settled and settled.round == proposal.round and settled.data_digest == proposal_digest(proposal):
+                return  # the contract has verified it: good even when its committee is no longer known here
+            raise Unjudged(f"certificate of epoch {proposal.epoch}, restart {proposal.nonce}: no such committee known")
         absent = set(certificate.absent)
         signers = [index for index in roster.committee if index not in absent]
         if not absent <= set(roster.committee) or len(absent) != len(certificate.absent):
@@ -96,10 +114,20 @@ class Door:
         if not bls.fast_aggregate_verify(keys, message, certificate.signature):
             raise Reject(f"certificate of round {proposal.round}: its signature does not verify")
 
-    def _verify_attestation(self, attestation: Attestation) -> None:
-        roster = next(reversed(self._rosters.values()), None)
+    def _newest(self) -> Roster | None:
+        return next(reversed(self._rosters.values()), None)
+
+    def _is_registered(self, peer: PeerId) -> bool:
+        """Everybody may be, while no registry could be read: serving goes on when the chain is down."""
+        roster = self._newest()
+        return roster is None or get_member(roster, peer) is not None
+
+    def _verify_attestation(self, author: PeerId, attestation: Attestation) -> None:
+        roster = self._newest()
         if roster is None or attestation.member >= len(roster.members):
-            raise Reject(f"attestation of member {attestation.member}, who is not registered")
-        key = roster.members[attestation.member].bls_key
-        if not bls.verify(key, attestation.message, attestation.signature):
+            raise Unjudged(f"attestation of member {attestation.member}, who is not known here")
+        member = roster.members[attestation.member]
+        if member.peer != author:
+            raise Reject(f"speaks for member {attestation.member}, which is not its own registry index")
+        if not bls.verify(member.bls_key, attestation.message, attestation.signature):
             raise Reject(f"attestation of member {attestation.member}: its signature does not verify")

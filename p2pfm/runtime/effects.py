@@ -14,7 +14,7 @@ import trio
 
 from p2pfm import work
 from p2pfm.config import NetworkConfig
-from p2pfm.errors import P2PFMError, PeerUnreachable, Reject
+from p2pfm.errors import P2PFMError, PeerUnreachable, Reject, Unjudged, WorldError
 from p2pfm.learner import Learner
 from p2pfm.lora.delta import decode_tensors
 from p2pfm.messages import Envelope, Message, Presence, Proposal, SyncReply, decode_reply, encode
@@ -57,6 +57,15 @@ from p2pfm.settlement import bls
 from p2pfm.types import Digest, Millis, PeerId, Round
 
 FP32_BYTES = 4
+
+BLOB_HEADER_BYTES = 64 * 1024
+"""Around the numbers of a base or payload: magic, layout, maker, tables."""
+
+BLAMED_MAX = 256
+"""Peers whose offences are counted."""
+
+FAILURES = (WorldError, KeyError)
+"""Work that failed through no fault of the code: a model that diverged, a blob that was lost with the disk."""
 
 SYNC_TIMEOUT_S = 5.0
 """A neighbour that does not answer an anti-entropy request in this time is asked again later."""
@@ -102,6 +111,8 @@ class Effects:
         self._shapes = dict(learner.shapes())
         self.dense_bytes = FP32_BYTES * sum(prod(shape) for shape in self._shapes.values())
         """What an update would weigh uncompressed: the reference for what is sent."""
+        # Neither a base nor a payload of this adapter is larger, whatever was announced.
+        self._blob_bytes_max = self.dense_bytes + BLOB_HEADER_BYTES
         self._answers: dict[int, tuple[trio.Event, list[SyncReply]]] = {}
         # One model, one core: training, scoring and evaluation take turns. Merges are short and may not wait for them.
         self._model_turns = trio.CapacityLimiter(1)
@@ -137,9 +148,10 @@ class Effects:
             case AskSync():
                 self._nursery.start_soon(self._ask_sync, action)
             case AnswerSync(token=token, reply=reply):
-                event, replies = self._answers.pop(token)
-                replies.append(reply)
-                event.set()
+                if token in self._answers:
+                    event, replies = self._answers.pop(token)
+                    replies.append(reply)
+                    event.set()
             case Blame(peer=peer, reason=reason):
                 self.blame(peer, reason)
             case Note(round=round, text=text):
@@ -150,7 +162,8 @@ class Effects:
 
     def blame(self, peer: PeerId, reason: str) -> None:
         """Remember that a peer broke a rule, and tell the transport."""
-        self.num_blamed[peer] += 1
+        if peer in self.num_blamed or len(self.num_blamed) < BLAMED_MAX:
+            self.num_blamed[peer] += 1
         log.warning("peer %s broke a rule: %s", peer[-6:], reason)
         self._transport.blame(peer, reason)
 
@@ -164,15 +177,23 @@ class Effects:
         """Where the core's `AnswerSync` with this token will be put."""
         return self._answers.setdefault(token, (trio.Event(), []))
 
-    async def receive(self, forwarder: PeerId, envelope: Envelope) -> Message | None:
-        """Open a proven envelope and hand it to the core; returns its message. A broken rule blames who gave it to us.
+    def forget_answer(self, token: int) -> None:
+        """Nobody waits for this answer any more."""
+        self._answers.pop(token, None)
+
+    async def receive(self, envelope: Envelope) -> Message | None:
+        """Open a proven envelope and hand it to the core; returns its message. A broken rule blames its author: who
+        passed it on checks no more than the signature.
 
         A presence is for the gateway alone: the protocol does not depend on it.
         """
         try:
             message = await trio.to_thread.run_sync(self._door.open, envelope)
         except Reject as error:
-            self.blame(forwarder, str(error))
+            self.blame(envelope.author, str(error))
+            return None
+        except Unjudged as error:
+            log.debug("message of %s: %s", envelope.author[-6:], error)
             return None
         if not isinstance(message, Presence):
             self._emit(Received(envelope, message))
@@ -183,7 +204,11 @@ class Effects:
         self._emit(Received(envelope, message))
         if isinstance(message, Proposal):
             await trio.to_thread.run_sync(self._store.put, envelope.body)
-        self._nursery.start_soon(self._transport.publish, encode(envelope))
+        data = encode(envelope)
+        if len(data) > self._transport.limits.gossip_bytes_max:
+            log.warning("a %s of %d bytes is too large to gossip", type(message).__name__, len(data))
+            return
+        self._nursery.start_soon(self._transport.publish, data)
 
     async def _use_model(self, action: Train | ScoreUpdates | Evaluate) -> None:
         def run() -> AnyEvent:
@@ -196,10 +221,17 @@ class Effects:
                 case Evaluate():
                     return work.evaluate(self._learner, self._store, action)
 
-        self._emit(await trio.to_thread.run_sync(run, limiter=self._model_turns))
+        try:
+            self._emit(await trio.to_thread.run_sync(run, limiter=self._model_turns))
+        except FAILURES as error:
+            log.warning("%s of round %d failed: %s", type(action).__name__, action.round, error)
 
     async def _merge(self, action: Merge) -> None:
-        self._emit(await trio.to_thread.run_sync(work.merge_updates, self._store, self._shapes, self._config, action))
+        try:
+            merged = await trio.to_thread.run_sync(work.merge_updates, self._store, self._shapes, self._config, action)
+            self._emit(merged)
+        except FAILURES as error:
+            log.warning("merge failed: %s", error)
 
     async def _fetch(self, action: Fetch) -> None:
         """From disk, else from the providers; stored only when it is well-formed for its kind."""
@@ -207,7 +239,8 @@ class Effects:
             data = await trio.to_thread.run_sync(self._store.find, action.digest)
             try:
                 if data is None:
-                    data = await exchange.fetch(self._transport, action.digest, action.providers, action.bytes_max)
+                    bytes_max = min(action.bytes_max, self._blob_bytes_max)
+                    data = await exchange.fetch(self._transport, action.digest, action.providers, bytes_max)
             except (PeerUnreachable, Reject) as error:
                 log.info("could not fetch %s %s: %s", action.kind, action.digest.hex()[:10], error)
                 self._emit(FetchFailed(action.digest, is_malformed=False))
@@ -227,7 +260,7 @@ class Effects:
 
     async def _aggregate(self, action: Aggregate) -> None:
         signatures = [attestation.signature for attestation in action.attestations]
-        signature = await trio.to_thread.run_sync(bls.aggregate, signatures)
+        signature = await trio.to_thread.run_sync(bls.aggregate, signatures)  # the door has verified each of them
         self._emit(Aggregated(action.round, action.message, action.absent, signature))
 
     async def _ask_sync(self, action: AskSync) -> None:
@@ -238,7 +271,7 @@ class Effects:
                 raise Reject(f"expected a sync reply, got {type(reply).__name__}")
             for envelope in reply.envelopes:
                 self._door.prove(envelope)
-                await self.receive(action.peer, envelope)
+                await self.receive(envelope)
             if reply.head is not None:
                 await trio.to_thread.run_sync(self._door.verify_certificate, reply.head)
             self._emit(SyncAnswered(action.peer, reply.head))

@@ -7,12 +7,16 @@ the store's parts; not what a blob means.
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import trio
+
 from p2pfm.errors import PeerUnreachable, Reject
 from p2pfm.messages import BlobReply, BlobRequest, decode_reply, encode
 from p2pfm.types import Digest, PeerId, compute_digest, short
 
 CHUNK_BYTES = 262_144
 CHUNK_TIMEOUT_S = 10.0
+PROVIDER_S_MIN, RATE_MIN = 10.0, 1 << 17
+"""A provider has these seconds, and one more for so many bytes: who trickles would hold a download for hours."""
 
 
 class Requester(Protocol):
@@ -47,7 +51,8 @@ async def fetch(transport: Requester, digest: Digest, providers: Sequence[PeerId
     partial = _Partial(digest, bytes_max)
     for provider in providers:
         try:
-            await _complete(transport, partial, provider)
+            with trio.fail_after(PROVIDER_S_MIN + bytes_max / RATE_MIN):
+                await _complete(transport, partial, provider)
             if not partial.is_right() and partial.givers != {provider}:
                 # One of several gave wrong bytes, and nobody can say which: ask the last one for all of it.
                 partial = _Partial(digest, bytes_max)
@@ -55,7 +60,7 @@ async def fetch(transport: Requester, digest: Digest, providers: Sequence[PeerId
             if partial.is_right():
                 return bytes(partial.data)
             raise Reject(f"{short(provider)} gave bytes of another digest")
-        except PeerUnreachable as error:
+        except (PeerUnreachable, trio.TooSlowError) as error:
             failures.append(str(error))
         except Reject as error:
             failures.append(str(error))

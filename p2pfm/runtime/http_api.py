@@ -6,7 +6,7 @@ form, so that its clients show them. A client that goes away cancels its generat
 
 import errno
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -82,7 +82,7 @@ class HttpApi:
         registry: CollectorRegistry,
         status: Callable[[], Mapping[str, Any]],
         now_ms: Callable[[], Millis],
-        find_blob: Callable[[Digest], bytes | None],
+        find_blob: Callable[[Digest], Awaitable[bytes | None]],
         limits: HttpLimits = HttpLimits(),
     ) -> None:
         """`model`: the backbone's name; `status`: what /status shows, JSON-able; `now_ms`: the wall clock.
@@ -118,10 +118,13 @@ class HttpApi:
 
     # --- what is served -----------------------------------------------------------------------------------------------
 
-    def model_names(self) -> tuple[str, ...]:
+    def model_names(self) -> dict[str, Digest]:
         """Names that a request may give: the newest base first, then each version by its digest's beginning."""
-        pinned = tuple(f"{self._model}+base@{version.hex()[:16]}" for version in self._gateway.versions())
-        return (f"{self._model}+base", *pinned) if self._gateway.base in self._gateway.versions() else pinned
+        versions, base = self._gateway.versions(), self._gateway.base
+        newest = {f"{self._model}+base": base} if base is not None and base in versions else {}
+        # Of two versions that begin alike (someone made them so) the first is meant: our own stand first.
+        pinned = {f"{self._model}+base@{version.hex()[:16]}": version for version in reversed(versions)}
+        return {**newest, **dict(reversed(pinned.items()))}
 
     def resolve_model(self, name: str) -> Digest:
         """The adapter version that `name` means: `BACKBONE+base`, or `BACKBONE+base@DIGEST` (8 or more hex digits).
@@ -143,18 +146,16 @@ class HttpApi:
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models."""
-        return _json({"object": "list", "data": [self._describe(name) for name in self.model_names()]})
+        return _json({"object": "list", "data": [self._describe(*pair) for pair in self.model_names().items()]})
 
     async def one_model(self, request: Request) -> Response:
         """GET /v1/models/NAME."""
         name = request.path_params["name"]
-        self.resolve_model(name)
-        return _json(self._describe(name))
+        return _json(self._describe(name, self.resolve_model(name)))
 
-    def _describe(self, name: str) -> dict[str, Any]:
-        digest = self.resolve_model(name).hex()
-        created = self._now_ms() // 1000
-        return {"id": name, "object": "model", "created": created, "owned_by": "p2pfm", "p2pfm": {"version": digest}}
+    def _describe(self, name: str, version: Digest) -> dict[str, Any]:
+        told = {"id": name, "object": "model", "created": self._now_ms() // 1000, "owned_by": "p2pfm"}
+        return {**told, "p2pfm": {"version": version.hex()}}
 
     # --- the node's own pages -----------------------------------------------------------------------------------------
 
@@ -184,7 +185,7 @@ class HttpApi:
             digest = Digest(b"")
         if len(digest) != DIGEST_BYTES:
             raise ApiError(400, f"expected a SHA-256 in hex, got {name[:80]!r}.", "invalid_value", "digest")
-        data = await trio.to_thread.run_sync(self._find_blob, digest)
+        data = await self._find_blob(digest)
         if data is None:
             raise ApiError(404, f"This node does not serve {name}; another may.", "not_found", "digest")
         return Response(data, media_type="application/octet-stream")

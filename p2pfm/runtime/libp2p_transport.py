@@ -359,16 +359,15 @@ class Libp2pTransport:
 
         try:
             data = await _read_frame(stream, self.limits.request_bytes_max)
-            if data is None or self._stream_handler is None:
-                return
             async with self._streaming, trio.open_nursery() as nursery:
-                nursery.start_soon(_cancel_at_end, stream, nursery.cancel_scope)
-                await self._stream_handler(peer, data, send)
-                await _write_frame(stream, b"")
-                is_clean = True
+                if data is not None and self._stream_handler is not None:
+                    nursery.start_soon(_cancel_at_end, stream, nursery.cancel_scope)
+                    await self._stream_handler(peer, data, send)
+                    await _write_frame(stream, b"")
+                    is_clean = True
                 nursery.cancel_scope.cancel()
-        except (RuleBroken, Reject) as error:
-            self._blame(peer, str(error))
+        except* (RuleBroken, Reject) as group:
+            self._blame(peer, "; ".join(str(error) for error in group.exceptions))
         finally:
             await _end(stream, is_clean=is_clean)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import trio
 from prometheus_client import CollectorRegistry
 
@@ -26,7 +27,7 @@ from p2pfm.messages import (
     decode_request,
     encode,
 )
-from p2pfm.protocol.events import AnyEvent, Evaluate, PeersChanged, SyncAsked, Tick
+from p2pfm.protocol.events import AnyAction, AnyEvent, Durable, Evaluate, PeersChanged, SyncAsked, Tick
 from p2pfm.protocol.peer import Peer, initial_durable
 from p2pfm.runtime import exchange
 from p2pfm.runtime.door import Door
@@ -56,6 +57,9 @@ EVENTS_MAX = 100_000
 
 PRUNE_S = 60.0
 """How often old blobs are dropped."""
+
+ANSWER_S = 5.0
+"""A neighbour's question waits so long for the core."""
 
 BLOB_BYTES_MAX = 4 << 30
 """Disk that blobs may take: thousands of rounds of payloads and bases of a small adapter."""
@@ -182,8 +186,14 @@ class Node:
         """
         try:
             roster = await trio.to_thread.run_sync(self._ledger.get_roster)
-            if all(member.peer != self.keys.peer for member in roster.members):
+            mine = next((member for member in roster.members if member.peer == self.keys.peer), None)
+            if mine is None:
                 await trio.to_thread.run_sync(self._register)
+            elif (mine.account, mine.bls_key) != (self.keys.account_address, bls.public_key(self.keys.bls_secret)):
+                raise OperatorError(
+                    f"this peer id is registered by {mine.account}, who would draw its rewards; "
+                    "make a new home with `p2pfm init`"
+                )
             await self.settler.refresh()
         except ChainError as error:
             if self._store.load_durable() is None:
@@ -254,28 +264,31 @@ class Node:
         if durable is not None and durable.head is not None:
             # Killed between adopting and queueing, nobody else may know this certificate.
             await self.settler.queue(durable.head, 0)
-        if durable is None or await trio.to_thread.run_sync(self._store.find, durable.base) is None:
-            # A base whose blob was lost with the disk is fetched again with the next certificate.
-            initial = await trio.to_thread.run_sync(self._store.put, encode_tensors(learner.initial()))
-            durable = initial_durable(initial)
+        durable = await trio.to_thread.run_sync(self._make_whole, durable, learner)
         self.peer = Peer(self.keys.peer, self.config.network, durable)
         self.effects.served |= {self._probe, durable.base}
         await self.effects.adopt(durable.base)
         if durable.head is None:  # where the story begins: people compare with it
             await self.effects.carry_out(Evaluate(Round(-1), durable.base))
-        self._event_log = EventLogWriter(
+        self._event_log: EventLogWriter | None = EventLogWriter(
             Path(self.config.home) / "events", self.config.network, self.keys.peer, durable
         )
-        self._settled_data = await self._get_settled_data()
-        self.effects.served |= self._settled_data
 
-    async def _get_settled_data(self) -> set[Digest]:
-        """Data hashes of the rounds on chain: their proposals are public, before and after a restart."""
-        try:
-            rounds = await trio.to_thread.run_sync(self._ledger.get_rounds, Round(0))
-        except ChainError:
-            return set()
-        return {settled.data_digest for settled in rounds}
+    def _make_whole(self, durable: Durable | None, learner: Learner) -> Durable:
+        """The durable state without what its blobs were lost of; what was signed and announced is never forgotten."""
+        if durable is None or not self._store.has(durable.base):
+            # A base that was lost with the disk is fetched again with the next certificate.
+            fresh = initial_durable(self._store.put(encode_tensors(learner.initial())))
+            if durable is None:
+                return fresh
+            return msgspec.structs.replace(
+                fresh, signed_round=durable.signed_round, announced_round=durable.announced_round
+            )
+        kept = {
+            name: digest if digest is not None and self._store.has(digest) else None
+            for name, digest in (("residual", durable.residual), ("pending_residual", durable.pending_residual))
+        }
+        return msgspec.structs.replace(durable, **kept)
 
     # --- the queue ---
 
@@ -301,13 +314,22 @@ class Node:
                 log.exception("the core failed on %s", type(event).__name__)
                 self._metrics.core_failures.inc()
                 continue
-            self._event_log.append(now, event, actions)
+            self._log_event(now, event, actions)
             self._metrics.events.labels(type(event).__name__).inc()
             self._metrics.update(self)
             self.figures.on_event(self.peer.round, event, self.transport.counters)
             for action in actions:
                 await self.effects.carry_out(action)
             self._wake.set()
+
+    def _log_event(self, now: Millis, event: AnyEvent, actions: list[AnyAction]) -> None:
+        """For replays and people: a full disk ends the log, not the node."""
+        try:
+            if self._event_log is not None:
+                self._event_log.append(now, event, actions)
+        except OSError as error:
+            log.warning("the event log ends here: %s", error)
+            self._event_log = None
 
     async def _timer_loop(self) -> None:
         """One timer: the core names the next moment at which it must be woken."""
@@ -323,9 +345,9 @@ class Node:
             self._wake = trio.Event()
 
     async def _gossip_loop(self) -> None:
-        async for forwarder, data in self.transport.gossip:
+        async for _, data in self.transport.gossip:
             envelope = decode_envelope(data)  # the gate has proven it
-            message = await self.effects.receive(forwarder, envelope)
+            message = await self.effects.receive(envelope)
             if isinstance(message, Presence):
                 self.gateway.on_presence(envelope.author, message)
 
@@ -343,23 +365,40 @@ class Node:
     async def _prune_loop(self) -> None:
         while True:
             await trio.sleep(PRUNE_S)
-            await trio.to_thread.run_sync(self._prune)
+            gone = await trio.to_thread.run_sync(self._prune, tuple(self.effects.served))
+            self.effects.served.difference_update(gone)
 
-    def _prune(self) -> None:
-        """Drop the oldest blobs beyond the bound, never what this peer needs to go on."""
+    def _prune(self, served: tuple[Digest, ...]) -> list[Digest]:
+        """Drop the oldest blobs beyond the bound, never what this peer needs; returns what is served no more."""
         assert self.peer is not None, "runs only once the core does"
         durable = self.peer.durable
         needed = (durable.base, durable.residual, durable.pending_residual, durable.announced_payload)
-        self.effects.served = {digest for digest in self.effects.served if self._store.has(digest)}
-        keep = {digest for digest in needed if digest is not None} | {self._probe, *self._settled_data}
+        keep = {digest for digest in needed if digest is not None} | {self._probe, *self.settler.data_digests}
         freed = self._store.prune(keep, BLOB_BYTES_MAX)
         if freed:
             log.info("dropped %d bytes of old blobs", freed)
+        return [digest for digest in served if not self._store.has(digest)]
 
     # --- what peers ask ---
 
-    def find_public(self, digest: Digest) -> bytes | None:
-        """A blob that anyone may have: what is served to peers is served to people too."""
+    def _is_public(self, digest: Digest) -> bool:
+        """Served to whoever asks: what the core released, and the data of every round on chain."""
+        return digest in self.effects.served or digest in self.settler.data_digests
+
+    async def find_public(self, digest: Digest) -> bytes | None:
+        """A blob that anyone may have; the data of a settled round that is not here is fetched from a peer."""
+        if self.stage != "running" or not self._is_public(digest):
+            return None
+        data = await trio.to_thread.run_sync(self._store.find, digest)
+        if data is None and digest in self.settler.data_digests:
+            try:
+                bytes_max = self.config.network.limits.message_bytes_max
+                data = await exchange.fetch(self.transport, digest, self.transport.connected(), bytes_max)
+            except (PeerUnreachable, Reject) as error:
+                log.info("data %s of a settled round: %s", digest.hex()[:10], error)
+                return None
+            await trio.to_thread.run_sync(self._store.put, data)
+        return data
         return self._store.find(digest) if self.stage == "running" and digest in self.effects.served else None
 
     async def _on_request(self, peer: PeerId, data: bytes) -> bytes:
@@ -368,8 +407,9 @@ class Node:
             case BlobRequest():
                 if self.stage != "running":
                     return encode(BlobReply(0, b""))
-                is_served = self.effects.served.__contains__
-                return encode(await trio.to_thread.run_sync(exchange.answer_blob, self._store, is_served, request))
+                return encode(
+                    await trio.to_thread.run_sync(exchange.answer_blob, self._store, self._is_public, request)
+                )
             case SyncRequest():
                 return await self._answer_sync(peer, request)
             case _:
@@ -381,7 +421,11 @@ class Node:
         self._num_tokens_given += 1
         answered, replies = self.effects.wait_for_answer(self._num_tokens_given)
         self._emit(SyncAsked(peer, request, self._num_tokens_given))
-        await answered.wait()
+        with trio.move_on_after(ANSWER_S):
+            await answered.wait()
+        if not replies:
+            self.effects.forget_answer(self._num_tokens_given)
+            raise PeerUnreachable("the core did not answer")
         return encode(replies[0])
 
     async def _on_stream(self, peer: PeerId, data: bytes, send: Send) -> None:

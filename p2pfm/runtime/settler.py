@@ -17,7 +17,7 @@ from p2pfm.protocol.membership import get_member
 from p2pfm.runtime.store import Store
 from p2pfm.settlement.ledger import Ledger, Roster, SettledRound
 from p2pfm.settlement.rewards import from_wire, make_submission
-from p2pfm.types import PeerId, Round
+from p2pfm.types import Digest, PeerId, Round
 
 POLL_S = 2.0
 """How often the chain is read: a block or two."""
@@ -30,6 +30,9 @@ ROTATE_AFTER_S = 4.0
 
 SUBMIT_TRIES_MAX = 8
 """A certificate that the contract refuses this often (a fork the chain did not take) is given up."""
+
+PASSING = frozenset({"OverBudget"})
+"""Refusals that end by themselves, when a sponsor funds the pool: dropping the round would break the line of roots."""
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +51,8 @@ class Settler:
     ) -> None:
         self.roster: Roster | None = None
         self.head: SettledRound | None = None
+        self.data_digests: set[Digest] = set()
+        """Data hashes of the rounds on chain: their proposals are public."""
         self.chain_error = ""
         """Why the chain cannot be used right now; empty: it can."""
         self._me = me
@@ -57,6 +62,7 @@ class Settler:
         self._emit = emit
         self._auto_claim = auto_claim
         self._claimed = Round(-1)
+        self._data_round = Round(-1)
         self._roster_since = 0.0
         self._rotated_epoch = 0
         self._due: dict[Round, tuple[float, int]] = {}
@@ -88,6 +94,10 @@ class Settler:
 
     async def _follow(self) -> None:
         head = await trio.to_thread.run_sync(self._ledger.get_head)
+        if head is not None and head != self.head:
+            rounds = await trio.to_thread.run_sync(self._ledger.get_rounds, Round(self._data_round + 1))
+            self.data_digests |= {settled.data_digest for settled in rounds}
+            self._data_round = head.round
         if head is not None and head != self.head:  # before the roster: a peer that is behind must not begin to train
             self.head = head
             await self._emit(SettledChanged(head))
@@ -117,7 +127,12 @@ class Settler:
         if not is_due or quiet_s < ROTATE_AFTER_S + rank * RANK_DELAY_S:
             return
         self._rotated_epoch = epoch
-        await trio.to_thread.run_sync(self._ledger.rotate)
+        try:
+            await trio.to_thread.run_sync(self._ledger.rotate)
+        except Reverted as error:  # too early, or somebody was faster: settlement does not wait for it
+            log.debug("rotation: %s", error)
+            self._roster_since = trio.current_time()
+            return
         log.info("drew the next committee")
         await self._follow()
 
@@ -138,7 +153,7 @@ class Settler:
             except Reverted as error:
                 tries += 1
                 log.warning("round %d: %s", round, error)
-                if tries >= SUBMIT_TRIES_MAX:
+                if tries >= SUBMIT_TRIES_MAX and error.reason not in PASSING:
                     log.warning("round %d: given up, the chain follows another history", round)
                     await trio.to_thread.run_sync(self._store.drop_settlement, round)
                 self._due[round] = (trio.current_time() + RANK_DELAY_S, tries)

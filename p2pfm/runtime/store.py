@@ -8,6 +8,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -140,7 +141,11 @@ class Store:
         Returns the bytes freed. What is in `keep` stays, whatever its size.
         """
         kept = set(keep)
-        files = [(p.stat().st_mtime_ns, p.stat().st_size, p) for p in sorted(self._blobs.glob("??/*"))]
+        files = []
+        for path in sorted(self._blobs.glob("??/[!.]*")):  # not what a writer has under way
+            with suppress(FileNotFoundError):  # a damaged one that its reader has just removed
+                status = path.stat()
+                files.append((status.st_mtime_ns, status.st_size, path))
         excess = sum(size for _, size, _ in files) - bytes_max
         freed = 0
         for _, size, path in sorted(files):

@@ -103,7 +103,7 @@ class Web3Ledger:
                 version = self._rpc.call(self._federation.functions.VERSION())
                 token = self._rpc.call(self._federation.functions.token())
                 params = self._rpc.call(self._federation.functions.params())
-            except (BadFunctionCallOutput, Reverted) as error:
+            except (_NoContract, Reverted) as error:
                 raise ChainError(
                     f"no p2pfm federation at {self._chain.federation} on chain {self._chain.chain_id}; "
                     "check network.chain.federation"
@@ -318,6 +318,10 @@ def read_artifact(contract: str) -> Mapping[str, Any]:
     return artifact
 
 
+class _NoContract(ChainError):
+    """Nothing, or something else, is at the contract's address."""
+
+
 class _Rpc:
     """One endpoint and one key: calls, and transactions one after the other."""
 
@@ -419,8 +423,8 @@ class _Rpc:
             return action()
         except ContractLogicError as error:
             raise _reverted(error) from error
-        except BadFunctionCallOutput:
-            raise
+        except BadFunctionCallOutput as error:
+            raise _NoContract(f"no contract answers at {self._url}: has the chain begun anew?") from error
         except RequestException as error:
             raise ChainError(
                 f"no answer from the chain at {self._url} ({type(error).__name__}); is it running?"
@@ -429,6 +433,8 @@ class _Rpc:
             raise ChainError(f"not mined within {RECEIPT_SECONDS_MAX:.0f} s: {error}") from error
         except Web3Exception as error:
             raise ChainError(f"the chain at {self._url} refused: {error}") from error
+        except (ValueError, TypeError, AttributeError, KeyError) as error:  # what web3 makes of an answer that is none
+            raise ChainError(f"no JSON-RPC endpoint answers at {self._url} ({error!r:.80}); check `rpc`") from error
 
 
 def _reverted(error: ContractLogicError) -> Reverted:

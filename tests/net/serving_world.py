@@ -97,6 +97,10 @@ class World:
         return self.engine.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
+async def no_blobs(digest: Digest) -> bytes | None:
+    """This node serves none."""
+
+
 @asynccontextmanager
 async def running(
     engine: Engine, *, is_home_serving: bool = False, sessions_max: int = 4, limits: HttpLimits | None = None
@@ -124,7 +128,7 @@ async def running(
         registry,
         lambda: {"round": 3},
         clock,
-        {}.get,
+        no_blobs,
         limits or HttpLimits(),
     )
     async with trio.open_nursery() as nursery:

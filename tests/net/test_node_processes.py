@@ -11,12 +11,17 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import trio
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.peer.id import ID
 
 from nodes.homes import CONFIG_NAME
 from nodes.localnet import PRESETS, Localnet, LocalNode, localnet
 from nodes.rewards import read_rewards, verify_rewards
+from p2pfm.messages import Attestation, Envelope, Presence, encode, signed_bytes
+from p2pfm.runtime.libp2p_transport import Libp2pTransport
 from p2pfm.settlement.ledger import SettledRound
-from p2pfm.types import Digest, Round
+from p2pfm.types import Digest, MemberIndex, PeerId, Round
 from sim.replay import replay_path
 
 pytestmark = pytest.mark.slow
@@ -170,6 +175,38 @@ def test_stream_goes_on_when_its_replica_is_killed_and_the_node_comes_back(net: 
         return is_in and protocol["certified_round"] > before and told["base"] == protocol["base"]
 
     net.wait_until("the killed node takes part again", is_back, 6 * ROUND_S)
+
+
+def test_a_strangers_junk_ends_no_node_and_gets_no_honest_peer_blamed(net: Localnet) -> None:
+    """A free identity, no stake: what its gossip says is its own fault, never that of who passes it on."""
+    network_id = net.network.network_id()
+    keypair = create_new_key_pair(bytes(31) + b"r")
+    bootstrap = net.get_status(net.nodes[GATEWAY])["addresses"]
+
+    def sign(body: bytes) -> bytes:
+        me = PeerId(str(ID.from_pubkey(keypair.public_key)))
+        return encode(Envelope(me, body, keypair.private_key.sign(signed_bytes(network_id, me, body))))
+
+    async def attack() -> None:
+        async with Libp2pTransport(keypair, "/ip4/127.0.0.1/tcp/0", bootstrap, network_id) as rogue:
+            with trio.fail_after(20):
+                while not rogue.is_gossiping_with(PeerId(net.nodes[GATEWAY].peer)):
+                    await trio.sleep(0.1)
+            for message in (
+                Presence(PeerId(net.nodes[1].peer), (), 0, 4, 15_000, 2**60),
+                Attestation(Round(0), MemberIndex(1), Digest(bytes(32)), bytes(96)),
+            ):
+                await rogue.publish(sign(encode(message)))
+            for number in range(12):
+                await rogue.publish(sign(b"junk %d" % number))
+            await trio.sleep(2)  # gossip has no receipt
+
+    trio.run(attack)
+    statuses = [net.get_status(node) for node in net.nodes if node.is_running]
+    assert [status["stage"] for status in statuses] == ["running"] * len(net.nodes)
+    honest = {node.peer for node in net.nodes}
+    assert not [peer for status in statuses for peer in status["protocol"]["blamed"] if peer in honest]
+    assert all(len(status["peers"]) >= len(net.nodes) - 1 for status in statuses)
 
 
 def test_event_logs_replay_to_the_same_actions(net: Localnet) -> None:
