@@ -1,6 +1,7 @@
 """`p2pfm sim`: run a simulated network, or replay a node's event log. The door for people; knows no rule.
 
-Exit codes: 0 done; 1 an invariant was violated, or a replay differs; 2 a scenario or file that cannot work.
+Exit codes, as everywhere in p2pfm: 0 done; 2 a scenario or file that cannot work; 3 an invariant was violated, or a
+replay differs.
 """
 
 import sys
@@ -23,7 +24,7 @@ from sim.report import SimReport, make_report, render
 from sim.scenarios import AdversaryKind, Scenario
 from sim.world import World
 
-EXIT_VIOLATED = 1
+EXIT_VIOLATED = 3
 EXIT_UNUSABLE = 2
 
 app = typer.Typer(
