@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning th
 import json
 import logging
 import shutil
+import signal
 import sys
 import tempfile
 from dataclasses import replace
@@ -82,6 +83,8 @@ Url = Annotated[str, typer.Option("--url", help="A node's HTTP address.")]
 
 def main() -> None:
     """Run the command line; one clear line for every error that is not a bug."""
+    # A shell that runs us in the background starts us with Ctrl-C ignored; what we started must end by it all the same.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         app(standalone_mode=True)
     except OperatorError as error:
