@@ -51,6 +51,7 @@ def test_nothing_lives_on_after(number: signal.Signals, tmp_path: Path) -> None:
         code = process.wait(GONE_S)
         wait_for(lambda: not any(child.is_running() for child in children), GONE_S, f"left behind: {children}")
     finally:
+        process.kill()
         for child in children:
             if child.is_running():
                 child.kill()
