@@ -276,7 +276,7 @@ class Node:
 
     def _make_whole(self, durable: Durable | None, learner: Learner) -> Durable:
         """The durable state without what its blobs were lost of; what was signed and announced is never forgotten."""
-        if durable is None or not self._store.has(durable.base):
+        if durable is None or self._store.find(durable.base) is None:  # `find` also notices a damaged file
             # A base that was lost with the disk is fetched again with the next certificate.
             fresh = initial_durable(self._store.put(encode_tensors(learner.initial())))
             if durable is None:
@@ -285,7 +285,7 @@ class Node:
                 fresh, signed_round=durable.signed_round, announced_round=durable.announced_round
             )
         kept = {
-            name: digest if digest is not None and self._store.has(digest) else None
+            name: digest if digest is not None and self._store.find(digest) is not None else None
             for name, digest in (("residual", durable.residual), ("pending_residual", durable.pending_residual))
         }
         return msgspec.structs.replace(durable, **kept)
