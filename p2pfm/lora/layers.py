@@ -109,6 +109,21 @@ def get_adapter_tensors(peft_model: PeftModel) -> dict[str, Array]:
     }
 
 
+def predict(model: Any, tokens: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Logits (num_wanted, vocabulary) of a causal model at these positions of `tokens` only.
+
+    The vocabulary's projection sees a contiguous matrix of just the wanted positions. On a slice of the batch torch
+    copies the whole projection once a row, which took 60% of a step.
+    """
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _module, inputs: (inputs[0][rows, columns],))
+    try:
+        logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
+    finally:
+        hook.remove()
+    return logits
+
+
 def compute_initial(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, Array]:
     """The adapter before round 0: B = 0, A uniform in +-1/sqrt(in) (peft's own law), the same bytes everywhere.
 
