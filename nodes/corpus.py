@@ -50,7 +50,7 @@ def build_shards(num_peers: int, out_dir: Path, seed: int, corrupted: frozenset[
         OperatorError: the package chatterbot-corpus is missing.
     """
     draw = random.Random(seed)
-    topics = _read_topics()
+    topics = read_topics()
     chosen = sorted(topics, key=lambda topic: (-len(topics[topic]), topic))[: TOPICS_PER_PEER * num_peers]
     probe: list[ProbeLine] = []
     train: dict[str, list[Sample]] = {}
@@ -67,8 +67,12 @@ def build_shards(num_peers: int, out_dir: Path, seed: int, corrupted: frozenset[
     return Shards(paths, out_dir / "probe.jsonl", subjects)
 
 
-def _read_topics() -> dict[str, list[Sample]]:
-    """Samples by topic: short ones, the first answer to each prompt (the corpus repeats itself)."""
+def read_topics(*, is_every_answer: bool = False) -> dict[str, list[Sample]]:
+    """Short samples by topic: the first answer to each prompt (the corpus repeats itself), or every one.
+
+    Raises:
+        OperatorError: the package chatterbot-corpus is missing.
+    """
     try:
         folder = files("chatterbot_corpus") / "data" / "english"
     except ModuleNotFoundError as error:
@@ -78,20 +82,21 @@ def _read_topics() -> dict[str, list[Sample]]:
         if path.name.endswith(".yml"):
             topic = path.name.removesuffix(".yml")
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
-            samples = _read_pairs(topic, content["conversations"])
+            samples = _read_pairs(topic, content["conversations"], is_every_answer)
             if len(samples) >= TOPIC_SAMPLES_MIN:
                 topics[topic] = samples
     return topics
 
 
-def _read_pairs(topic: str, conversations: Sequence[Sequence[object]]) -> list[Sample]:
-    found: dict[str, Sample] = {}
+def _read_pairs(topic: str, conversations: Sequence[Sequence[object]], is_every_answer: bool) -> list[Sample]:
+    found: dict[tuple[str, str], Sample] = {}
     for turns in conversations:
         for prompt, completion in pairwise(turns):
             sample = Sample(topic, str(prompt).strip(), str(completion).strip())
             fits = len(sample.prompt) <= PROMPT_CHARS_MAX and len(sample.completion) <= COMPLETION_CHARS_MAX
             if fits and sample.prompt and sample.completion:
-                found.setdefault(sample.prompt.casefold(), sample)
+                answer = sample.completion.casefold() if is_every_answer else ""
+                found.setdefault((sample.prompt.casefold(), answer), sample)
     return list(found.values())
 
 

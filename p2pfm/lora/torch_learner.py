@@ -73,7 +73,7 @@ class TorchLearner:
         training = self._config.training
         set_adapter_tensors(self._model, base)
         optimizer = torch.optim.AdamW(list(self._parameters.values()), lr=training.learning_rate, weight_decay=0.0)
-        draw = random.Random(self._data_digest + int(round).to_bytes(8, "big"))
+        draw = random.Random(self.draw_seed(round))
         loss_sum, num_tokens = 0.0, 0
         for batch in draw_batches(self._samples, training.batch, training.steps, draw):
             completion = sum(sample.num_completion for sample in batch)
@@ -87,6 +87,10 @@ class TorchLearner:
         if not all(np.isfinite(values).all() for values in delta.values()):
             raise OperatorError(f"training diverged in round {round}: lower network.training.learning_rate")
         return Training(delta=delta, num_tokens=num_tokens, loss_nats=loss_sum / training.steps)
+
+    def draw_seed(self, round: Round) -> bytes:
+        """What a round's batches are drawn from: this peer's data and the round."""
+        return self._data_digest + int(round).to_bytes(8, "big")
 
     def gradient(self, at: Tensors, seed: int) -> tuple[float, dict[str, Array]]:
         """(loss, gradient) at `at` on `samples_per_stratum` fresh samples a topic.

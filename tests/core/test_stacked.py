@@ -1,0 +1,77 @@
+"""Stacked adapters against one learner after the other, on the tiny Llama fixture."""
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from nodes.corpus import build_shards
+from p2pfm.config import AdapterConfig, ChainConfig, NetworkConfig, ScoringConfig, TrainingConfig
+from p2pfm.errors import OperatorError
+from p2pfm.lora.batches import encode_all
+from p2pfm.lora.delta import flatten, subtract
+from p2pfm.lora.layers import load_backbone
+from p2pfm.lora.samples import read_probe, read_samples
+from p2pfm.lora.stacked import StackedModel
+from p2pfm.lora.torch_learner import TorchLearner
+from p2pfm.types import Millis, Round
+
+TINY = Path(__file__).parent.parent / "fixtures" / "tiny-llama"
+ADAPTER = AdapterConfig(rank=4, alpha=8, targets=("q_proj", "down_proj"))
+TRAINING = TrainingConfig(steps=3, batch=4, tokens_max=48, learning_rate=5e-3)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    shards = build_shards(3, tmp_path_factory.mktemp("shards"), seed=0, corrupted=set())
+    probe = read_probe(shards.probe)
+    config = NetworkConfig(
+        name="test",
+        genesis_ms=Millis(0),
+        backbone="tiny",
+        probe=probe.digest.hex(),
+        chain=ChainConfig(1, "", ""),
+        adapter=ADAPTER,
+        training=TRAINING,
+        scoring=ScoringConfig(samples_per_stratum=100),
+    )
+    samples = [read_samples(path) for path in shards.peers]
+    learners = []
+    for part in samples:
+        backbone, tokenizer = load_backbone(TINY, torch.float32)
+        learners.append(TorchLearner(backbone, tokenizer, config, part, probe))
+    backbone, tokenizer = load_backbone(TINY, torch.float32)
+    stacked = StackedModel(backbone, tokenizer.eos_token_id, ADAPTER)
+    data = [encode_all(tokenizer, part, TRAINING.tokens_max) for part in samples]
+    strata = {topic: encode_all(tokenizer, part, TRAINING.tokens_max) for topic, part in probe.probe.items()}
+    return learners, stacked, data, strata
+
+
+def test_adapters_trained_together_are_those_trained_alone(world):
+    learners, stacked, data, _ = world
+    base = learners[0].initial()
+    alone = [learner.train(base, Round(2)).delta for learner in learners]
+    draws = [learner.draw_seed(Round(2)) for learner in learners]
+    together = [subtract(adapter, base) for adapter in stacked.train([base] * 3, data, TRAINING, draws)]
+    for left, right in zip(alone, together, strict=True):
+        # AdamW divides by the root of squares: where a gradient is nearly 0 its sign, and so a whole step, may differ.
+        assert np.linalg.norm(flatten(left) - flatten(right)) < 0.02 * np.linalg.norm(flatten(left))
+
+
+def test_losses_and_gradient_agree_with_the_learner(world):
+    learners, stacked, _, strata = world
+    at = learners[0].initial()
+    loss, gradient = learners[0].gradient(at, seed=0)
+    stacked_loss, stacked_gradient = stacked.gradient(at, strata)
+    assert stacked_loss == pytest.approx(loss, abs=1e-4)
+    assert float(stacked.evaluate([at, at], strata).mean(axis=1)[1]) == pytest.approx(loss, abs=1e-4)
+    difference = flatten(stacked_gradient) - flatten(gradient)
+    assert np.linalg.norm(difference) < 1e-3 * np.linalg.norm(flatten(gradient))
+
+
+def test_targets_that_the_backbone_lacks_are_an_operators_error():
+    backbone, _ = load_backbone(TINY)
+    with pytest.raises(OperatorError, match="no linear layers"):
+        StackedModel(backbone, 0, msgspec.structs.replace(ADAPTER, targets=("query",)))
