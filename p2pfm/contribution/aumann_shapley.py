@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from p2pfm.contribution.utility import Estimate, SmoothGame
 from p2pfm.types import Tensors
 
 Gradient = Callable[[Tensors], Tensors]
@@ -34,33 +35,97 @@ class Player:
     __slots__ = ("positions", "values", "weight")
 
     def __init__(self, positions: NDArray[np.int64], values: NDArray[np.float32], weight: float) -> None:
-        """`values` as clipped; `weight` is p_i."""
+        """`positions` are distinct; `values` as clipped; `weight` is p_i.
+
+        Raises:
+            ValueError: not one value a position, or a weight that is negative or no finite number.
+        """
+        if positions.shape != values.shape or positions.ndim != 1:
+            raise ValueError(f"expected one value a position, got {values.shape} values at {positions.shape} positions")
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"expected a finite weight of at least 0, got {weight}")
         self.positions = positions
         self.values = values
         self.weight = weight
 
 
+class Diagonal:
+    """A round's game where every update is in to the same degree."""
+
+    def __init__(self, gradient: Gradient, base: Tensors, players: Sequence[Player]) -> None:
+        """Add up the players' steps.
+
+        Raises:
+            ValueError: a player has a position outside of the base's tensors.
+        """
+        self._gradient = gradient
+        self._base = base
+        self._players = players
+        self._flat = flatten(base)
+        self._combined = np.zeros_like(self._flat)
+        for player in players:
+            if player.positions.size and not 0 <= player.positions.min() <= player.positions.max() < self._flat.size:
+                raise ValueError(f"expected positions from 0 to {self._flat.size - 1}, got others")
+            self._combined[player.positions] += player.weight * player.values.astype(np.float64)
+
+    def gradient_at(self, place: float) -> NDArray[np.float64]:
+        """(num_parameters,) gradient of the loss at w + place * Dbar.
+
+        Raises:
+            ValueError: the oracle's names or shapes are not the base's.
+        """
+        answer = self._gradient(unflatten(self._flat + place * self._combined, self._base))
+        expected = {name: values.shape for name, values in self._base.items()}
+        if {name: np.shape(values) for name, values in answer.items()} != expected:
+            raise ValueError(f"expected a gradient of {expected}, got {sorted(answer)}, or other shapes")
+        return flatten(answer)
+
+    def earn(self, slope: NDArray[np.float64]) -> list[float]:
+        """-p_i D_i . slope of every player, in their order."""
+        return [-player.weight * _dot(slope[player.positions], player.values) for player in self._players]
+
+
+def compute_aumann_shapley(game: SmoothGame, points: int = 2) -> Estimate:
+    """The values by `points` slopes (1, 2 or 3) on the game's diagonal.
+
+    The Shapley value exactly where the game's multilinear extension is a polynomial of degree at most 2 * points.
+
+    Raises:
+        ValueError: another number of points, or a slope that is no finite number.
+    """
+    if points not in NODES:
+        raise ValueError(f"expected {sorted(NODES)} points, got {points}")
+    slopes = np.array([game.slopes(place) for place, _ in NODES[points]], np.float64)  # (points, num_players)
+    if not np.isfinite(slopes).all():
+        raise ValueError("expected finite slopes: the loss has no gradient on the way from the base to the merge")
+    shares = np.array([share for _, share in NODES[points]])
+    return Estimate(tuple((shares @ slopes).tolist()), None, 0, points)
+
+
 def compute_contributions(
     gradient: Gradient, base: Tensors, players: Sequence[Player], points: int = 2, repeated: Tensors | None = None
 ) -> list[float]:
-    """phi [nats/token] of every player, in their order; `points` gradients in all (1, 2 or 3).
+    """phi [nats/token] of every player, in their order; `points` gradients in all (1, 2 or 3). Not finite for a loss
+    without a gradient there.
 
     Args:
         repeated: the last aggregate. What an update has of it (its projection, where positive) earns nothing: who
             replays the aggregate would else draw two thirds of honest pay (ALGORITHMS, part 4). An update that points
             against it is not excused for that part.
+
+    Raises:
+        ValueError: players or gradient of another adapter, or another number of points.
     """
-    flat = _flatten(base)
-    combined = np.zeros_like(flat)
-    for player in players:
-        combined[player.positions] += player.weight * player.values.astype(np.float64)
-    slope = np.zeros_like(flat)
+    if points not in NODES:
+        raise ValueError(f"expected {sorted(NODES)} points, got {points}")
+    diagonal = Diagonal(gradient, base, players)
+    slope = np.zeros_like(flatten(base))
     for place, share in NODES[points]:
-        slope += share * _flatten(gradient(_unflatten(flat + place * combined, base)))
-    values = [-player.weight * _dot(slope[player.positions], player.values) for player in players]
+        slope += share * diagonal.gradient_at(place)
+    values = diagonal.earn(slope)
     if repeated is None:
         return values
-    old = _flatten(repeated)
+    old = flatten(repeated)
     energy, gain = float(np.sum(old * old)), float(np.sum(slope * old))
     if energy == 0:
         return values
@@ -68,15 +133,15 @@ def compute_contributions(
     return [value + player.weight * part * gain for value, player, part in zip(values, players, parts, strict=True)]
 
 
-def _dot(left: NDArray[np.float64], right: NDArray[np.float32]) -> float:
-    return float(np.sum(left * right.astype(np.float64)))
-
-
-def _flatten(tensors: Tensors) -> NDArray[np.float64]:
+def flatten(tensors: Tensors) -> NDArray[np.float64]:
+    """(num_parameters,) all values, names sorted."""
+    if not tensors:
+        return np.zeros(0, np.float64)
     return np.concatenate([np.asarray(tensors[name], np.float64).ravel() for name in sorted(tensors)])
 
 
-def _unflatten(flat: NDArray[np.float64], like: Tensors) -> dict[str, NDArray[np.float32]]:
+def unflatten(flat: NDArray[np.float64], like: Tensors) -> dict[str, NDArray[np.float32]]:
+    """Inverse of `flatten`, as float32 tensors of the names and shapes of `like`."""
     tensors: dict[str, NDArray[np.float32]] = {}
     start = 0
     for name in sorted(like):
@@ -84,3 +149,7 @@ def _unflatten(flat: NDArray[np.float64], like: Tensors) -> dict[str, NDArray[np
         tensors[name] = flat[start : start + size].astype(np.float32).reshape(like[name].shape)
         start += size
     return tensors
+
+
+def _dot(left: NDArray[np.float64], right: NDArray[np.float32]) -> float:
+    return float(np.sum(left * right.astype(np.float64)))

@@ -12,6 +12,7 @@ from p2pfm import work
 from p2pfm.config import AdapterConfig, ChainConfig, CompressionConfig, NetworkConfig, ScoringConfig, TrainingConfig
 from p2pfm.contribution.aumann_shapley import Player, compute_contributions
 from p2pfm.contribution.shapley import compute_exact
+from p2pfm.contribution.utility import CoalitionGame
 from p2pfm.errors import OperatorError, Reject
 from p2pfm.lora.compress import compress, decode_payload
 from p2pfm.lora.delta import decode_tensors, encode_tensors, flatten, unflatten
@@ -141,7 +142,7 @@ def test_aumann_shapley_is_within_two_percent_of_exact_enumeration(shards, learn
         at = unflatten(moved, updates[0].layout)
         return -judge.gradient(at, 3)[0]
 
-    exact = compute_exact(utility, NUM_PEERS)
+    exact = compute_exact(CoalitionGame(utility, NUM_PEERS)).values
     error = np.linalg.norm(np.subtract(values, exact)) / np.linalg.norm(exact)
     assert error < 0.02
     assert np.argsort(values).tolist() == np.argsort(exact).tolist()
