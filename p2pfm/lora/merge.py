@@ -14,11 +14,15 @@ from p2pfm.types import WEIGHT_ONE, Array, Tensors, Weight
 
 
 def clip_factors(updates: Sequence[Update]) -> tuple[float, ...]:
-    """What to scale each update by so that no norm exceeds the median norm (lower median; 1 for smaller norms).
+    """What to scale each update by so that no norm exceeds the median norm; see `compute_clip_factors`."""
+    return compute_clip_factors([update.norm() for update in updates])
+
+
+def compute_clip_factors(norms: Sequence[float]) -> tuple[float, ...]:
+    """Factors that bring every norm down to the median norm (lower median; 1 for smaller norms).
 
     Zero updates are not counted in the median: otherwise free riders could clip everybody to nothing.
     """
-    norms = [update.norm() for update in updates]
     moving = sorted(norm for norm in norms if norm > 0)
     median = moving[(len(moving) - 1) // 2] if moving else 0.0
     return tuple(min(1.0, median / norm) if norm > 0 else 1.0 for norm in norms)
