@@ -17,8 +17,9 @@ from p2pfm.learner import Learner
 from p2pfm.lora.compress import Update, compress, decode_payload, feed_back
 from p2pfm.lora.delta import decode_tensors, encode_tensors, subtract
 from p2pfm.lora.merge import clip_factors, merge
+from p2pfm.lora.unlearn import MergedRound, MergedUpdate
 from p2pfm.protocol.events import Evaluate, Evaluated, Merge, Merged, Scored, ScoreUpdates, Train, Trained, Weighted
-from p2pfm.types import NANO, WEIGHT_ONE, Digest, PeerId, Tensors
+from p2pfm.types import NANO, WEIGHT_ONE, Digest, PeerId, Round, Tensors
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -95,6 +96,29 @@ def merge_updates(blobs: BlobStore, shapes: Shapes, config: NetworkConfig, actio
     return Merged(request=action.request, new_base=blobs.put(encode_tensors(merged)))
 
 
+def read_merged_round(
+    blobs: BlobStore, shapes: Shapes, config: NetworkConfig, round: Round, action: Merge, new_base: Digest
+) -> MergedRound:
+    """A certified round as `lora.unlearn` needs it: `action` is its `committee.merge_request`, payloads from the store.
+
+    Raises:
+        WorldError: a payload is not held any more; names it, so that it can be fetched from whoever kept it.
+    """
+    missing = [item.payload.hex() for item in action.updates if not _is_held(blobs, item.payload)]
+    if missing:
+        raise WorldError(
+            f"round {round}: {len(missing)} of {len(action.updates)} payloads are not held here; fetch "
+            f"{', '.join(missing)} from a peer that kept them"
+        )
+    makers = [split_payload(blobs.get(item.payload))[0] for item in action.updates]
+    updates = _updates(blobs, shapes, config, action.updates)
+    merged = (
+        MergedUpdate(maker, update, item.weight)
+        for maker, update, item in zip(makers, updates, action.updates, strict=True)
+    )
+    return MergedRound(round, action.base, new_base, tuple(merged))
+
+
 def evaluate(learner: Learner, blobs: BlobStore, action: Evaluate) -> Evaluated:
     """Held-out loss at a base on the fixed test split."""
     loss_nats = learner.evaluate(decode_tensors(blobs.get(action.base), learner.shapes()))
@@ -147,6 +171,14 @@ def split_payload(data: bytes) -> tuple[PeerId, bytes]:
     if not 0 < size <= NAME_BYTES_MAX or len(name) != size:
         raise Reject(f"expected a payload that begins with its maker's peer id, got {len(data)} bytes")
     return maker, data[1 + size :]
+
+
+def _is_held(blobs: BlobStore, digest: Digest) -> bool:
+    try:
+        blobs.get(digest)
+    except KeyError:
+        return False
+    return True
 
 
 def _last_aggregate(blobs: BlobStore, shapes: Shapes, base: Tensors, action: ScoreUpdates) -> Tensors | None:
