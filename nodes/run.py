@@ -46,7 +46,7 @@ def run_node(config: NodeConfig, keys: Keys) -> None:
     samples = read_samples(Path(config.data))
     backbone = resolve(config.network.backbone)
     models = Models(
-        codec=partial(load_text_codec, backbone),
+        codec=partial(load_text_codec, backbone, config.network.adapter.num_virtual),
         engine=partial(_make_engine, config, backbone),
         learner=lambda probe: _make_learner(config, backbone, samples, probe),
     )

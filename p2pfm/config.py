@@ -14,15 +14,36 @@ from p2pfm.errors import ConfigError
 from p2pfm.types import Digest, Millis, Wei, compute_digest
 
 WEI_PER_PFM = 10**18
+ALL_LINEAR = "all-linear"
+"""As the only one of `AdapterConfig.targets`: all linear layers but the vocabulary's projection."""
 
 
 class AdapterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The LoRA adapter on the frozen backbone (Hu et al. 2021); every peer starts from the same seeded A and B = 0."""
+    """The adapter on the frozen backbone; every peer starts from the same one, seeded (`lora.kinds` has the table).
 
+    lora     dW = alpha / rank * B A (Hu et al. 2021). Averaging A and B is not averaging B A: the cross term is logged.
+    ffa      the same with A frozen (Sun et al. 2024): merges exactly, at half the parameters.
+    fed_sb   alpha / rank * B R A with only R (rank x rank) trained (Singhal et al. 2025): merges exactly; payloads do
+             not grow with the backbone's width, so ranks of 32 and more are cheap.
+    ia3      a learned scale for each output of a target, or input of a feed-forward one (Liu et al. 2022).
+    prompt   `prompt_tokens` learned embeddings before every text (Lester et al. 2021).
+
+    Learning rates differ: ia3 and prompt want ten times that of the others.
+    """
+
+    kind: Literal["lora", "ffa", "fed_sb", "prompt", "ia3"] = "lora"
     rank: int = 8
     alpha: int = 16
     targets: tuple[str, ...] = ("q_proj", "v_proj")
+    """Names of the backbone's layers, or whole module paths, or just "all-linear"; a prompt has no use for them."""
     seed: int = 0
+    prompt_tokens: int = 8
+    """Used by the kind "prompt" only."""
+
+    @property
+    def num_virtual(self) -> int:
+        """Positions of the backbone's context that the adapter itself takes."""
+        return self.prompt_tokens if self.kind == "prompt" else 0
 
 
 class TrainingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -180,6 +201,9 @@ def validate_network(network: NetworkConfig) -> None:
     """
     checks: tuple[tuple[str, int | float, float, float], ...] = (
         ("adapter.rank", network.adapter.rank, 1, 1024),
+        ("adapter.alpha", network.adapter.alpha, 1, 65536),
+        ("adapter.seed", network.adapter.seed, -(2**63), 2**63 - 1),
+        ("adapter.prompt_tokens", network.adapter.prompt_tokens, 1, 1024),
         ("training.steps", network.training.steps, 1, 100_000),
         ("training.batch", network.training.batch, 1, 4096),
         ("training.tokens_max", network.training.tokens_max, 8, 1_000_000),
@@ -200,6 +224,7 @@ def validate_network(network: NetworkConfig) -> None:
     for key, value, low, high in checks:
         if not low <= value <= high:
             raise ConfigError(f"network.{key}: expected {low:g} to {high:g}, got {value}")
+    _validate_targets(network.adapter)
     for key, address in (("federation", network.chain.federation), ("token", network.chain.token)):
         if not re.fullmatch(r"0x[0-9a-fA-F]{40}", address):
             raise ConfigError(f"network.chain.{key}: expected 0x and 40 hex digits, got {address!r}")
@@ -213,3 +238,13 @@ def validate_network(network: NetworkConfig) -> None:
         )
     if len(network.probe) != 64 or any(c not in "0123456789abcdef" for c in network.probe):
         raise ConfigError(f"network.probe: expected 64 lower-case hex digits (a SHA-256), got {network.probe!r}")
+
+
+def _validate_targets(adapter: AdapterConfig) -> None:
+    targets = adapter.targets
+    if not targets or any(not target.strip() for target in targets):
+        raise ConfigError(f"network.adapter.targets: expected names of the backbone's layers, got {list(targets)}")
+    if len(set(targets)) != len(targets):
+        raise ConfigError(f"network.adapter.targets: expected each name once, got {list(targets)}")
+    if ALL_LINEAR in targets and len(targets) > 1:
+        raise ConfigError(f'network.adapter.targets: "{ALL_LINEAR}" stands alone, got {list(targets)}')

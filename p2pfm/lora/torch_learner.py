@@ -20,7 +20,6 @@ from p2pfm.lora.delta import subtract
 from p2pfm.lora.layers import (
     adapter_shapes,
     build_peft,
-    compute_initial,
     get_adapter_tensors,
     get_parameters,
     predict,
@@ -50,6 +49,7 @@ class TorchLearner:
         self._model = build_peft(backbone, config.adapter)
         self._parameters = get_parameters(self._model)
         self._shapes = adapter_shapes(self._model)
+        self._initial = get_adapter_tensors(self._model)
         tokens_max = config.training.tokens_max
         self._samples = encode_all(tokenizer, samples, tokens_max)
         self._probe = {topic: encode_all(tokenizer, part, tokens_max) for topic, part in probe.probe.items()}
@@ -62,7 +62,7 @@ class TorchLearner:
 
     def initial(self) -> dict[str, Array]:
         """The adapter before round 0: the same bytes on every peer."""
-        return compute_initial(self._shapes, self._config.adapter.seed)
+        return dict(self._initial)
 
     def train(self, base: Tensors, round: Round) -> Training:
         """`training.steps` AdamW steps from `base`, batches drawn by (data, round).

@@ -13,7 +13,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning th
 
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from transformers import DynamicCache
 
 from p2pfm.config import AdapterConfig
 from p2pfm.errors import Reject
-from p2pfm.lora.layers import adapter_shapes, build_peft, load_backbone, set_adapter_tensors
+from p2pfm.lora.layers import adapter_shapes, build_peft, extend, load_backbone, set_adapter_tensors
 from p2pfm.messages import GenerateRequest, TokenChunk
 from p2pfm.runtime.text import read_vocabulary
 from p2pfm.serving.sampling import choose_token
@@ -51,13 +50,13 @@ class Engine:
         """Load the backbone in folder `backbone` (its own instance: training another one never disturbs it).
 
         Raises:
-            OperatorError: the folder holds no model.
+            OperatorError: the folder holds no model, or the adapter does not fit it.
         """
         assert versions_max >= 1
         torch.set_num_threads(1)
         model, tokenizer = load_backbone(backbone)
         self.tokenizer = tokenizer
-        self.vocabulary = read_vocabulary(model.config, model.generation_config, tokenizer)
+        self.vocabulary = read_vocabulary(model.config, model.generation_config, tokenizer, adapter.num_virtual)
         self.model = build_peft(model, adapter)
         self.model.eval()
         self.shapes = dict(adapter_shapes(self.model))
@@ -119,8 +118,8 @@ class Engine:
                     set_adapter_tensors(self.model, tensors)
                 self._active = tensors
             input_ids = torch.tensor([tokens], dtype=torch.long)  # (1, num_tokens)
-            output: Any = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits: Array = output.logits[0, -1].float().numpy()  # (vocab_size,)
+            output = extend(self.model, input_ids, cache)
+        logits: Array = output[0].float().numpy()  # (vocab_size,)
         return logits
 
 

@@ -9,8 +9,11 @@ from p2pfm.errors import OperatorError
 from p2pfm.serving.session import Vocabulary
 
 
-def read_vocabulary(config: Any, generation: Any, tokenizer: Any) -> Vocabulary:
-    """Sizes and end-of-text ids from a transformers config, its generation config (or None) and its tokenizer."""
+def read_vocabulary(config: Any, generation: Any, tokenizer: Any, num_virtual: int = 0) -> Vocabulary:
+    """Sizes and end-of-text ids from a transformers config, its generation config (or None) and its tokenizer.
+
+    `num_virtual`: positions of the context that the network's adapter takes (`AdapterConfig.num_virtual`).
+    """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     ends = {
         end
@@ -18,7 +21,7 @@ def read_vocabulary(config: Any, generation: Any, tokenizer: Any) -> Vocabulary:
         for end in (source if isinstance(source, list | tuple) else [source])
         if end is not None
     }
-    return Vocabulary(int(text.vocab_size), frozenset(ends), int(text.max_position_embeddings))
+    return Vocabulary(int(text.vocab_size), frozenset(ends), int(text.max_position_embeddings) - num_virtual)
 
 
 class TextCodec:
@@ -44,8 +47,8 @@ class TextCodec:
         return text
 
 
-def load_text_codec(backbone: str) -> TextCodec:
-    """The codec of the backbone in folder `backbone`, without its weights.
+def load_text_codec(backbone: str, num_virtual: int = 0) -> TextCodec:
+    """The codec of the backbone in folder `backbone`, without its weights; `num_virtual` as in `read_vocabulary`.
 
     Raises:
         OperatorError: the folder holds no tokenizer or config.
@@ -59,4 +62,4 @@ def load_text_codec(backbone: str) -> TextCodec:
         generation = GenerationConfig.from_pretrained(backbone)
     except OSError:  # optional: the config then names the end of text
         generation = None
-    return TextCodec(tokenizer, read_vocabulary(config, generation, tokenizer))
+    return TextCodec(tokenizer, read_vocabulary(config, generation, tokenizer, num_virtual))
