@@ -118,7 +118,7 @@ def make_peft_config(model: Any, config: AdapterConfig) -> PeftConfig:
         )
     if config.kind == "ia3":
         named = FEED_FORWARD if targets == ALL_LINEAR else config.targets
-        feed_forward = [target for target in sorted(named) if target.rsplit(".", 1)[-1] in FEED_FORWARD]
+        feed_forward = [target for target in sorted(named) if is_feed_forward(target)]
         return IA3Config(target_modules=targets, feedforward_modules=feed_forward, task_type="CAUSAL_LM")
     return LoraConfig(
         r=config.rank,
@@ -128,6 +128,11 @@ def make_peft_config(model: Any, config: AdapterConfig) -> PeftConfig:
         bias="none",
         task_type="CAUSAL_LM",
     )
+
+
+def is_feed_forward(target: str) -> bool:
+    """`ia3` scales this layer's input, not its output."""
+    return target.rsplit(".", 1)[-1] in FEED_FORWARD
 
 
 def get_sizes(peft_model: PeftModel, adapter: str = ADAPTER) -> dict[str, tuple[int, int]]:
