@@ -1,4 +1,4 @@
-"""A Learner with torch: a frozen causal language model, one LoRA adapter, a private shard and the declared probe.
+"""A Learner with torch: a frozen causal language model, one adapter, a private shard and the declared probe.
 
 Knows torch, transformers and peft; nothing of peers, rounds' messages or compression. Loss is taken on completion
 tokens only, in nats per token.
@@ -6,18 +6,20 @@ tokens only, in nats per token.
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch.nn import functional
 
-from p2pfm.config import NetworkConfig
+from p2pfm.config import NetworkConfig, PrivacyConfig
 from p2pfm.errors import OperatorError
-from p2pfm.learner import Training
+from p2pfm.learner import Spending, SpendingLog, Training
 from p2pfm.lora.batches import Encoded, collate, draw_batches, encode_all, weigh
 from p2pfm.lora.delta import subtract
 from p2pfm.lora.layers import (
+    ADAPTER,
     adapter_shapes,
     build_peft,
     get_adapter_tensors,
@@ -26,35 +28,80 @@ from p2pfm.lora.layers import (
     set_adapter_tensors,
 )
 from p2pfm.lora.samples import Probe, Sample, encode_lines
-from p2pfm.types import Array, Round, Tensors, compute_digest
+from p2pfm.types import Array, Digest, Round, Tensors, compute_digest
+
+
+class Data(NamedTuple):
+    """What a learner trains and measures on, as tokens; `probe` and `test` by stratum."""
+
+    samples: Sequence[Encoded]
+    probe: Mapping[str, Sequence[Encoded]]
+    test: Mapping[str, Sequence[Encoded]]
+    digest: Digest
+    """Of the private samples: batches are drawn by it."""
+
+NOT_PRIVATE = PrivacyConfig()
 
 
 class TorchLearner:
     """`learner.Learner` on a transformer. Not thread-safe: one call at a time."""
 
     def __init__(
-        self, backbone: Any, tokenizer: Any, config: NetworkConfig, samples: Sequence[Sample], probe: Probe
+        self,
+        backbone: Any,
+        tokenizer: Any,
+        config: NetworkConfig,
+        samples: Sequence[Sample],
+        probe: Probe,
+        *,
+        privacy: PrivacyConfig = NOT_PRIVATE,
+        spendings: SpendingLog | None = None,
+        draw: random.Random | None = None,
     ) -> None:
         """`backbone` (from `load_backbone`) is changed in place: it gets the adapter.
 
+        Args:
+            privacy: with `enabled`, training is DP-SGD.
+            spendings: where training is accounted for, private or not; needed with `privacy.enabled`.
+            draw: seeds the noise; None: the operating system.
+
         Raises:
-            OperatorError: no sample fits `training.tokens_max`, or the targets do not fit the backbone.
+            OperatorError: no sample fits `training.tokens_max`, the targets do not fit the backbone, or the privacy
+                cannot be had with so many samples.
         """
-        self._config = config
-        self._device = next(backbone.parameters()).device
-        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        if self._device.type == "cpu":
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        if next(backbone.parameters()).device.type == "cpu":
             # Short sequences in bf16: torch's flash attention on CPUs takes longer backward than plain products.
             backbone.set_attn_implementation("eager")
-        self._model = build_peft(backbone, config.adapter)
-        self._parameters = get_parameters(self._model)
-        self._shapes = adapter_shapes(self._model)
-        self._initial = get_adapter_tensors(self._model)
         tokens_max = config.training.tokens_max
-        self._samples = encode_all(tokenizer, samples, tokens_max)
-        self._probe = {topic: encode_all(tokenizer, part, tokens_max) for topic, part in probe.probe.items()}
-        self._test = {topic: encode_all(tokenizer, part, tokens_max) for topic, part in probe.test.items()}
-        self._data_digest = compute_digest(encode_lines(samples))
+        data = Data(
+            encode_all(tokenizer, samples, tokens_max),
+            {topic: encode_all(tokenizer, part, tokens_max) for topic, part in probe.probe.items()},
+            {topic: encode_all(tokenizer, part, tokens_max) for topic, part in probe.test.items()},
+            compute_digest(encode_lines(samples)),
+        )
+        self._start(build_peft(backbone, config.adapter), ADAPTER, pad, config, data)
+
+    @classmethod
+    def on_peft(cls, model: PeftModel, adapter: str, pad: int, config: NetworkConfig, data: Data) -> "TorchLearner":
+        """A learner on a peft model as it stands: its adapter of this name is trained from, and is `initial`.
+
+        The model may be shared: every call sets the adapter's tensors first.
+        """
+        learner = cls.__new__(cls)
+        learner._start(model, adapter, pad, config, data)
+        return learner
+
+    def _start(self, model: PeftModel, adapter: str, pad: int, config: NetworkConfig, data: Data) -> None:
+        self._config = config
+        self._device = next(model.parameters()).device
+        self._pad = pad
+        self._model = model
+        self._adapter = adapter
+        self._parameters = get_parameters(model, adapter)
+        self._shapes = adapter_shapes(model, adapter)
+        self._initial = get_adapter_tensors(model, adapter)
+        self._samples, self._probe, self._test, self._data_digest = data
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The adapter's tensor names and shapes."""
@@ -71,7 +118,7 @@ class TorchLearner:
             OperatorError: the loss or the weights are no longer finite.
         """
         training = self._config.training
-        set_adapter_tensors(self._model, base)
+        set_adapter_tensors(self._model, base, self._adapter)
         optimizer = torch.optim.AdamW(list(self._parameters.values()), lr=training.learning_rate, weight_decay=0.0)
         draw = random.Random(self.draw_seed(round))
         loss_sum, num_tokens = 0.0, 0
@@ -83,7 +130,7 @@ class TorchLearner:
             optimizer.step()
             loss_sum += loss.item()
             num_tokens += sum(len(sample.tokens) for sample in batch)
-        delta = subtract(get_adapter_tensors(self._model), base)
+        delta = subtract(get_adapter_tensors(self._model, self._adapter), base)
         if not all(np.isfinite(values).all() for values in delta.values()):
             raise OperatorError(f"training diverged in round {round}: lower network.training.learning_rate")
         return Training(delta=delta, num_tokens=num_tokens, loss_nats=loss_sum / training.steps)
@@ -101,7 +148,7 @@ class TorchLearner:
         draw = random.Random(seed)
         wanted = self._config.scoring.samples_per_stratum
         strata = [draw.sample(part, min(wanted, len(part))) for part in self._probe.values()]
-        set_adapter_tensors(self._model, at)
+        set_adapter_tensors(self._model, at, self._adapter)
         self._model.zero_grad(set_to_none=True)
         total = 0.0
         for batch, weights in weigh(strata):
@@ -109,16 +156,17 @@ class TorchLearner:
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
         gradient = {
-            name: parameter.grad.detach().to("cpu", torch.float32).numpy().copy()
+            name: np.zeros(self._shapes[name], np.float32)  # a user's own model may hold some of them still
+            if parameter.grad is None
+            else parameter.grad.detach().to("cpu", torch.float32).numpy().copy()
             for name, parameter in self._parameters.items()
-            if parameter.grad is not None
         }
         self._model.zero_grad(set_to_none=True)
         return total, gradient
 
     def evaluate(self, at: Tensors) -> float:
         """The same stratified mean on the fixed test split [nats/token]."""
-        set_adapter_tensors(self._model, at)
+        set_adapter_tensors(self._model, at, self._adapter)
         with torch.inference_mode():
             parts = [self._summed_loss(batch, weights).item() for batch, weights in weigh(list(self._test.values()))]
         return sum(parts)

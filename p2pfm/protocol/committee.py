@@ -76,12 +76,9 @@ def draft_proposal(
             median = compute_median(readings[payload])
             included.append((announcement.peer, member.index, payload, Contribution(median)))
     shares = compute_shares(roster, config.stake_cap())
-    weights = [
-        min(weight, Weight(MERGE_CAP * shares[peer]))
-        for weight, (peer, *_) in zip(
-            compute_weights([contribution for *_, contribution in included]), included, strict=True
-        )
-    ]
+    weights = compute_merge_weights(
+        [contribution for *_, contribution in included], [shares[peer] for peer, *_ in included]
+    )
     updates = tuple(
         IncludedUpdate(peer, member_index, payload, contribution, weight)
         for (peer, member_index, payload, contribution), weight in zip(included, weights, strict=True)
@@ -103,6 +100,15 @@ def draft_proposal(
         reveals=reveals,
         leaves=to_wire(leaves),
     )
+
+
+def compute_merge_weights(contributions: Sequence[Contribution], shares: Sequence[Weight]) -> tuple[Weight, ...]:
+    """What each update weighs in the merge: in proportion to max(0, contribution), at most MERGE_CAP times its share.
+
+    All are 0 when no contribution is positive; they sum to at most WEIGHT_ONE.
+    """
+    wanted = compute_weights(contributions)
+    return tuple(min(weight, Weight(MERGE_CAP * share)) for weight, share in zip(wanted, shares, strict=True))
 
 
 def merge_request(draft: Proposal) -> Merge | None:
