@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from p2pfm.config import CompressionConfig
 from p2pfm.lora.compress import compress, decode_payload
-from p2pfm.lora.delta import encode_tensors
-from p2pfm.lora.merge import clip_factors, compute_cross_term_ratio, merge
+from p2pfm.lora.delta import encode_tensors, flatten
+from p2pfm.lora.merge import clip_factors, compute_clip_factors, merge
 from p2pfm.types import WEIGHT_ONE, Weight
 
 SHAPES = {"m.lora_A": (4, 50), "m.lora_B": (60, 4)}
@@ -64,8 +64,64 @@ def test_the_merge_is_the_weighted_sum():
         np.testing.assert_allclose(merged[name], base[name] + 0.25 * delta[name], rtol=1e-6, atol=1e-7)
 
 
-def test_equal_factors_have_no_cross_term_and_different_ones_do():
+def test_no_update_at_all_is_the_base():
     base = make_base()
-    twice = [(make_update(0), Weight(1)), (make_update(0), Weight(1))]
-    assert compute_cross_term_ratio(twice, base) < 1e-6
-    assert compute_cross_term_ratio([(make_update(0), Weight(1)), (make_update(1), Weight(1))], base) > 0.01
+    assert encode_tensors(merge(base, [])) == encode_tensors(base)
+    assert clip_factors([]) == ()
+
+
+def test_zero_updates_of_full_weight_are_the_base():
+    base = make_base()
+    merged = merge(base, [(make_update(seed, 0.0), Weight(WEIGHT_ONE // 3)) for seed in range(3)])
+    assert encode_tensors(merged) == encode_tensors(base)
+
+
+def test_a_peer_alone_is_merged_as_it_is():
+    base, update = make_base(), make_update(3, 7.0)
+    merged = merge(base, [(update, Weight(WEIGHT_ONE))])
+    exact = flatten(base).astype(np.float64) + flatten(update.tensors())
+    np.testing.assert_array_equal(flatten(merged), exact.astype(np.float32))
+
+
+def test_a_huge_update_moves_the_base_no_further_than_the_median_one():
+    base = make_base()
+    honest = [make_update(seed) for seed in range(3)]
+    for scale in (1e6, 2.0**39):
+        updates = [(update, Weight(WEIGHT_ONE // 4)) for update in [*honest, make_update(9, scale)]]
+        merged = merge(base, updates)
+        step = flatten(merged).astype(np.float64) - flatten(base)
+        assert np.isfinite(step).all()
+        assert np.linalg.norm(step) <= sorted(update.norm() for update in honest)[1] * (1 + 1e-6)
+
+
+def test_huge_updates_of_all_peers_stay_finite():
+    updates = [(make_update(seed, 2.0**39), Weight(WEIGHT_ONE)) for seed in range(20)]
+    assert np.isfinite(flatten(merge(make_base(), updates))).all()
+
+
+def test_one_payload_given_twice_merges_alike_in_any_order():
+    base, update = make_base(), make_update(1, 3.0)
+    pairs = [(update, Weight(WEIGHT_ONE // 7)), (update, Weight(WEIGHT_ONE // 3)), (make_update(2), Weight(5))]
+    assert encode_tensors(merge(base, pairs)) == encode_tensors(merge(base, pairs[::-1]))
+
+
+def test_a_merge_rejects_an_update_of_another_adapter():
+    other = {"m.lora_A": (4, 50), "m.lora_B": (61, 4)}
+    tensors = {name: np.ones(shape, np.float32) for name, shape in other.items()}
+    update = decode_payload(compress(tensors, CONFIG)[0], other, CONFIG, 1 << 20)
+    with pytest.raises(AssertionError, match="another adapter"):
+        merge(make_base(), [(update, Weight(WEIGHT_ONE))])
+
+
+@pytest.mark.parametrize("norm", [np.nan, np.inf, -1.0])
+def test_clipping_rejects_a_norm_that_is_none(norm):
+    with pytest.raises(ValueError, match="finite norms"):
+        compute_clip_factors([1.0, norm, 2.0])
+
+
+@given(st.lists(st.one_of(st.just(0.0), st.floats(1e-300, 1e300)), max_size=9))
+def test_clipping_brings_every_norm_down_to_the_median_of_those_that_move(norms):
+    moving = sorted(norm for norm in norms if norm > 0)
+    for norm, factor in zip(norms, compute_clip_factors(norms), strict=True):
+        assert 0 <= factor <= 1
+        assert norm == 0 or norm * factor <= moving[(len(moving) - 1) // 2] * (1 + 1e-12)
