@@ -1,6 +1,7 @@
 """Runs one node in this process: from its configuration to models, ledger and `runtime.node.Node`."""
 
 import logging
+import random
 import signal
 import socket
 import sqlite3
@@ -18,7 +19,7 @@ from nodes.adversaries import FreeRider
 from nodes.models import resolve
 from p2pfm.config import HttpConfig, NodeConfig
 from p2pfm.errors import OperatorError
-from p2pfm.learner import Learner
+from p2pfm.learner import Learner, SpendingLog
 from p2pfm.lora.layers import choose_device, load_backbone
 from p2pfm.lora.samples import Sample, parse_probe, read_samples
 from p2pfm.lora.torch_learner import TorchLearner
@@ -48,7 +49,7 @@ def run_node(config: NodeConfig, keys: Keys) -> None:
     models = Models(
         codec=partial(load_text_codec, backbone, config.network.adapter.num_virtual),
         engine=partial(_make_engine, config, backbone),
-        learner=lambda probe: _make_learner(config, backbone, samples, probe),
+        learner=partial(_make_learner, config, backbone, samples),
     )
     ledger = Web3Ledger(config.rpc, config.network.chain, keys.account_private_key)
     trio.run(_run_until_told, Node(config, keys, ledger, models))
@@ -94,7 +95,16 @@ def _make_engine(config: NodeConfig, backbone: str) -> Engine | None:
     return Engine(backbone, config.network.adapter, serving.versions_kept) if serving.enabled else None
 
 
-def _make_learner(config: NodeConfig, backbone: str, samples: Sequence[Sample], probe: bytes) -> Learner:
+def _make_learner(
+    config: NodeConfig, backbone: str, samples: Sequence[Sample], probe: bytes, spendings: SpendingLog
+) -> Learner:
     model, tokenizer = load_backbone(backbone, device=choose_device())
-    honest = TorchLearner(model, tokenizer, config.network, samples, parse_probe(probe, "the probe set"))
-    return FreeRider(honest, config.adversary) if config.adversary else honest
+    network, privacy = config.network, config.privacy
+    learner = TorchLearner(model, tokenizer, network, samples, parse_probe(probe, "the probe set"), spendings)
+    if config.adversary:
+        return FreeRider(learner, config.adversary)
+    if privacy.enabled:
+        from p2pfm.lora.privacy import PrivateLearner  # opacus is an extra, and takes seconds to import
+
+        return PrivateLearner(learner, privacy, network.training, spendings, random.SystemRandom())
+    return learner

@@ -34,6 +34,8 @@ def make_status_table(status: Mapping[str, Any]) -> Table:
     table.add_row("member", f"{chain['member']} of {chain['members']}, committee {chain['committee']}")
     settled = "no round settled yet" if chain["settled_round"] is None else f"settled round {chain['settled_round']}"
     table.add_row("chain", f"{chain['rpc']} · {chain['error'] or 'reachable'}, {settled}")
+    if "privacy" in status:
+        table.add_row("privacy", _describe_privacy(status["privacy"]))
     if protocol:
         losses = protocol["losses_nats"]
         certified = protocol["certified_round"]
@@ -43,12 +45,24 @@ def make_status_table(status: Mapping[str, Any]) -> Table:
             newest = max(losses, key=int)
             when = "before the first round" if int(newest) < 0 else f"after round {newest}"
             table.add_row("held-out loss", f"{losses[newest]:.3f} nats a token {when}")
+        declared = [update for update in protocol["updates"] if "epsilon" in update]
+        if declared:
+            parts = [f"{u['peer'][-6:]} ε {u['epsilon']:.3g} (δ {u['delta']:.0e})" for u in declared]
+            table.add_row("peers' privacy", f"{', '.join(parts)}; of {len(protocol['updates'])} merged updates")
         table.add_row(
             "serves",
             f"{len(serving['versions'])} versions, {serving['sessions']} sessions, {serving['replicas']} replicas",
         )
         table.add_row("notes", "\n".join(f"round {n['round']}: {n['text']}" for n in protocol["notes"][-5:]))
     return table
+
+
+def _describe_privacy(privacy: Mapping[str, Any]) -> str:
+    """This node's own, as it is spent: unlike a peer's word, computed here."""
+    if privacy["epsilon"] is None:
+        return "not guaranteed: this home has trained without noise"
+    budget = f" of {privacy['epsilon_max']:g}" if privacy["epsilon_max"] else ", no budget set"
+    return f"epsilon {privacy['epsilon']:.3g}{budget}, at delta {privacy['delta']:g}: of each sample, in all its rounds"
 
 
 def make_network_table(nodes: Sequence[tuple[str, str, Mapping[str, Any]]]) -> Table:

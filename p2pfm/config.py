@@ -151,6 +151,28 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     versions_kept: int = 3
 
 
+class PrivacyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Example-level DP-SGD of this node's training (ALGORITHMS, part 6): each peer's own choice.
+
+    Give `noise_multiplier`, or `epsilon_max` and `rounds`: then the noise is the least with which so many rounds cost
+    no more. With `epsilon_max` the node trains no more once a round would exceed it. The noise follows from the number
+    of samples and network.training.steps; more samples cost less.
+    """
+
+    enabled: bool = False
+    noise_multiplier: float = 0.0
+    """Standard deviation of the noise over `max_grad_norm`; 0: chosen from `epsilon_max` and `rounds`."""
+    epsilon_max: float = 0.0
+    """Budget for this node's whole life; 0: none."""
+    rounds: int = 0
+    max_grad_norm: float = 1.0
+    """Each sample's gradient of its mean loss is clipped to this norm, over all adapter tensors together."""
+    delta: float = 1e-5
+    """Chance with which the bound may fail: well below one over the number of samples."""
+    batch: int = 0
+    """Expected samples of a step; 0: network.training.batch. Large ones give the better model for the same epsilon."""
+
+
 class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One node: its folder, addresses, data, and the network that it joins."""
 
@@ -166,6 +188,7 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bootstrap: tuple[str, ...] = ()
     http: HttpConfig = HttpConfig()
     serving: ServingConfig = ServingConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     stake_pfm: int = 100
     """What this node locks when it joins, in whole tokens."""
     auto_claim: bool = True
@@ -188,9 +211,36 @@ def parse_node_config(text: str) -> NodeConfig:
     except msgspec.ValidationError as error:
         raise ConfigError(f"{error}. See `p2pfm init --help` for the keys a node's TOML has") from error
     validate_network(config.network)
+    validate_privacy(config.privacy)
     if not 0 <= config.http.port < 65536:
         raise ConfigError(f"http.port: expected 0 to 65535, got {config.http.port}")
     return config
+
+
+def validate_privacy(privacy: PrivacyConfig) -> None:
+    """Refuse a privacy that guarantees nothing, or whose noise cannot be known.
+
+    Raises:
+        ConfigError: names the key, what is allowed, and what it was.
+    """
+    if not privacy.enabled:
+        return
+    checks: tuple[tuple[str, float, float, float], ...] = (
+        ("noise_multiplier", privacy.noise_multiplier, 0, 1e6),
+        ("epsilon_max", privacy.epsilon_max, 0, 1e6),
+        ("rounds", privacy.rounds, 0, 1_000_000),
+        ("max_grad_norm", privacy.max_grad_norm, 1e-9, 1e9),
+        ("delta", privacy.delta, 1e-12, 0.1),
+        ("batch", privacy.batch, 0, 1_000_000),
+    )
+    for key, value, low, high in checks:
+        if not low <= value <= high:
+            raise ConfigError(f"privacy.{key}: expected {low:g} to {high:g}, got {value}")
+    if privacy.noise_multiplier == 0 and not (privacy.epsilon_max > 0 and privacy.rounds > 0):
+        raise ConfigError(
+            "privacy.noise_multiplier: without noise epsilon is infinite and nothing is private; "
+            "give a noise_multiplier over 0, or epsilon_max and rounds, or set privacy.enabled to false"
+        )
 
 
 def validate_network(network: NetworkConfig) -> None:

@@ -7,6 +7,7 @@
     ├── WorldError          nobody's fault: retry later
     │   ├── ChainError      the chain is unreachable or refused a transaction
     │   │   └── Reverted    the contract said no (carries its custom error's name)
+    │   ├── BudgetSpent     the privacy budget allows no more training here; all else goes on
     │   ├── Unjudged        whose keys count is not known here (yet)
     │   └── PeerUnreachable
     └── (a bug is an AssertionError: it is never caught)
@@ -45,6 +46,10 @@ class Reverted(ChainError):
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"the contract refused: {reason}{': ' + detail if detail else ''}")
         self.reason = reason
+
+
+class BudgetSpent(WorldError):
+    """Training now would exceed this node's privacy budget: nothing is trained, nothing announced."""
 
 
 class Unjudged(WorldError):

@@ -12,12 +12,48 @@ from p2pfm.types import Round, Tensors
 
 
 @dataclass(frozen=True, slots=True)
+class Guarantee:
+    """Example-level differential privacy of everything trained so far: (epsilon, delta), add or remove one sample."""
+
+    epsilon: float
+    delta: float
+
+
+@dataclass(frozen=True, slots=True)
 class Training:
-    """What local steps gave: `delta` = trained minus base, tokens seen, mean training loss [nats/token]."""
+    """What local steps gave: `delta` = trained minus base, tokens seen, mean training loss [nats/token].
+
+    With a `guarantee` nothing in here may tell more of the data than `delta` does: the number of tokens is the most
+    that there can be, and the loss is None.
+    """
 
     delta: Tensors
     num_tokens: int
-    loss_nats: float
+    loss_nats: float | None
+    guarantee: Guarantee | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Spending:
+    """Steps that looked at the private samples: what an accountant of differential privacy must know of them."""
+
+    noise_multiplier: float
+    """Standard deviation of the noise over the clipping norm; 0: steps without noise, which nothing bounds."""
+    sample_rate: float
+    """The chance of each sample to be in a step's batch."""
+    steps: int
+
+
+class SpendingLog(Protocol):
+    """All that was ever spent of one peer's privacy. It outlives the process: a crash must not make it shorter."""
+
+    def add_spending(self, spending: Spending) -> None:
+        """Remember; durable on return, and before the first of these steps is taken."""
+        ...
+
+    def get_spendings(self) -> tuple[Spending, ...]:
+        """All of them; equal ones may be summed up."""
+        ...
 
 
 class Learner(Protocol):
@@ -32,7 +68,7 @@ class Learner(Protocol):
         ...
 
     def train(self, base: Tensors, round: Round) -> Training:
-        """Local steps from `base` on private data; deterministic in (data, base, round)."""
+        """Local steps from `base` on private data; deterministic in (data, base, round), unless it is noised."""
         ...
 
     def gradient(self, at: Tensors, seed: int) -> tuple[float, Tensors]:

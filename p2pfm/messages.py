@@ -16,6 +16,11 @@ SIGNING_DOMAIN = b"p2pfm/1 envelope"
 LIST_MAX = 4096
 """No list in any message may be longer (a network level has at most 128 peers; a registry a few times that)."""
 
+MICRO = 10**6
+PICO = 10**12
+EPSILON_MICRO_MAX = 2**53
+"""Epsilon 9e9: a larger one says nothing, and the bound keeps it exact in any language's JSON."""
+
 Bytes32 = Annotated[Digest, msgspec.Meta(min_length=32, max_length=32)]
 Salt = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 BlsSignature = Annotated[bytes, msgspec.Meta(min_length=96, max_length=96)]
@@ -42,6 +47,18 @@ class Wire(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     """Base of what travels."""
 
 
+class DeclaredPrivacy(Wire, frozen=True):
+    """What a peer says of its own training so far: (epsilon, delta)-differentially private for each of its samples.
+
+    Nobody can check it: it tells the peer's own users what they may rely on, and others how noisy its updates are.
+    """
+
+    epsilon_micro: Annotated[int, msgspec.Meta(ge=1, le=EPSILON_MICRO_MAX)]
+    """All announced updates together, this one included [millionths], rounded up."""
+    delta_pico: Annotated[int, msgspec.Meta(ge=1, le=PICO)]
+    """[millionths of a millionth], rounded up."""
+
+
 class Announcement(Wire, frozen=True, tag="announcement"):
     """A peer's commitment to its update of a round. The payload itself is served only after TRAIN closes."""
 
@@ -51,6 +68,8 @@ class Announcement(Wire, frozen=True, tag="announcement"):
     payload: Bytes32
     payload_bytes: Count
     num_tokens: Count
+    privacy: DeclaredPrivacy | None = None
+    """None: no differential privacy."""
 
 
 class ScoreCommit(Wire, frozen=True, tag="commit"):

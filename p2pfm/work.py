@@ -13,11 +13,12 @@ from p2pfm.config import CompressionConfig, NetworkConfig
 from p2pfm.contribution.aumann_shapley import Player, compute_contributions
 from p2pfm.contribution.rounding import to_contribution
 from p2pfm.errors import Reject, WorldError
-from p2pfm.learner import Learner
+from p2pfm.learner import Guarantee, Learner
 from p2pfm.lora.compress import Update, compress, decode_payload, feed_back
 from p2pfm.lora.delta import decode_tensors, encode_tensors, subtract
 from p2pfm.lora.merge import clip_factors, merge
 from p2pfm.lora.unlearn import MergedRound, MergedUpdate
+from p2pfm.messages import EPSILON_MICRO_MAX, MICRO, PICO, DeclaredPrivacy
 from p2pfm.protocol.events import Evaluate, Evaluated, Merge, Merged, Scored, ScoreUpdates, Train, Trained, Weighted
 from p2pfm.types import NANO, WEIGHT_ONE, Digest, PeerId, Round, Tensors
 
@@ -49,7 +50,8 @@ def train_update(learner: Learner, blobs: BlobStore, config: NetworkConfig, acti
     base = decode_tensors(blobs.get(action.base), shapes)
     residual = None if action.residual is None else decode_tensors(blobs.get(action.residual), shapes)
     training = learner.train(base, action.round)
-    if not math.isfinite(training.loss_nats) or not all(np.isfinite(t).all() for t in training.delta.values()):
+    loss_nats = training.loss_nats
+    if not math.isfinite(loss_nats or 0) or not all(np.isfinite(t).all() for t in training.delta.values()):
         raise WorldError("local training diverged (not a finite number): lower training.learning_rate")
     payload, payload_bytes, rest = compress_delta(blobs, config.compression, training.delta, residual, action.maker)
     return Trained(
@@ -59,7 +61,8 @@ def train_update(learner: Learner, blobs: BlobStore, config: NetworkConfig, acti
         payload_bytes=payload_bytes,
         num_tokens=training.num_tokens,
         residual=rest,
-        loss_nano=round(training.loss_nats * NANO),
+        loss_nano=None if loss_nats is None else round(loss_nats * NANO),
+        privacy=None if training.guarantee is None else _declare(training.guarantee),
     )
 
 
@@ -179,6 +182,14 @@ def _is_held(blobs: BlobStore, digest: Digest) -> bool:
     except KeyError:
         return False
     return True
+
+
+def _declare(guarantee: Guarantee) -> DeclaredPrivacy:
+    """As integers, rounded up: a peer promises no more than it keeps."""
+    return DeclaredPrivacy(
+        epsilon_micro=min(max(1, math.ceil(guarantee.epsilon * MICRO)), EPSILON_MICRO_MAX),
+        delta_pico=max(1, math.ceil(guarantee.delta * PICO)),
+    )
 
 
 def _last_aggregate(blobs: BlobStore, shapes: Shapes, base: Tensors, action: ScoreUpdates) -> Tensors | None:

@@ -5,15 +5,16 @@ tokens only, in nats per token.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from peft import PeftModel
+from torch import nn
 from torch.nn import functional
 
-from p2pfm.config import NetworkConfig, PrivacyConfig
+from p2pfm.config import NetworkConfig
 from p2pfm.errors import OperatorError
 from p2pfm.learner import Spending, SpendingLog, Training
 from p2pfm.lora.batches import Encoded, collate, draw_batches, encode_all, weigh
@@ -40,7 +41,9 @@ class Data(NamedTuple):
     digest: Digest
     """Of the private samples: batches are drawn by it."""
 
-NOT_PRIVATE = PrivacyConfig()
+
+Steps = Callable[[PeftModel, Sequence[nn.Parameter], Sequence[Encoded], int], None]
+"""Optimizer steps, in place: (model, the adapter's parameters, samples, pad token)."""
 
 
 class TorchLearner:
@@ -53,21 +56,15 @@ class TorchLearner:
         config: NetworkConfig,
         samples: Sequence[Sample],
         probe: Probe,
-        *,
-        privacy: PrivacyConfig = NOT_PRIVATE,
         spendings: SpendingLog | None = None,
-        draw: random.Random | None = None,
     ) -> None:
         """`backbone` (from `load_backbone`) is changed in place: it gets the adapter.
 
         Args:
-            privacy: with `enabled`, training is DP-SGD.
-            spendings: where training is accounted for, private or not; needed with `privacy.enabled`.
-            draw: seeds the noise; None: the operating system.
+            spendings: gets a line for every round that `train` trains, since nothing bounds what that tells.
 
         Raises:
-            OperatorError: no sample fits `training.tokens_max`, the targets do not fit the backbone, or the privacy
-                cannot be had with so many samples.
+            OperatorError: no sample fits `training.tokens_max`, or the targets do not fit the backbone.
         """
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         if next(backbone.parameters()).device.type == "cpu":
@@ -80,7 +77,7 @@ class TorchLearner:
             {topic: encode_all(tokenizer, part, tokens_max) for topic, part in probe.test.items()},
             compute_digest(encode_lines(samples)),
         )
-        self._start(build_peft(backbone, config.adapter), ADAPTER, pad, config, data)
+        self._start(build_peft(backbone, config.adapter), ADAPTER, pad, config, data, spendings)
 
     @classmethod
     def on_peft(cls, model: PeftModel, adapter: str, pad: int, config: NetworkConfig, data: Data) -> "TorchLearner":
@@ -89,10 +86,19 @@ class TorchLearner:
         The model may be shared: every call sets the adapter's tensors first.
         """
         learner = cls.__new__(cls)
-        learner._start(model, adapter, pad, config, data)
+        learner._start(model, adapter, pad, config, data, None)
         return learner
 
-    def _start(self, model: PeftModel, adapter: str, pad: int, config: NetworkConfig, data: Data) -> None:
+    def _start(
+        self,
+        model: PeftModel,
+        adapter: str,
+        pad: int,
+        config: NetworkConfig,
+        data: Data,
+        spendings: SpendingLog | None,
+    ) -> None:
+        self._spendings = spendings
         self._config = config
         self._device = next(model.parameters()).device
         self._pad = pad
@@ -118,6 +124,8 @@ class TorchLearner:
             OperatorError: the loss or the weights are no longer finite.
         """
         training = self._config.training
+        if self._spendings is not None:
+            self._spendings.add_spending(Spending(noise_multiplier=0.0, sample_rate=1.0, steps=training.steps))
         set_adapter_tensors(self._model, base, self._adapter)
         optimizer = torch.optim.AdamW(list(self._parameters.values()), lr=training.learning_rate, weight_decay=0.0)
         draw = random.Random(self.draw_seed(round))
@@ -130,10 +138,22 @@ class TorchLearner:
             optimizer.step()
             loss_sum += loss.item()
             num_tokens += sum(len(sample.tokens) for sample in batch)
-        delta = subtract(get_adapter_tensors(self._model, self._adapter), base)
-        if not all(np.isfinite(values).all() for values in delta.values()):
-            raise OperatorError(f"training diverged in round {round}: lower network.training.learning_rate")
-        return Training(delta=delta, num_tokens=num_tokens, loss_nats=loss_sum / training.steps)
+        return Training(self._get_delta(base, round), num_tokens, loss_sum / training.steps)
+
+    def train_by(self, steps: Steps, base: Tensors, round: Round) -> dict[str, Array]:
+        """The delta of other steps than `train`'s, on the same model and samples.
+
+        Raises:
+            OperatorError: the weights are no longer finite.
+        """
+        set_adapter_tensors(self._model, base, self._adapter)
+        steps(self._model, list(self._parameters.values()), self._samples, self._pad)
+        return self._get_delta(base, round)
+
+    @property
+    def num_samples(self) -> int:
+        """Private samples that fit into `training.tokens_max`."""
+        return len(self._samples)
 
     def draw_seed(self, round: Round) -> bytes:
         """What a round's batches are drawn from: this peer's data and the round."""
@@ -170,6 +190,12 @@ class TorchLearner:
         with torch.inference_mode():
             parts = [self._summed_loss(batch, weights).item() for batch, weights in weigh(list(self._test.values()))]
         return sum(parts)
+
+    def _get_delta(self, base: Tensors, round: Round) -> dict[str, Array]:
+        delta = subtract(get_adapter_tensors(self._model, self._adapter), base)
+        if not all(np.isfinite(values).all() for values in delta.values()):
+            raise OperatorError(f"training diverged in round {round}: lower network.training.learning_rate")
+        return delta
 
     def _summed_loss(self, batch: Sequence[Encoded], weights: Sequence[float] | None = None) -> torch.Tensor:
         """Sum over the batch's completion tokens of the loss, each sample's times its weight (default 1)."""

@@ -9,7 +9,7 @@ event log is a file of MessagePack and replays anywhere.
 
 import msgspec
 
-from p2pfm.messages import Attestation, Certificate, Envelope, Message, SyncReply, SyncRequest
+from p2pfm.messages import Attestation, Certificate, DeclaredPrivacy, Envelope, Message, SyncReply, SyncRequest
 from p2pfm.settlement.ledger import Roster, SettledRound
 from p2pfm.types import Contribution, Digest, MemberIndex, Millis, PeerId, Round, Weight
 
@@ -79,8 +79,9 @@ class Trained(Event, frozen=True, tag="trained"):
     payload_bytes: int
     num_tokens: int
     residual: Digest
-    loss_nano: int
-    """Mean training loss [nano-nats/token], for people."""
+    loss_nano: int | None
+    """Mean training loss [nano-nats/token], for people; None where privacy forbids to tell."""
+    privacy: DeclaredPrivacy | None = None
 
 
 class Fetched(Event, frozen=True, tag="fetched"):

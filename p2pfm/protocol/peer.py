@@ -14,6 +14,7 @@ from p2pfm.messages import (
     Announcement,
     Attestation,
     Certificate,
+    DeclaredPrivacy,
     Envelope,
     Message,
     Presence,
@@ -108,6 +109,8 @@ class Peer:
         self.history = History(durable.head.proposal if durable.head else None)
         self.losses: dict[Round, int] = {}
         """Held-out loss after each round [nano-nats/token], as evaluated here."""
+        self.privacy: dict[PeerId, DeclaredPrivacy | None] = {}
+        """What each member's newest announcement declared, for people."""
         self.early = EarlyMessages()
         self._next_sync_ms = Millis(0)
         self._next_retry_ms = Millis(0)
@@ -178,6 +181,8 @@ class Peer:
     def _start_round(self, round: Round, phase: Phase) -> list[AnyAction]:
         actions = self._close_round()
         self.state = RoundState(round, Phase.TRAIN, saw_train=phase == Phase.TRAIN, roster=self.roster)
+        members = {member.peer for member in self.roster.members} if self.roster else set()
+        self.privacy = {peer: told for peer, told in self.privacy.items() if peer in members}
         actions.append(Note(round, "round begins" if phase == Phase.TRAIN else f"joins the round in {phase.name}"))
         if phase == Phase.TRAIN:
             actions += self._start_training()
@@ -247,7 +252,7 @@ class Peer:
         if self.durable.announced_round >= state.round:
             return []
         announcement = Announcement(
-            state.round, self.me, event.base, event.payload, event.payload_bytes, event.num_tokens
+            state.round, self.me, event.base, event.payload, event.payload_bytes, event.num_tokens, event.privacy
         )
         state.updates.hold(event.payload, self.me)
         self.durable = msgspec.structs.replace(
@@ -618,6 +623,7 @@ class Peer:
         state = self.state
         if message.base != self.durable.base:
             return False, []
+        self.privacy[author] = message.privacy
         # Payloads are public once TRAIN is over: whoever announces then may have copied, so it is not scored here.
         # It is kept all the same, for the case that most of the committee heard it in time. A peer that was away
         # cannot tell and relies on them. The same holds for the second update of an equivocator.

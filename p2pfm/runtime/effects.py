@@ -155,7 +155,7 @@ class Effects:
             case Blame(peer=peer, reason=reason):
                 self.blame(peer, reason)
             case Note(round=round, text=text):
-                self.notes = [*self.notes[-99:], (round, text)]
+                self._note(round, text)
                 log.info("round %d: %s", round, text)
             case _:
                 assert_never(action)
@@ -166,6 +166,9 @@ class Effects:
             self.num_blamed[peer] += 1
         log.warning("peer %s broke a rule: %s", peer[-6:], reason)
         self._transport.blame(peer, reason)
+
+    def _note(self, round: Round, text: str) -> None:
+        self.notes = [*self.notes[-99:], (round, text)]
 
     async def adopt(self, base: Digest) -> None:
         """Serving swaps to a base that lies in the store."""
@@ -224,6 +227,7 @@ class Effects:
         try:
             self._emit(await trio.to_thread.run_sync(run, limiter=self._model_turns))
         except FAILURES as error:
+            self._note(action.round, f"{type(action).__name__} failed: {error}")
             log.warning("%s of round %d failed: %s", type(action).__name__, action.round, error)
 
     async def _merge(self, action: Merge) -> None:

@@ -4,6 +4,7 @@ Knows every part and no rule: rules are in `protocol`, work in `work`, verdicts 
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from prometheus_client import CollectorRegistry
 
 from p2pfm.config import WEI_PER_PFM, NodeConfig
 from p2pfm.errors import ChainError, OperatorError, PeerUnreachable, Reject
-from p2pfm.learner import Learner
+from p2pfm.learner import Learner, SpendingLog
 from p2pfm.lora.delta import encode_tensors
 from p2pfm.messages import (
     BlobReply,
@@ -73,8 +74,8 @@ class Models:
 
     codec: Callable[[], TextCodec]
     engine: Callable[[], Engine | None]
-    learner: Callable[[bytes], Learner]
-    """Takes the probe set's bytes."""
+    learner: Callable[[bytes, SpendingLog], Learner]
+    """Takes the probe set's bytes, and where training is accounted for."""
 
 
 def now_ms() -> Millis:
@@ -222,9 +223,18 @@ class Node:
 
     async def _load_learner(self) -> Learner:
         probe = await self._get_probe()
-        learner = await trio.to_thread.run_sync(self._models.learner, probe)
+        learner = await trio.to_thread.run_sync(self._models.learner, probe, self._store)
+        if self.config.privacy.enabled:
+            self.figures.epsilon = await trio.to_thread.run_sync(self._compute_epsilon)
         self._probe = await trio.to_thread.run_sync(self._store.put, probe)
         return learner
+
+    def _compute_epsilon(self) -> float | None:
+        """What was spent before this run."""
+        from p2pfm.lora.privacy import compute_epsilon  # opacus is an extra
+
+        epsilon = compute_epsilon(self._store.get_spendings(), self.config.privacy.delta)
+        return epsilon if math.isfinite(epsilon) else None
 
     async def _get_probe(self) -> bytes:
         """The declared probe set: from the configured file, from disk, or from any peer; its digest proves it.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client import Counter as PrometheusCounter
 
+from p2pfm.messages import MICRO, PICO, DeclaredPrivacy
 from p2pfm.protocol.events import AnyEvent, Trained
 from p2pfm.protocol.membership import get_member
 from p2pfm.protocol.phases import compute_position
@@ -31,6 +32,8 @@ class RoundFigures:
 
     def __init__(self) -> None:
         self.by_round: dict[Round, dict[str, int]] = {}
+        self.epsilon: float | None = None
+        """What training has cost of the samples' privacy so far; None: unknown, or nothing bounds it."""
         self._before: Counter[str] = Counter()
 
     def on_event(self, round: Round, event: AnyEvent, counters: Mapping[str, int]) -> None:
@@ -44,8 +47,10 @@ class RoundFigures:
         figures["sent_bytes"] = sum(counters.get(name, 0) - self._before[name] for name in SENT)
         if isinstance(event, Trained):
             figures["payload_bytes"] = event.payload_bytes
-            figures["train_loss_nano"] = event.loss_nano
             figures["num_tokens"] = event.num_tokens
+            if event.loss_nano is not None:
+                figures["train_loss_nano"] = event.loss_nano
+            self.epsilon = None if event.privacy is None else event.privacy.epsilon_micro / MICRO
 
 
 class NodeMetrics:
@@ -96,6 +101,13 @@ def make_status(node: "Node", now_ms: Millis) -> dict[str, Any]:
         "traffic": dict(sorted(node.transport.counters.items())),
         "chain": _chain_status(node),
     }
+    if node.config.privacy.enabled:
+        privacy = node.config.privacy
+        status["privacy"] = {
+            "epsilon": node.figures.epsilon,
+            "delta": privacy.delta,
+            "epsilon_max": privacy.epsilon_max or None,
+        }
     if node.peer is not None:
         status["protocol"] = _protocol_status(node)
         status["serving"] = {
@@ -121,6 +133,13 @@ def _chain_status(node: "Node") -> dict[str, Any]:
     }
 
 
+def _declared(privacy: DeclaredPrivacy | None) -> dict[str, float]:
+    """A peer's own word on its privacy; nothing where it gave none."""
+    if privacy is None:
+        return {}
+    return {"epsilon": privacy.epsilon_micro / MICRO, "delta": privacy.delta_pico / PICO}
+
+
 def _protocol_status(node: "Node") -> dict[str, Any]:
     assert node.peer is not None, "asked only of a running node"
     durable = node.peer.durable
@@ -135,6 +154,7 @@ def _protocol_status(node: "Node") -> dict[str, Any]:
                 "member": update.member,
                 "contribution_nats": update.contribution / NANO,
                 "weight": update.weight / NANO,
+                **_declared(node.peer.privacy.get(update.peer)),
             }
             for update in (head.proposal.updates if head else ())
         ],

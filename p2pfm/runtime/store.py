@@ -1,4 +1,5 @@
-"""A node's memory on disk: blobs by digest, and in SQLite the durable state, the settle queue and the peer book.
+"""A node's memory on disk: blobs by digest, and in SQLite the durable state, the settle queue, the peer book and what
+training has cost of its samples' privacy.
 
 What a method has acknowledged by returning is there after SIGKILL or a power cut. Blocking and safe to call from
 several threads; knows no network, no model, and not what a blob means.
@@ -16,6 +17,7 @@ from typing import Self
 import msgspec
 
 from p2pfm.errors import OperatorError
+from p2pfm.learner import Spending
 from p2pfm.messages import Certificate, encode
 from p2pfm.protocol.events import Durable
 from p2pfm.runtime.files import make_private_folder, sync_folder, write_durably
@@ -23,7 +25,8 @@ from p2pfm.types import DIGEST_BYTES, Digest, Round, compute_digest
 
 BLOB_FOLDER = "blobs"
 DATABASE = "node.db"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2: spendings."""
 SETTLEMENTS_MAX = 10_000
 ADDRESSES_MAX = 1024
 
@@ -31,6 +34,10 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS durable (id INTEGER PRIMARY KEY CHECK (id = 1), state BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS settlements (round INTEGER PRIMARY KEY, certificate BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS addresses (position INTEGER PRIMARY KEY, address TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS spendings (
+    noise_multiplier REAL NOT NULL, sample_rate REAL NOT NULL, steps INTEGER NOT NULL,
+    PRIMARY KEY (noise_multiplier, sample_rate)
+);
 """
 
 
@@ -67,6 +74,8 @@ class Store:
         run("BEGIN IMMEDIATE")
         for statement in filter(str.strip, _SCHEMA.split(";")):
             run(statement)
+        if version == 1:  # nobody counted then: a peer that was at work may have trained without noise
+            run("INSERT OR IGNORE INTO spendings SELECT 0, 1, 1 FROM durable")
         run(f"PRAGMA user_version = {SCHEMA_VERSION}")
         run("COMMIT")
 
@@ -214,6 +223,23 @@ class Store:
         """The round is on chain, or given up."""
         with self._lock:
             self._database.execute("DELETE FROM settlements WHERE round = ?", (round,))
+
+    # --- privacy ---
+
+    def add_spending(self, spending: Spending) -> None:
+        """Count steps that look at the private samples. Durable on return."""
+        with self._lock:
+            self._database.execute(
+                "INSERT INTO spendings VALUES (?, ?, ?) "
+                "ON CONFLICT (noise_multiplier, sample_rate) DO UPDATE SET steps = steps + excluded.steps",
+                (spending.noise_multiplier, spending.sample_rate, spending.steps),
+            )
+
+    def get_spendings(self) -> tuple[Spending, ...]:
+        """All that was ever counted; steps of one noise and rate are summed up."""
+        with self._lock:
+            rows = self._database.execute("SELECT * FROM spendings ORDER BY noise_multiplier, sample_rate").fetchall()
+        return tuple(Spending(*row) for row in rows)
 
     # --- peer book ---
 
