@@ -4,6 +4,7 @@ The digest of a NetworkConfig is the network's id: two nodes whose rules differ 
 Knows no file: the command line reads the TOML text and passes it here.
 """
 
+import ipaddress
 import re
 import tomllib
 from typing import Literal
@@ -80,6 +81,13 @@ class ScoringConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     committee_size: int = 9
     samples_per_stratum: int = 10
     stake_cap_pfm: int = 1_000_000
+    duplicate_cosine: float = 0.9
+    """Two updates of a round that are more alike count once, for whoever announced first; 1: never."""
+    duplicate_overlap: float = 0.4
+    """The same for the share of common positions, over chance; 1: never."""
+    work_steps: int = 0
+    """The last local steps of a round, taken on a public batch that is drawn for the peer from the probe's "work" split:
+    an update that does not know its batch fails a proof of computation. 0: no such proof."""
 
 
 class SettlementConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -173,6 +181,22 @@ class PrivacyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Expected samples of a step; 0: network.training.batch. Large ones give the better model for the same epsilon."""
 
 
+class PersonalConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A private adapter of this node: trained on its own data on top of the shared base, never sent to anyone.
+
+    Served to this node's own clients only, as the model BACKBONE+private. Costs `steps` more local steps a round, and a
+    part of the own data, which neither the shared nor the private adapter is trained on.
+    """
+
+    enabled: bool = False
+    steps: int = 10
+    """AdamW steps after each round's shared training, at network.training's other settings."""
+    weight: float = 0.5
+    """Served is base + weight * private: 1 knows the own data best, less forgets less of everybody else's."""
+    held_out: float = 0.1
+    """Part of the own prompts that decides whether a refinement is an improvement; the rest is trained on."""
+
+
 class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One node: its folder, addresses, data, and the network that it joins."""
 
@@ -189,6 +213,7 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     http: HttpConfig = HttpConfig()
     serving: ServingConfig = ServingConfig()
     privacy: PrivacyConfig = PrivacyConfig()
+    personal: PersonalConfig = PersonalConfig()
     stake_pfm: int = 100
     """What this node locks when it joins, in whole tokens."""
     auto_claim: bool = True
@@ -214,7 +239,36 @@ def parse_node_config(text: str) -> NodeConfig:
     validate_privacy(config.privacy)
     if not 0 <= config.http.port < 65536:
         raise ConfigError(f"http.port: expected 0 to 65535, got {config.http.port}")
+    _validate_personal(config)
     return config
+
+
+def _validate_personal(config: NodeConfig) -> None:
+    personal = config.personal
+    if not personal.enabled:
+        return
+    checks: tuple[tuple[str, float, float, float], ...] = (
+        ("steps", personal.steps, 1, 100_000),
+        ("weight", personal.weight, 0.01, 1),
+        ("held_out", personal.held_out, 0.01, 0.5),
+    )
+    for key, value, low, high in checks:
+        if not low <= value <= high:
+            raise ConfigError(f"personal.{key}: expected {low:g} to {high:g}, got {value}")
+    if not config.serving.enabled:
+        raise ConfigError("personal.enabled: only this node can serve its private adapter; set serving.enabled to true")
+    if not _is_loopback(config.http.host):
+        raise ConfigError(
+            f"personal.enabled: http.host {config.http.host} lets other machines ask this node's private model; set it "
+            "to 127.0.0.1 (an SSH tunnel or a proxy with a password leads there), or personal.enabled to false"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def validate_privacy(privacy: PrivacyConfig) -> None:
@@ -264,6 +318,9 @@ def validate_network(network: NetworkConfig) -> None:
         ("scoring.committee_size", network.scoring.committee_size, 1, network.limits.peers_max),
         ("scoring.samples_per_stratum", network.scoring.samples_per_stratum, 1, 10_000),
         ("scoring.stake_cap_pfm", network.scoring.stake_cap_pfm, 1, 2**63),
+        ("scoring.duplicate_cosine", network.scoring.duplicate_cosine, 0, 1),
+        ("scoring.duplicate_overlap", network.scoring.duplicate_overlap, 0, 1),
+        ("scoring.work_steps", network.scoring.work_steps, 0, network.training.steps),
         ("settlement.rounds_per_epoch", network.settlement.rounds_per_epoch, 1, 1_000_000),
         ("settlement.pool_per_epoch_pfm", network.settlement.pool_per_epoch_pfm, 0, 10**12),
         ("limits.peers_max", network.limits.peers_max, 1, 128),
