@@ -8,13 +8,14 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
 from torch.nn import functional
 
-from p2pfm.config import NetworkConfig
+from p2pfm.config import NetworkConfig, TrainingConfig
 from p2pfm.errors import OperatorError
 from p2pfm.learner import Spending, SpendingLog, Training
 from p2pfm.lora.batches import Encoded, collate, draw_batches, encode_all, weigh
@@ -88,6 +89,14 @@ class TorchLearner:
         learner = cls.__new__(cls)
         learner._start(model, adapter, pad, config, data, None)
         return learner
+
+    def beside(self, data: Data, training: TrainingConfig) -> "TorchLearner":
+        """A learner on the same model with other data and local steps; one call at a time of both.
+
+        Nothing is written into this one's spendings: what it trains must not leave this machine.
+        """
+        config = msgspec.structs.replace(self._config, training=training)
+        return TorchLearner.on_peft(self._model, self._adapter, self._pad, config, data)
 
     def _start(
         self,
