@@ -293,7 +293,17 @@ def _split(first: int, second: int, count: int, tilt: int) -> Any:
 
 
 def _split_model(first: int, second: int, count: int, tilt: int) -> Any:
-    """The distribution of how many of `count` lie among the first places, less the fewest that can."""
+    return _categorical(compute_split_weights(first, second, count, tilt))
+
+
+_split_cached = lru_cache(maxsize=4096)(_split_model)
+
+
+def compute_split_weights(first: int, second: int, count: int, tilt: int) -> NDArray[np.float64]:
+    """How likely each number of `count` taken places is to lie in the first half: positive integers, sum below 2**24.
+
+    The halves have `first` and `second` places; entry i stands for the fewest that can lie in the first, plus i.
+    """
     low, high = max(0, count - second), min(count, first)
     at = np.arange(low, high, dtype=np.int64)
     ratios = ((first - at) * (count - at)) / ((at + 1) * (second - count + at + 1))  # weight(at + 1) / weight(at)
@@ -307,10 +317,8 @@ def _split_model(first: int, second: int, count: int, tilt: int) -> Any:
     down = np.multiply.accumulate(1 / ratios[:centre][::-1])[::-1]
     weights = np.concatenate([down, [1.0], up])
     bits = TABLE_BITS - 1 - len(weights).bit_length()
-    return _categorical(np.floor(weights / weights.max() * float(1 << bits)) + 1)
-
-
-_split_cached = lru_cache(maxsize=4096)(_split_model)
+    table: NDArray[np.float64] = np.floor(weights / weights.max() * float(1 << bits)) + 1
+    return table
 
 
 # --- models ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Laws of the coder of sets of places: what goes in comes out, in as few bits as there are sets, by exact tables."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -9,7 +10,16 @@ from hypothesis import strategies as st
 
 from p2pfm.errors import Reject
 from p2pfm.lora import subsets
-from p2pfm.lora.subsets import Blocks, Reader, Taken, Writer, code_centred, code_number, code_subsets
+from p2pfm.lora.subsets import (
+    Blocks,
+    Reader,
+    Taken,
+    Writer,
+    code_centred,
+    code_number,
+    code_subsets,
+    compute_split_weights,
+)
 
 
 def make_blocks(sizes):
@@ -52,40 +62,60 @@ def test_scattered_places_cost_what_their_number_allows(size, count):
     assert bound <= 8 * len(data) <= 1.003 * bound + 200
 
 
-@given(st.integers(1, 64), st.integers(0, 64), st.data())
+@given(st.integers(1, 300), st.integers(0, 300), st.data())
 @settings(max_examples=150, deadline=None)
 def test_an_untilted_split_is_hypergeometric(first, less, data):
     """The table against exact integers, for halves of one length and for a chunk's end."""
     second = max(1, first - less)
     count = data.draw(st.integers(1, first + second - 1))
     low, high = max(0, count - second), min(count, first)
-    if low == high:
-        return
     exact = [math.comb(first, at) * math.comb(second, count - at) for at in range(low, high + 1)]
-    most = exact.index(max(exact))
-    bits = -math.log2(exact[most] / sum(exact))
-    repeats = 4000
-    writer = Writer()
-    writer.code(subsets._split_model(first, second, count, 0), repeats, np.full(repeats, most, np.int32))
-    assert 8 * len(writer.get_bytes()) == pytest.approx(repeats * bits, abs=64 + 0.002 * repeats)
+    weights = compute_split_weights(first, second, count, 0)
+    assert len(weights) == len(exact)
+    bits = sum(
+        n / sum(exact) * math.log2(n / sum(exact) * weights.sum() / w) for n, w in zip(exact, weights, strict=True)
+    )
+    assert 0 <= bits + 1e-9 < 0.002  # what the table's rounding costs a symbol
+
+
+@given(st.integers(1, 300), st.integers(0, 300), st.integers(1, len(subsets.TILTS) - 1), st.data())
+@settings(max_examples=150, deadline=None)
+def test_a_tilted_split_is_a_polya_urn_on_top(first, less, tilt, data):
+    """Against exact fractions: hypergeometric, times Beta-binomial, over binomial."""
+    second = max(1, first - less)
+    count = data.draw(st.integers(2, min(40, first + second - 1))) if first + second > 2 else 1
+    low, high = max(0, count - second), min(count, first)
+    a = Fraction(subsets.TILTS[tilt]) * 2 * first / (first + second)
+    b = Fraction(subsets.TILTS[tilt]) * 2 * second / (first + second)
+
+    def rising(start, steps):
+        return math.prod((start + i for i in range(steps)), start=Fraction(1))
+
+    exact = [
+        math.comb(first, at)
+        * math.comb(second, count - at)
+        * rising(a, at)
+        * rising(b, count - at)
+        / (Fraction(first) ** at * Fraction(second) ** (count - at))
+        for at in range(low, high + 1)
+    ]
+    weights = compute_split_weights(first, second, count, tilt)
+    wanted = np.array([float(value / sum(exact)) for value in exact])
+    np.testing.assert_allclose(weights / weights.sum(), wanted, rtol=1e-3, atol=2e-4)
 
 
 @pytest.mark.parametrize("half", [1, 8, 512, 32768])
-@pytest.mark.parametrize("tilt", range(len(subsets.TILTS)))
-def test_every_table_has_exact_sums_and_no_impossible_symbol(half, tilt, monkeypatch):
-    seen = []
-    monkeypatch.setattr(subsets, "_categorical", seen.append)
-    for count in {2, 3, half // 2 + 2, half, half + 1, 2 * half - 1} & set(range(2, 2 * half)):
-        for second in {half, (half + 1) // 2}:
-            low, high = max(0, count - second), min(count, half)
-            if low < high:
-                subsets._split_model(half, second, count, tilt)
-                table = seen.pop()
-                assert len(table) == high - low + 1
-                assert np.isfinite(table).all()
-                assert (table == np.floor(table)).all()
-                assert table.min() >= 1
-                assert table.sum() < 1 << subsets.TABLE_BITS
+def test_every_table_has_an_exact_sum_and_no_impossible_symbol(half):
+    for tilt in range(len(subsets.TILTS)):
+        for count in {2, 3, half // 2 + 2, half, half + 1, 2 * half - 1} & set(range(2, 2 * half)):
+            for second in {half, (half + 1) // 2}:
+                low, high = max(0, count - second), min(count, half)
+                if low < high:
+                    table = compute_split_weights(half, second, count, tilt)
+                    assert len(table) == high - low + 1
+                    assert (table == np.floor(table)).all()
+                    assert table.min() >= 1
+                    assert table.sum() < 1 << subsets.TABLE_BITS
 
 
 def test_a_tilt_follows_the_clusters():
