@@ -54,7 +54,7 @@ QUICK = Size(seeds=(1,), num_peers=2, num_rounds=1, private_steps=2)
 
 
 class OwnLearner:
-    """`p2pfm.learner.Learner` on one peer's own data: what `refine` trains and judges with."""
+    """`p2pfm.lora.personal.Trainer` on one peer's data."""
 
     def __init__(self, task: Task, samples: Sequence[Encoded], held_out: Sequence[Encoded], steps: int) -> None:
         self._task, self._samples, self._held_out = task, samples, held_out
@@ -64,19 +64,11 @@ class OwnLearner:
         """The adapter's."""
         return get_shapes(self._task.initial)
 
-    def initial(self) -> Tensors:
-        """The network's."""
-        return self._task.initial
-
     def train(self, base: Tensors, round: Round) -> Training:
         """Steps on the own samples."""
         draw = f"private {self._task.seed} {round}"
         trained = self._task.model.train([base], [self._samples], self._training, [draw])[0]
         return Training(subtract(trained, base), num_tokens=0, loss_nats=None)
-
-    def gradient(self, at: Tensors, seed: int) -> tuple[float, Tensors]:
-        """On the held-out part."""
-        return self._task.model.gradient(at, {"own": self._held_out})
 
     def evaluate(self, at: Tensors) -> float:
         """Loss on the held-out part."""

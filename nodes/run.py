@@ -9,8 +9,9 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import msgspec
 import torch
 import trio
 from transformers.utils import logging as transformers_logging
@@ -20,14 +21,17 @@ from nodes.models import resolve
 from p2pfm.config import HttpConfig, NodeConfig
 from p2pfm.errors import OperatorError
 from p2pfm.learner import Learner, SpendingLog
+from p2pfm.lora.batches import encode_all
 from p2pfm.lora.layers import choose_device, load_backbone
-from p2pfm.lora.samples import Sample, parse_probe, read_samples
-from p2pfm.lora.torch_learner import TorchLearner
+from p2pfm.lora.personal import split_samples
+from p2pfm.lora.samples import Sample, encode_lines, parse_probe, read_samples
+from p2pfm.lora.torch_learner import Data, TorchLearner
 from p2pfm.runtime.engine import Engine
 from p2pfm.runtime.keys import Keys
-from p2pfm.runtime.node import Models, Node
+from p2pfm.runtime.node import Learners, Models, Node
 from p2pfm.runtime.text import load_text_codec
 from p2pfm.runtime.web3_ledger import Web3Ledger
+from p2pfm.types import compute_digest
 
 E = TypeVar("E", bound=Exception)
 
@@ -49,7 +53,7 @@ def run_node(config: NodeConfig, keys: Keys) -> None:
     models = Models(
         codec=partial(load_text_codec, backbone, config.network.adapter.num_virtual),
         engine=partial(_make_engine, config, backbone),
-        learner=partial(_make_learner, config, backbone, samples),
+        learners=partial(_make_learners, config, backbone, samples),
     )
     ledger = Web3Ledger(config.rpc, config.network.chain, keys.account_private_key)
     trio.run(_run_until_told, Node(config, keys, ledger, models))
@@ -95,16 +99,34 @@ def _make_engine(config: NodeConfig, backbone: str) -> Engine | None:
     return Engine(backbone, config.network.adapter, serving.versions_kept) if serving.enabled else None
 
 
-def _make_learner(
+def _make_learners(
     config: NodeConfig, backbone: str, samples: Sequence[Sample], probe: bytes, spendings: SpendingLog
-) -> Learner:
+) -> Learners:
     model, tokenizer = load_backbone(backbone, device=choose_device())
-    network, privacy = config.network, config.privacy
-    learner = TorchLearner(model, tokenizer, network, samples, parse_probe(probe, "the probe set"), spendings)
+    held_out: Sequence[Sample] = ()
+    if config.personal.enabled:
+        samples, held_out = split_samples(samples, config.personal.held_out)
+    learner = TorchLearner(model, tokenizer, config.network, samples, parse_probe(probe, "the probe set"), spendings)
+    own = _make_own(config, learner, tokenizer, samples, held_out) if config.personal.enabled else None
+    return Learners(_make_shared(config, learner, spendings), own)
+
+
+def _make_shared(config: NodeConfig, learner: TorchLearner, spendings: SpendingLog) -> Learner:
     if config.adversary:
         return FreeRider(learner, config.adversary)
-    if privacy.enabled:
+    if config.privacy.enabled:
         from p2pfm.lora.privacy import PrivateLearner  # opacus is an extra, and takes seconds to import
 
-        return PrivateLearner(learner, privacy, network.training, spendings, random.SystemRandom())
+        return PrivateLearner(learner, config.privacy, config.network.training, spendings, random.SystemRandom())
     return learner
+
+
+def _make_own(
+    config: NodeConfig, learner: TorchLearner, tokenizer: Any, samples: Sequence[Sample], held_out: Sequence[Sample]
+) -> Learner:
+    """On the same model: private steps need no noise, since what they give never leaves this node."""
+    training = msgspec.structs.replace(config.network.training, steps=config.personal.steps)
+    judge = {"own": encode_all(tokenizer, held_out, training.tokens_max)}
+    digest = compute_digest(b"p2pfm own batches" + encode_lines(samples))  # other batches than the shared steps'
+    data = Data(encode_all(tokenizer, samples, training.tokens_max), probe=judge, test=judge, digest=digest)
+    return learner.beside(data, training)

@@ -1,6 +1,6 @@
 """A node's private adapter: what its own data adds to the shared base, for itself alone.
 
-Knows tensors and a Learner on the node's own data; no peer, store or socket, so there is no way out of it. The private
+Knows tensors and a learner on the node's own data; no peer, store or socket, so there is no way out of it. The private
 adapter has the base's names and shapes; serving adds weight * private to the newest base, whatever the adapter's kind.
 It outlives the base that it was trained on: after each merge it goes on from (new base + private), as FedPer's and
 Ditto's personal parts do (Arivazhagan et al. 2019; Li et al. 2021), with nothing sent.
@@ -8,11 +8,12 @@ Ditto's personal parts do (Arivazhagan et al. 2019; Li et al. 2021), with nothin
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from p2pfm.errors import OperatorError, Reject, WorldError
-from p2pfm.learner import Learner
+from p2pfm.learner import Training
 from p2pfm.lora.delta import Shapes, add, decode_tensors, encode_tensors, zeros
 from p2pfm.lora.samples import Sample
 from p2pfm.types import Array, Round, Tensors, compute_digest
@@ -22,6 +23,22 @@ HELD_OUT_MAX = 64
 """Samples: a longer held-out part would cost more than the training that it judges."""
 FRACTION_BYTES = 6
 """Bytes of a digest read as a number in [0, 1)."""
+
+
+class Trainer(Protocol):
+    """What of a Learner this needs."""
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The adapter's tensor names and shapes."""
+        ...
+
+    def train(self, base: Tensors, round: Round) -> Training:
+        """Local steps from `base` on own data."""
+        ...
+
+    def evaluate(self, at: Tensors) -> float:
+        """Loss [nats/token] on what is held out of the own data."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +57,7 @@ def mix(base: Tensors, private: Tensors, weight: float) -> dict[str, Array]:
     return add(base, private, weight)
 
 
-def refine(learner: Learner, base: Tensors, private: Tensors, weight: float, round: Round) -> Refinement:
+def refine(learner: Trainer, base: Tensors, private: Tensors, weight: float, round: Round) -> Refinement:
     """Local steps from base + private, the base frozen; taken only if the own held-out loss says so.
 
     Kept is the best of three on the learner's test split: the refined adapter, the one before, none at all (zeros).
@@ -65,7 +82,8 @@ def refine(learner: Learner, base: Tensors, private: Tensors, weight: float, rou
 def split_samples(samples: Sequence[Sample], held_out: float) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
     """(for training, held out): about a part `held_out` of the prompts, at most HELD_OUT_MAX samples.
 
-    At least one prompt is on each side. A prompt's hash decides: all answers to it are on one side, and what was trained on stays so when data is added.
+    At least one prompt is on each side. A prompt's hash decides: all answers to it are on one side, and what was
+    trained on stays so when data is added.
 
     Raises:
         OperatorError: fewer than two different prompts.

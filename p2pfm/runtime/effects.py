@@ -115,7 +115,7 @@ class Effects:
         self._blob_bytes_max = self.dense_bytes + BLOB_HEADER_BYTES
         self._answers: dict[int, tuple[trio.Event, list[SyncReply]]] = {}
         # One model, one core: training, scoring and evaluation take turns. Merges are short and may not wait for them.
-        self._model_turns = trio.CapacityLimiter(1)
+        self.model_turns = trio.CapacityLimiter(1)
         self._downloads = trio.CapacityLimiter(FETCHES_MAX)
 
     async def carry_out(self, action: AnyAction) -> None:
@@ -225,7 +225,7 @@ class Effects:
                     return work.evaluate(self._learner, self._store, action)
 
         try:
-            self._emit(await trio.to_thread.run_sync(run, limiter=self._model_turns))
+            self._emit(await trio.to_thread.run_sync(run, limiter=self.model_turns))
         except FAILURES as error:
             self._note(action.round, f"{type(action).__name__} failed: {error}")
             log.warning("%s of round %d failed: %s", type(action).__name__, action.round, error)

@@ -27,6 +27,9 @@ from p2pfm.serving.sampling import choose_token
 from p2pfm.serving.session import validate_request
 from p2pfm.types import Array, Digest, Tensors
 
+PRIVATE_MAX = 2
+"""Private adapters kept: the newest, and the one before for a stream that was asked for just before the swap."""
+
 PREFILL_TOKENS = 128
 """Prompt tokens of one step: bounds how long a cancelled stream still works, and is part of what resumes repeat."""
 
@@ -44,6 +47,8 @@ class Engine:
 
     Adapter weights are swapped only between steps, under a lock, so no step and no stream ever mixes two versions. A
     stream keeps its version's tensors until it ends, even when the version is no longer offered.
+
+    Private adapters are held apart: they are in no list of versions, and `open` knows them only for a local asker.
     """
 
     def __init__(self, backbone: str, adapter: AdapterConfig, versions_max: int) -> None:
@@ -62,6 +67,7 @@ class Engine:
         self.shapes = dict(adapter_shapes(self.model))
         self._versions_max = versions_max
         self._versions: dict[Digest, Tensors] = {}  # oldest first
+        self._private: dict[Digest, Tensors] = {}  # oldest first
         self._active: Tensors | None = None
         self._model_lock = threading.Lock()  # held for a step
         self._versions_lock = threading.Lock()  # held for microseconds: the event loop may ask for versions
@@ -72,24 +78,36 @@ class Engine:
         Raises:
             Reject: not the names and shapes of this network's adapter.
         """
+        self._offer(self._versions, version, tensors, self._versions_max)
+
+    def add_private(self, version: Digest, tensors: Tensors) -> None:
+        """Offer `tensors` under this name to local askers alone; of the earlier ones PRIVATE_MAX - 1 stay. Raises as
+        `add_version`.
+        """
+        self._offer(self._private, version, tensors, PRIVATE_MAX)
+
+    def _offer(self, held: dict[Digest, Tensors], version: Digest, tensors: Tensors, held_max: int) -> None:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if shapes != self.shapes:
             raise Reject(
                 f"expected the {len(self.shapes)} tensors of this network's adapter, got other names or shapes"
             )
         with self._versions_lock:
-            self._versions.pop(version, None)
-            self._versions[version] = tensors
-            while len(self._versions) > self._versions_max:
-                del self._versions[next(iter(self._versions))]
+            held.pop(version, None)
+            held[version] = tensors
+            while len(held) > held_max:
+                del held[next(iter(held))]
 
     def versions(self) -> tuple[Digest, ...]:
         """What can be served now, newest first."""
         with self._versions_lock:
             return tuple(reversed(self._versions))
 
-    def open(self, request: GenerateRequest) -> "Stream":
+    def open(self, request: GenerateRequest, *, is_local: bool = False) -> "Stream":
         """A stream that goes on after `request.emitted`. Costs nothing until its first step.
+
+        Args:
+            is_local: this node's own client asks: private adapters exist for it, and for nobody else.
 
         Raises:
             UnknownVersion: the adapter version is not held.
@@ -98,6 +116,8 @@ class Engine:
         validate_request(request, self.vocabulary)
         with self._versions_lock:
             tensors = self._versions.get(request.version)
+            if tensors is None and is_local:
+                tensors = self._private.get(request.version)
         if tensors is None:
             raise UnknownVersion(f"expected an adapter version that is held here, got {request.version.hex()[:16]}")
         return Stream(self, request, tensors)

@@ -4,6 +4,8 @@ Knows no HTTP and no libp2p: other peers' replicas come through `ReplicaTranspor
 in `serving.session`; replicas keep nothing worth saving.
 """
 
+import secrets
+from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -14,11 +16,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from p2pfm.config import ServingConfig
 from p2pfm.errors import PeerUnreachable, Reject, WorldError
+from p2pfm.lora.personal import mix
 from p2pfm.messages import GenerateRequest, Presence, TokenChunk
 from p2pfm.runtime.engine import BrokenLogits, Engine, UnknownVersion
 from p2pfm.serving.routing import AdaptiveDeadline, ReplicaTable, choose
 from p2pfm.serving.session import BUSY, FAILED, INVALID, REFUSALS, UNKNOWN_VERSION, Session, Vocabulary
-from p2pfm.types import Digest, Millis, PeerId, Tensors, short
+from p2pfm.types import DIGEST_BYTES, Digest, Millis, PeerId, Tensors, short
 
 PRESENCE_TTL_MS = Millis(15_000)
 """Life of this node's record: three times the interval, so that two lost messages do not hide it."""
@@ -28,6 +31,10 @@ PRESENCE_INTERVAL_MS = Millis(5_000)
 
 VERSIONS_ANNOUNCED_MAX = 64
 """`Presence.versions` holds no more."""
+
+
+PRIVATE_NAMES_MAX = 64
+"""Names of private adapters remembered, so that no request for one is ever sent to a peer: an hour of merges."""
 
 
 class NoReplica(WorldError):
@@ -106,6 +113,10 @@ class Gateway:
         self._first = AdaptiveDeadline(patience.first_floor_ms, patience.first_ceiling_ms)
         self._next = AdaptiveDeadline(patience.next_floor_ms, patience.next_ceiling_ms)
         self._base: Digest | None = None
+        self._base_tensors: Tensors | None = None
+        self._private: tuple[Tensors, float] | None = None
+        self._private_names: deque[Digest] = deque(maxlen=PRIVATE_NAMES_MAX)  # newest last
+        self._mixing = trio.Lock()  # a base and a private adapter may come at once: the last mix is of the newest two
         self._num_sessions = 0
         self._sequence = 0
         # one step at a time, in the order of asking: sessions take turns at the one backbone
@@ -122,7 +133,26 @@ class Gateway:
         """
         if self._engine is not None:
             await trio.to_thread.run_sync(self._engine.add_version, version, tensors)
-        self._base = version
+        self._base, self._base_tensors = version, tensors
+        await self._mix()
+
+    async def adopt_private(self, private: Tensors, weight: float) -> None:
+        """From now on this node's own clients may ask for base + weight * private, on this base and those to come.
+
+        It is never announced, and `serve` knows nothing of it. Each mix gets a random name: a digest of its tensors
+        would let others check guesses.
+        """
+        self._private = private, weight
+        await self._mix()
+
+    async def _mix(self) -> None:
+        async with self._mixing:
+            if self._engine is None or self._base_tensors is None or self._private is None:
+                return
+            name = Digest(secrets.token_bytes(DIGEST_BYTES))
+            mixed = await trio.to_thread.run_sync(mix, self._base_tensors, *self._private)
+            self._engine.add_private(name, mixed)
+            self._private_names.append(name)
 
     def on_presence(self, author: PeerId, record: Presence) -> bool:
         """Another peer's signed record came by gossip. False: old, or no room. Raises: Reject, if it is not its own."""
@@ -146,6 +176,16 @@ class Gateway:
         return self._base
 
     @property
+    def base_tensors(self) -> Tensors | None:
+        """Its tensors."""
+        return self._base_tensors
+
+    @property
+    def private(self) -> Digest | None:
+        """What the newest private adapter on the newest base is called here; it means nothing to anyone else."""
+        return self._private_names[-1] if self._private_names else None
+
+    @property
     def num_sessions(self) -> int:
         """Streams that the local engine generates now."""
         return self._num_sessions
@@ -160,11 +200,16 @@ class Gateway:
     # --- the replica's side -------------------------------------------------------------------------------------------
 
     async def serve(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
-        """Continue a stream with the local engine: empty chunks while it reads, then one token each.
+        """Continue another peer's stream: empty chunks while the local engine reads, then one token each.
 
         Whoever iterates must close it (`aclosing`); then the work stops within a step. Ends in one chunk with a refusal
-        (`serving.session.REFUSALS`) if it cannot serve.
+        (`serving.session.REFUSALS`) if it cannot serve. A private adapter is refused as one that does not exist.
         """
+        async with aclosing(self._generate(request, is_local=False)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def _generate(self, request: GenerateRequest, *, is_local: bool) -> AsyncGenerator[TokenChunk, None]:
         position = len(request.emitted)
         if self._engine is None or self._num_sessions >= self._config.sessions_max:
             yield TokenChunk(position, (), BUSY)
@@ -172,7 +217,7 @@ class Gateway:
         self._num_sessions += 1
         self._metrics.sessions.set(self._num_sessions)
         try:
-            stream = self._engine.open(request)
+            stream = self._engine.open(request, is_local=is_local)
             while (chunk := await trio.to_thread.run_sync(stream.step, limiter=self._turns)) is not None:
                 position = chunk.position + len(chunk.tokens)
                 self._metrics.generated.inc(len(chunk.tokens))
@@ -225,6 +270,8 @@ class Gateway:
                 num_replaced += 1
 
     def _choose(self, session: Session, tried: dict[PeerId, str]) -> PeerId | None:
+        if session.version in self._private_names:  # whatever others announce: its prompts go nowhere else
+            return None if self.local in tried else self.local
         now_ms = self._now_ms()
         self.table.on_presence(self.local, self.presence(), now_ms)
         candidates = choose(
@@ -235,6 +282,8 @@ class Gateway:
     def _check_hope(self, session: Session, tried: dict[PeerId, str], idle_s: float) -> None:
         """Raise unless it makes sense to wait for a replica."""
         name = session.version.hex()[:16]
+        if session.version in self._private_names and tried.get(self.local) == UNKNOWN_VERSION:
+            raise NoReplica("this private adapter was replaced by newer ones before its stream began; ask again")
         if not tried and not session.emitted:
             raise NoReplica(
                 f"expected a replica of version {name}, none is known here; /v1/models lists what is served"
@@ -255,7 +304,7 @@ class Gateway:
         """
         request = session.resume_request()
         is_local = peer == self.local
-        source = self.serve(request) if is_local else self._transport.generate(peer, request)
+        source = self._generate(request, is_local=True) if is_local else self._transport.generate(peer, request)
         started = trio.current_time()
         is_first = True
         num_empty_left = len(request.prompt) + len(request.emitted) + 1

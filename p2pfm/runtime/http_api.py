@@ -119,15 +119,21 @@ class HttpApi:
     # --- what is served -----------------------------------------------------------------------------------------------
 
     def model_names(self) -> dict[str, Digest]:
-        """Names that a request may give: the newest base first, then each version by its digest's beginning."""
+        """Names that a request may give: the newest base, this node's private adapter on it, then each version by its
+        digest's beginning.
+        """
         versions, base = self._gateway.versions(), self._gateway.base
         newest = {f"{self._model}+base": base} if base is not None and base in versions else {}
+        private = self._gateway.private
+        if private is not None:
+            newest[f"{self._model}+private"] = private
         # Of two versions that begin alike (someone made them so) the first is meant: our own stand first.
         pinned = {f"{self._model}+base@{version.hex()[:16]}": version for version in reversed(versions)}
         return {**newest, **dict(reversed(pinned.items()))}
 
     def resolve_model(self, name: str) -> Digest:
-        """The adapter version that `name` means: `BACKBONE+base`, or `BACKBONE+base@DIGEST` (8 or more hex digits).
+        """The adapter version that `name` means: `BACKBONE+base`, `BACKBONE+base@DIGEST` (8 or more hex digits), or
+        `BACKBONE+private`, which only this node serves, and only here.
 
         Raises:
             ApiError: 404, says which models exist.
@@ -136,6 +142,8 @@ class HttpApi:
         newest, prefix = f"{self._model}+base", name.removeprefix(f"{self._model}+base@").lower()
         if name == newest and self._gateway.base in versions and self._gateway.base is not None:
             return self._gateway.base
+        if name == f"{self._model}+private" and self._gateway.private is not None:
+            return self._gateway.private
         found = [version for version in versions if version.hex().startswith(prefix)]
         if name.startswith(f"{newest}@") and len(prefix) >= 8 and len(found) == 1:
             return found[0]

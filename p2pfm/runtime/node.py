@@ -28,7 +28,7 @@ from p2pfm.messages import (
     decode_request,
     encode,
 )
-from p2pfm.protocol.events import AnyAction, AnyEvent, Durable, Evaluate, PeersChanged, SyncAsked, Tick
+from p2pfm.protocol.events import AnyAction, AnyEvent, Durable, Evaluate, PeersChanged, SyncAsked, Tick, Trained
 from p2pfm.protocol.peer import Peer, initial_durable
 from p2pfm.runtime import exchange
 from p2pfm.runtime.door import Door
@@ -40,6 +40,7 @@ from p2pfm.runtime.gateway import PRESENCE_INTERVAL_MS, Gateway
 from p2pfm.runtime.http_api import HttpApi, serve_http
 from p2pfm.runtime.keys import Keys
 from p2pfm.runtime.libp2p_transport import Libp2pTransport, Send
+from p2pfm.runtime.personal import Personal
 from p2pfm.runtime.replica_streams import ReplicaStreams, answer_generate
 from p2pfm.runtime.settler import Settler
 from p2pfm.runtime.status import NodeMetrics, RoundFigures, make_status
@@ -69,12 +70,20 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
+class Learners:
+    """On one model: what the network asks for, and, where personalisation is on, this node's own data."""
+
+    shared: Learner
+    own: Learner | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Models:
     """How a node gets its models; blocking functions, called in a thread."""
 
     codec: Callable[[], TextCodec]
     engine: Callable[[], Engine | None]
-    learner: Callable[[bytes, SpendingLog], Learner]
+    learners: Callable[[bytes, SpendingLog], Learners]
     """Takes the probe set's bytes, and where training is accounted for."""
 
 
@@ -92,6 +101,7 @@ class Node:
         self.network_id = config.network.network_id()
         self.registry = CollectorRegistry()
         self.peer: Peer | None = None
+        self.personal: Personal | None = None
         self.stage = "starting"
         """What a person waits for: starting, loading, running."""
         self._ledger = ledger
@@ -147,7 +157,8 @@ class Node:
                 self.find_public,
             )
             await nursery.start(serve_http, api.app(), self.config.http.host, self.config.http.port)
-            learner = await self._load_learner()
+            learners = await self._load_learners()
+            learner = learners.shared
             self.effects = Effects(
                 self.config.network,
                 self.keys,
@@ -161,6 +172,11 @@ class Node:
                 self._emit,
             )
             await self._restore(learner)
+            if learners.own is not None:
+                home, turns = Path(self.config.home), self.effects.model_turns
+                self.personal = Personal(self.config.personal, home, learners.own, learner, self.gateway, turns)
+                await self.personal.restore()
+                nursery.start_soon(self.personal.run)
             self.stage = "running"
             for task in (
                 self.settler.run,
@@ -221,13 +237,13 @@ class Node:
             ) from error
         log.info("registered as member %d with a stake of %d PFM", index, self.config.stake_pfm)
 
-    async def _load_learner(self) -> Learner:
+    async def _load_learners(self) -> Learners:
         probe = await self._get_probe()
-        learner = await trio.to_thread.run_sync(self._models.learner, probe, self._store)
+        learners = await trio.to_thread.run_sync(self._models.learners, probe, self._store)
         if self.config.privacy.enabled:
             self.figures.epsilon = await trio.to_thread.run_sync(self._compute_epsilon)
         self._probe = await trio.to_thread.run_sync(self._store.put, probe)
-        return learner
+        return learners
 
     def _compute_epsilon(self) -> float | None:
         """What was spent before this run."""
@@ -330,6 +346,8 @@ class Node:
             self.figures.on_event(self.peer.round, event, self.transport.counters)
             for action in actions:
                 await self.effects.carry_out(action)
+            if isinstance(event, Trained) and self.personal is not None:
+                self.personal.on_trained(event.round)
             self._wake.set()
 
     def _log_event(self, now: Millis, event: AnyEvent, actions: list[AnyAction]) -> None:

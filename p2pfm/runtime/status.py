@@ -108,6 +108,8 @@ def make_status(node: "Node", now_ms: Millis) -> dict[str, Any]:
             "delta": privacy.delta,
             "epsilon_max": privacy.epsilon_max or None,
         }
+    if node.personal is not None:
+        status["personal"] = {"round": node.personal.round, "losses_nats": node.personal.losses}
     if node.peer is not None:
         status["protocol"] = _protocol_status(node)
         status["serving"] = {
