@@ -65,12 +65,14 @@ node_app = typer.Typer(no_args_is_help=True, help="Run a peer, and look at it.")
 testnet_app = typer.Typer(no_args_is_help=True, help="A local Ethereum testnet with the contracts on it.")
 localnet_app = typer.Typer(no_args_is_help=True, help="Several peers on this machine.")
 models_app = typer.Typer(no_args_is_help=True, help="Backbone models.")
+adapter_app = typer.Typer(no_args_is_help=True, help="What the network has trained, for other tools.")
 rewards_app = typer.Typer(no_args_is_help=True, help="What the chain paid, to whom, and whether it was right.")
 for name, group in (
     ("node", node_app),
     ("testnet", testnet_app),
     ("localnet", localnet_app),
     ("models", models_app),
+    ("adapter", adapter_app),
     ("rewards", rewards_app),
 ):
     app.add_typer(group, name=name)
@@ -371,6 +373,30 @@ def _get_chain(chain: str) -> Literal["embedded", "anvil"]:
     if chain not in ("embedded", "anvil"):
         raise OperatorError(f"chain: expected embedded or anvil, got {chain!r}")
     return "anvil" if chain == "anvil" else "embedded"
+
+
+# --- adapter ---
+
+
+@adapter_app.command("export")
+def adapter_export(
+    config_file: ConfigFile,
+    folder: Annotated[Path, typer.Argument(help="Where the checkpoint goes; an older one there is replaced.")],
+    as_json: Json = False,
+) -> None:
+    """Write a node's newest base as a peft checkpoint, for `PeftModel.from_pretrained(backbone, FOLDER)`.
+
+    The node may be running or stopped. Example: `p2pfm adapter export --config alice/node.toml alice-adapter`
+    """
+    from nodes.adapters import export_base
+    from nodes.homes import read_config
+
+    base = export_base(read_config(config_file), folder)
+    if as_json:
+        _print_json({"folder": str(folder), "base": base.digest.hex(), "round": base.round})
+    else:
+        when = "from before the first round" if base.round is None else f"of round {base.round}"
+        out.print(f"{folder}: base {base.digest.hex()[:16]} {when}", highlight=False, soft_wrap=True)
 
 
 # --- rewards ---

@@ -18,6 +18,8 @@ from libp2p.peer.id import ID
 from nodes.homes import CONFIG_NAME
 from nodes.localnet import PRESETS, Localnet, LocalNode, localnet
 from nodes.rewards import read_rewards, verify_rewards
+from p2pfm.lora.checkpoint import import_checkpoint
+from p2pfm.lora.delta import encode_tensors
 from p2pfm.messages import Attestation, Envelope, Presence, encode, signed_bytes
 from p2pfm.runtime.libp2p_transport import Libp2pTransport
 from p2pfm.settlement.ledger import SettledRound
@@ -132,6 +134,18 @@ def test_rewards_commands_read_the_chain(net: Localnet) -> None:
     assert run_cli("rewards", "plot", "--config", config, "--out", str(picture)).returncode == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert run_cli("rewards", "claim", "--config", config).returncode == 0
+
+
+def test_a_running_nodes_base_is_exported_for_plain_peft(net: Localnet, tmp_path: Path) -> None:
+    wait_for_round(net, 0, net.nodes)
+    config = str(net.nodes[2].home / CONFIG_NAME)
+    done = run_cli("adapter", "export", "--config", config, str(tmp_path / "out"), "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    data = fetch(net)(Digest(bytes.fromhex(told["base"])))
+    assert data is not None, "it is the base that another node holds too"
+    assert encode_tensors(import_checkpoint(tmp_path / "out").tensors) == data
+    assert told["round"] >= 0
 
 
 def test_chat_answers_through_any_node(net: Localnet) -> None:
