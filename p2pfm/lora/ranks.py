@@ -13,7 +13,7 @@ The stacking is FLoRA's (Wang et al. 2024), the truncation FlexLoRA's (Bai et al
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +25,14 @@ Matrix = NDArray[np.floating]
 
 ZERO_SHARE = 1e-6
 """A singular value below this part of the largest is rounding of float32 factors (their unit is 6e-8): no direction."""
+
+
+NESTED: Mapping[str, Callable[[int], tuple[slice, slice]]] = {
+    "lora_A": lambda rank: (slice(rank), slice(None)),
+    "lora_B": lambda rank: (slice(None), slice(rank)),
+    "lora_R": lambda rank: (slice(rank), slice(rank)),
+}
+"""The part of each factor that belongs to the first directions."""
 
 
 class Factors(NamedTuple):
@@ -170,6 +178,25 @@ def merge_adapters(base: Tensors, trained: Sequence[tuple[float, Tensors]], rank
         merged = compute_merge(own, parts, rank).factors
         made |= _name(module, own if is_still and own.a.shape[0] == rank else merged)
     return dict(sorted(made.items()))
+
+
+def compute_nested_masks(shapes: Mapping[str, tuple[int, ...]], rank: int) -> dict[str, Array]:
+    """1 where a peer of this rank trains, else 0: the first rows of A, columns of B, and rows and columns of R.
+
+    What it leaves alone stays in its model as the base has it, and is exactly 0 in its delta.
+
+    Raises:
+        ValueError: a negative rank, or a tensor without a rank (`ia3`, `prompt`).
+    """
+    if rank < 0:
+        raise ValueError(f"expected a rank of at least 0, got {rank}")
+    masks = {name: np.zeros(shape, np.float32) for name, shape in sorted(shapes.items())}
+    for name, mask in masks.items():
+        role = name.rsplit(".", 1)[-1]
+        if role not in NESTED:
+            raise ValueError(f"expected tensors with a rank, got {name}")
+        mask[NESTED[role](rank)] = 1.0
+    return masks
 
 
 def _scale(weight: float, factors: Factors) -> Factors:

@@ -6,7 +6,7 @@ Numbers agree with `TorchLearner`'s up to the order of float32 sums.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -118,31 +118,30 @@ class StackedModel:
 
         Batches must have equally many samples; `weights` has one number a sample.
         """
-        num_samples = len(batches[0])
-        assert all(len(batch) == num_samples for batch in batches), "batches of equal sizes"
-        self._bind(stack)
-        tokens, rows, columns, wanted = (
-            torch.from_numpy(part).to(self._device)
-            for part in collate([sample for batch in batches for sample in batch], self._pad)
-        )
-        logits = predict(self._backbone, tokens, rows, columns)
-        each = functional.cross_entropy(logits.float(), wanted, reduction="none")  # (num_completion,)
-        flat = torch.tensor([weight for part in weights for weight in part], dtype=each.dtype, device=self._device)
-        sums = torch.zeros(len(batches), dtype=each.dtype, device=self._device)
-        return sums.index_add(0, rows // num_samples, each * flat[rows])
+        logits, wanted, rows = self._predict(stack, batches)
+        each = functional.cross_entropy(logits, wanted, reduction="none")  # (num_completion,)
+        return self._sum(each, rows, weights)
 
     def train(
-        self, bases: Sequence[Tensors], data: Sequence[Sequence[Encoded]], config: TrainingConfig, draws: Sequence[Any]
+        self,
+        bases: Sequence[Tensors],
+        data: Sequence[Sequence[Encoded]],
+        config: TrainingConfig,
+        draws: Sequence[Any],
+        masks: Sequence[Tensors] | None = None,
     ) -> list[dict[str, Array]]:
         """Each adapter after `config.steps` AdamW steps from its base on its own data, as `TorchLearner.train`.
 
         Args:
             draws: what seeds each adapter's batches (`random.Random`'s argument).
+            masks: 1 where an adapter trains, 0 where it stays as it is (`ranks.compute_nested_masks`).
         """
         trained: list[dict[str, Array]] = []
         for start in range(0, len(bases), ADAPTERS_MAX):
             part = slice(start, start + ADAPTERS_MAX)
             stack = {name: values.requires_grad_() for name, values in self.stack(bases[part]).items()}
+            for name, mask in (self.stack(masks[part]) if masks else {}).items():
+                stack[name].register_hook(mask.mul)  # what a gradient becomes on its way to the optimizer
             optimizer = torch.optim.AdamW(list(stack.values()), lr=config.learning_rate, weight_decay=0.0)
             streams = [
                 draw_batches(samples, config.batch, config.steps, random.Random(draw))
@@ -158,17 +157,18 @@ class StackedModel:
 
     def evaluate(self, adapters: Sequence[Tensors], strata: Mapping[str, Sequence[Encoded]]) -> Array:
         """(num_adapters, num_strata) mean loss of each adapter on each stratum [nats/token]."""
-        losses = np.zeros((len(adapters), len(strata)), np.float64)
-        with torch.inference_mode():
-            for start in range(0, len(adapters), ADAPTERS_MAX):
-                part = slice(start, start + ADAPTERS_MAX)
-                stack = self.stack(adapters[part])
-                num_adapters = len(adapters[part])
-                for column, stratum in enumerate(strata.values()):
-                    for batch, weights in weigh([stratum]):
-                        sums = self.losses(stack, [batch] * num_adapters, [weights] * num_adapters)
-                        losses[part, column] += sums.cpu().numpy()
-        return losses.astype(np.float32)
+        return self._measure(adapters, strata, self.losses)
+
+    def accuracy(self, adapters: Sequence[Tensors], strata: Mapping[str, Sequence[Encoded]]) -> Array:
+        """(num_adapters, num_strata) share of completion tokens that are each adapter's first choice."""
+
+        def hits(
+            stack: Stack, batches: Sequence[Sequence[Encoded]], weights: Sequence[Sequence[float]]
+        ) -> torch.Tensor:
+            logits, wanted, rows = self._predict(stack, batches)
+            return self._sum((logits.argmax(dim=-1) == wanted).float(), rows, weights)
+
+        return self._measure(adapters, strata, hits)
 
     def gradient(self, at: Tensors, strata: Mapping[str, Sequence[Encoded]]) -> tuple[float, dict[str, Array]]:
         """Loss and gradient at one adapter; every stratum weighs the same [nats/token]."""
@@ -179,6 +179,40 @@ class StackedModel:
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
         return total, self.unstack({name: part.grad for name, part in stack.items() if part.grad is not None})[0]
+
+    def _measure(
+        self, adapters: Sequence[Tensors], strata: Mapping[str, Sequence[Encoded]], sums_of: Callable[..., torch.Tensor]
+    ) -> Array:
+        """(num_adapters, num_strata) of `sums_of`(stack, batches, weights), which is `losses` or like it."""
+        measured = np.zeros((len(adapters), len(strata)), np.float64)
+        with torch.inference_mode():
+            for start in range(0, len(adapters), ADAPTERS_MAX):
+                part = slice(start, start + ADAPTERS_MAX)
+                stack = self.stack(adapters[part])
+                num_adapters = len(adapters[part])
+                for column, stratum in enumerate(strata.values()):
+                    for batch, weights in weigh([stratum]):
+                        sums = sums_of(stack, [batch] * num_adapters, [weights] * num_adapters)
+                        measured[part, column] += sums.cpu().numpy()
+        return measured.astype(np.float32)
+
+    def _predict(
+        self, stack: Stack, batches: Sequence[Sequence[Encoded]]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits (num_completion, vocabulary), the tokens wanted there, and the sample that each belongs to."""
+        assert all(len(batch) == len(batches[0]) for batch in batches), "batches of equal sizes"
+        self._bind(stack)
+        tokens, rows, columns, wanted = (
+            torch.from_numpy(part).to(self._device)
+            for part in collate([sample for batch in batches for sample in batch], self._pad)
+        )
+        return predict(self._backbone, tokens, rows, columns).float(), wanted, rows
+
+    def _sum(self, each: torch.Tensor, rows: torch.Tensor, weights: Sequence[Sequence[float]]) -> torch.Tensor:
+        """(num_adapters,) weighted sums of a number for each completion token."""
+        flat = torch.tensor([weight for part in weights for weight in part], dtype=each.dtype, device=self._device)
+        sums = torch.zeros(len(weights), dtype=each.dtype, device=self._device)
+        return sums.index_add(0, rows // len(weights[0]), each * flat[rows])
 
     def _bind(self, stack: Stack) -> None:
         for name, module in self._modules.items():

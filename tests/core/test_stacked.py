@@ -13,6 +13,7 @@ from p2pfm.errors import OperatorError
 from p2pfm.lora.batches import encode_all
 from p2pfm.lora.delta import flatten, subtract
 from p2pfm.lora.layers import load_backbone
+from p2pfm.lora.ranks import compute_nested_masks
 from p2pfm.lora.samples import read_probe, read_samples
 from p2pfm.lora.stacked import StackedModel
 from p2pfm.lora.torch_learner import TorchLearner
@@ -75,3 +76,33 @@ def test_targets_that_the_backbone_lacks_are_an_operators_error():
     backbone, _ = load_backbone(TINY)
     with pytest.raises(OperatorError, match="no linear layers"):
         StackedModel(backbone, 0, msgspec.structs.replace(ADAPTER, targets=("query",)))
+
+
+def test_masked_parts_stay_exactly_and_the_rest_trains_as_before(world):
+    learners, stacked, data, _ = world
+    base = learners[0].initial()
+    masks = compute_nested_masks({name: part.shape for name, part in base.items()}, 2)
+    draws = [learner.draw_seed(Round(1)) for learner in learners[:2]]
+    ones = {name: np.ones_like(part) for name, part in base.items()}
+    free, nested, open_ = (
+        stacked.train([base] * 2, data[:2], TRAINING, draws, chosen) for chosen in (None, [masks] * 2, [ones] * 2)
+    )
+    for name, mask in masks.items():
+        assert not (nested[0][name] != base[name])[mask == 0].any()
+        assert (nested[0][name] != base[name])[mask == 1].any()
+        np.testing.assert_array_equal(open_[1][name], free[1][name])
+
+
+def test_accuracy_is_the_share_of_tokens_that_are_the_first_choice(world):
+    learners, stacked, _, strata = world
+    base = learners[0].initial()
+    found = stacked.accuracy([base], strata)[0]
+    for share, (topic, samples) in zip(found, strata.items(), strict=True):
+        # Alone, each sample's hits are a whole number.
+        num_hits = 0
+        for sample in samples:
+            hits = float(stacked.accuracy([base], {topic: [sample]})[0, 0]) * sample.num_completion
+            assert hits == pytest.approx(round(hits), abs=1e-3)
+            num_hits += round(hits)
+        assert share == pytest.approx(num_hits / sum(sample.num_completion for sample in samples), rel=1e-5)
+    assert 0 < found.mean() < 1

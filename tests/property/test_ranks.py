@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from p2pfm.lora.ranks import (
     Factors,
     compute_merge,
+    compute_nested_masks,
     compute_start,
     compute_sum,
     merge_adapters,
@@ -280,3 +281,30 @@ def test_a_merge_rejects_an_adapter_of_other_modules():
         merge_adapters(base, [(1.0, make_adapter(4, sizes={"x.q_proj": (12, 10)}))], 4)
     with pytest.raises(ValueError, match="expected"):
         merge_adapters(base, [(1.0, make_adapter(4, sizes={"x.q_proj": (12, 10), "x.v_proj": (7, 10)}))], 4)
+
+
+# --- nested ranks
+
+
+@given(st.integers(0, 7))
+def test_nested_ranks_train_the_first_directions_only(rank):
+    masks = compute_nested_masks({"x.lora_A": (5, 9), "x.lora_R": (5, 5), "x.lora_B": (8, 5)}, rank)
+    held = min(rank, 5)
+    assert [int(masks[f"x.lora_{side}"].sum()) for side in "ARB"] == [held * 9, held * held, 8 * held]
+    # Whatever moves under the masks moves dW within a product of that rank, as R does between frozen factors.
+    rng = np.random.default_rng(rank)
+    a, r, b = (rng.standard_normal(masks[f"x.lora_{side}"].shape) * masks[f"x.lora_{side}"] for side in "ARB")
+    assert np.linalg.matrix_rank(b @ r @ a) <= held
+    assert not a[held:].any()
+    assert not b[:, held:].any()
+
+
+@pytest.mark.parametrize("name", ["prompt_embeddings", "x.ia3_l", "x.lora_C"])
+def test_nested_ranks_reject_tensors_without_a_rank(name):
+    with pytest.raises(ValueError, match="with a rank"):
+        compute_nested_masks({"x.lora_A": (5, 9), name: (5, 5)}, 2)
+
+
+def test_nested_ranks_reject_a_negative_rank():
+    with pytest.raises(ValueError, match="at least 0"):
+        compute_nested_masks({"x.lora_A": (5, 9)}, -1)
