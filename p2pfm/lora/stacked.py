@@ -141,7 +141,7 @@ class StackedModel:
             part = slice(start, start + ADAPTERS_MAX)
             stack = {name: values.requires_grad_() for name, values in self.stack(bases[part]).items()}
             for name, mask in (self.stack(masks[part]) if masks else {}).items():
-                stack[name].register_hook(mask.mul)  # what a gradient becomes on its way to the optimizer
+                stack[name].register_hook(mask.mul)  # type: ignore[no-untyped-call]
             optimizer = torch.optim.AdamW(list(stack.values()), lr=config.learning_rate, weight_decay=0.0)
             streams = [
                 draw_batches(samples, config.batch, config.steps, random.Random(draw))
