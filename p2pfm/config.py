@@ -86,8 +86,8 @@ class ScoringConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     duplicate_overlap: float = 0.4
     """The same for the share of common positions, over chance; 1: never."""
     work_steps: int = 0
-    """The last local steps of a round, taken on a public batch that is drawn for the peer from the probe's "work" split:
-    an update that does not know its batch fails a proof of computation. 0: no such proof."""
+    """The last local steps of a round, taken on a public batch that is drawn for the peer from the probe's "work"
+    split: an update that does not know its batch fails the proof of computation. 0: no such proof."""
 
 
 class SettlementConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
