@@ -1,0 +1,39 @@
+"""Which of a round's updates are one piece of work: each counts once, for whoever announced it first.
+
+Knows how alike updates are (`similarity`) and in which order they came; no peer, stake or model.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from p2pfm.contribution.similarity import Sparse, compute_cosines, compute_overlaps
+
+
+class Limits(NamedTuple):
+    """Above either, two updates are one piece of work; 1 or more: never."""
+
+    cosine: float
+    overlap: float
+    """Of positions, over chance (`similarity.compute_overlaps`)."""
+
+
+def find_leaders(updates: Sequence[Sparse], size: int, limits: Limits) -> list[int]:
+    """For each update the one that it repeats: the earliest alike that repeats none itself; its own index if none.
+
+    Never by way of a third: whoever mixes two honest updates into one that is like both joins one of them, and does not
+    join them to each other. Zero updates are alike to nothing.
+
+    Args:
+        updates: in the order in which they were announced.
+
+    Raises:
+        ValueError: positions that are not sorted and distinct, or outside of the vector.
+    """
+    is_alike = compute_cosines(updates, size) > limits.cosine
+    if limits.overlap < 1:
+        is_alike |= compute_overlaps(updates, size) > limits.overlap
+    leaders: list[int] = []
+    for update in range(len(updates)):
+        earlier = (leader for leader in dict.fromkeys(leaders) if is_alike[update, leader])
+        leaders.append(min(earlier, default=update))
+    return leaders

@@ -1,0 +1,60 @@
+"""What updates repeat of earlier rounds': public work, for which nobody is paid twice.
+
+Knows sparse vectors and the loss's slope; no peer, round or model. Gains persist: on our task another's update of one
+to three rounds ago, announced again, earns 0.4 to 1.0 of what it earned its maker, and noise or mixing hides where it
+came from. So the part of an update that lies in the span of remembered ones (least squares) earns nothing.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from p2pfm.contribution.similarity import Matrix, Sparse, compute_cosines, compute_norms
+
+PARAMETERS_PER_VECTOR = 1024
+"""At most one remembered vector for so many parameters: by chance alone an update lies to m / num_parameters in the
+span of m vectors, and a thousandth may be lost."""
+
+SINGULAR = 1e-4
+"""Directions of less energy than this in the remembered unit vectors are noise of float32, and no directions."""
+
+
+def compute_repeated_gains(
+    updates: Sequence[Sparse],
+    earlier: Sequence[Sparse],
+    slope: NDArray[np.float64],
+    counts: NDArray[np.bool_],
+) -> list[float]:
+    """What each update gains by its part in the span of earlier ones [nats/token at weight 1]; 0 where nothing counts.
+
+    Args:
+        slope: (num_parameters,) gradient of the loss: a step v gains -v . slope.
+        counts: (num_updates, num_earlier) which earlier vectors count against which update.
+
+    Raises:
+        ValueError: positions that are not sorted and distinct, or outside of the vector.
+    """
+    if not earlier or not updates:
+        return [0.0] * len(updates)
+    cosines = compute_cosines([*earlier, *updates], slope.size)
+    num_earlier = len(earlier)
+    among, between = cosines[:num_earlier, :num_earlier], cosines[:num_earlier, num_earlier:]
+    norms = compute_norms(updates)
+    lengths = np.maximum(compute_norms(earlier), np.finfo(np.float64).tiny)
+    unit_gains = np.array([-_dot(slope, vector) for vector in earlier]) / lengths
+    solved: dict[bytes, Matrix] = {}
+    gains: list[float] = []
+    for update in range(len(updates)):
+        chosen = np.flatnonzero(counts[update])
+        key = chosen.tobytes()
+        if key not in solved:
+            # v's part in the span is sum_j c_j e_j with c = G^-1 b; its gain is g . c = (G^-1 g) . b.
+            inverse = np.linalg.pinv(among[np.ix_(chosen, chosen)], rcond=SINGULAR, hermitian=True)
+            solved[key] = inverse @ unit_gains[chosen]
+        gains.append(float(norms[update] * (solved[key] @ between[chosen, update])))
+    return gains
+
+
+def _dot(slope: NDArray[np.float64], vector: Sparse) -> float:
+    return float(np.sum(slope[vector.positions] * vector.values.astype(np.float64)))
