@@ -29,7 +29,7 @@ class FreeRider:
         """As the honest learner's."""
         return self._honest.initial()
 
-    def train(self, base: Tensors, round: Round) -> Training:
+    def train(self, base: Tensors, round: Round, work: int | None = None) -> Training:
         """No step at all; claims one token of work."""
         zero = {name: np.zeros(shape, np.float32) for name, shape in self.shapes().items()}
         delta = zero if self._kind == "zero" else subtract(base, self._last_base)
@@ -39,6 +39,10 @@ class FreeRider:
     def gradient(self, at: Tensors, seed: int) -> tuple[float, Tensors]:
         """Honest: a free rider on the committee wants its attestation to count."""
         return self._honest.gradient(at, seed)
+
+    def work_loss(self, at: Tensors, seed: int) -> float:
+        """Honest."""
+        return self._honest.work_loss(at, seed)
 
     def evaluate(self, at: Tensors) -> float:
         """Honest."""

@@ -67,8 +67,13 @@ class Learner(Protocol):
         """The adapter before round 0: the same bytes on every peer (seeded by the network)."""
         ...
 
-    def train(self, base: Tensors, round: Round) -> Training:
-        """Local steps from `base` on private data; deterministic in (data, base, round), unless it is noised."""
+    def train(self, base: Tensors, round: Round, work: int | None = None) -> Training:
+        """Local steps from `base` on private data; deterministic in (data, base, round), unless it is noised.
+
+        Args:
+            work: the last `scoring.work_steps` steps are taken on the public batch that this seed draws; None: on
+                private data, too.
+        """
         ...
 
     def gradient(self, at: Tensors, seed: int) -> tuple[float, Tensors]:
@@ -76,6 +81,10 @@ class Learner(Protocol):
 
         Every stratum weighs as the network declared, whatever number of tokens it has (ALGORITHMS, part 5).
         """
+        ...
+
+    def work_loss(self, at: Tensors, seed: int) -> float:
+        """Loss [nats/token] at `at` on the public batch that `seed` draws, the same one on every peer."""
         ...
 
     def evaluate(self, at: Tensors) -> float:

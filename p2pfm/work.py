@@ -8,18 +8,23 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from p2pfm.config import CompressionConfig, NetworkConfig
-from p2pfm.contribution.aumann_shapley import Player, compute_contributions
+from p2pfm.contribution.aumann_shapley import Diagonal, Player
+from p2pfm.contribution.duplicates import Limits, find_leaders
+from p2pfm.contribution.repeats import PARAMETERS_PER_VECTOR, compute_repeated_gains
 from p2pfm.contribution.rounding import to_contribution
+from p2pfm.contribution.similarity import Sparse
+from p2pfm.contribution.work_proof import check_work, draw_work
 from p2pfm.errors import Reject, WorldError
 from p2pfm.learner import Guarantee, Learner
 from p2pfm.lora.compress import Update, compress, decode_payload, feed_back
-from p2pfm.lora.delta import decode_tensors, encode_tensors, subtract
+from p2pfm.lora.delta import add, compute_layout, decode_tensors, encode_tensors, flatten, subtract
 from p2pfm.lora.merge import clip_factors, merge
 from p2pfm.lora.unlearn import MergedRound, MergedUpdate
 from p2pfm.messages import EPSILON_MICRO_MAX, MICRO, PICO, DeclaredPrivacy
-from p2pfm.protocol.events import Evaluate, Evaluated, Merge, Merged, Scored, ScoreUpdates, Train, Trained, Weighted
+from p2pfm.protocol.events import Evaluate, Evaluated, Merge, Merged, Scored, ScoreUpdates, Train, Trained
 from p2pfm.types import NANO, WEIGHT_ONE, Digest, PeerId, Round, Tensors
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -49,7 +54,9 @@ def train_update(learner: Learner, blobs: BlobStore, config: NetworkConfig, acti
     shapes = learner.shapes()
     base = decode_tensors(blobs.get(action.base), shapes)
     residual = None if action.residual is None else decode_tensors(blobs.get(action.residual), shapes)
-    training = learner.train(base, action.round)
+    is_proven = config.scoring.work_steps > 0
+    draw = draw_work(config.network_id(), action.round, action.maker) if is_proven else None
+    training = learner.train(base, action.round, draw)
     loss_nats = training.loss_nats
     if not math.isfinite(loss_nats or 0) or not all(np.isfinite(t).all() for t in training.delta.values()):
         raise WorldError("local training diverged (not a finite number): lower training.learning_rate")
@@ -72,28 +79,44 @@ def score_updates(
     """Aumann-Shapley contributions of the round's updates, in the order asked.
 
     Weights are p_i in parts of WEIGHT_ONE; updates are clipped to the median norm first. Both gradients are taken on
-    the same fresh sample, drawn from `seed`; what an update repeats of the last aggregate earns nothing. `salt`: 32
+    the same fresh sample, drawn from `seed`. Of updates that are alike only the first has a weight; what an update
+    repeats of the last aggregate or of earlier updates earns nothing (and is not excused where it harms). `salt`: 32
     fresh secret bytes for the commitment.
     """
     shapes = learner.shapes()
     base = decode_tensors(blobs.get(action.base), shapes)
-    updates = _updates(blobs, shapes, config, action.updates)
-    players = [
-        Player(update.positions, update.values, weighted.weight / WEIGHT_ONE * factor)
-        for update, weighted, factor in zip(updates, action.updates, clip_factors(updates), strict=True)
+    makers, updates = _read_updates(blobs, shapes, config, [item.payload for item in action.updates])
+    factors = clip_factors(updates)
+    vectors = [_to_sparse(update) for update in updates]
+    size = compute_layout(shapes).size
+    limits = Limits(config.scoring.duplicate_cosine, config.scoring.duplicate_overlap)
+    shares = [
+        weighted.weight / WEIGHT_ONE * factor if leader == index else 0.0
+        for index, (weighted, factor, leader) in enumerate(
+            zip(action.updates, factors, find_leaders(vectors, size, limits), strict=True)
+        )
     ]
-    values = compute_contributions(
-        lambda at: learner.gradient(at, seed)[1], base, players, repeated=_last_aggregate(blobs, shapes, base, action)
-    )
+    players = [Player(update.positions, update.values, share) for update, share in zip(updates, shares, strict=True)]
+    game = Diagonal(lambda at: learner.gradient(at, seed)[1], base, players)
+    slope = game.compute_slope()
+    values = game.earn(slope)
     if not all(math.isfinite(value) for value in values):
         raise WorldError("the probe's loss is no finite number at this base: its contributions cannot be measured")
-    return Scored(round=action.round, contributions=tuple(to_contribution(value) for value in values), salt=salt)
+    earlier, is_counted = _read_earlier(blobs, shapes, config, base, action, makers)
+    gains = compute_repeated_gains(vectors, earlier, slope, is_counted)
+    paid = [value - max(0.0, share * gain) for value, share, gain in zip(values, shares, gains, strict=True)]
+    proofs: tuple[bool, ...] = ()
+    if config.scoring.work_steps:
+        trained = (add(base, update.tensors(), factor) for update, factor in zip(updates, factors, strict=True))
+        draws = [draw_work(config.network_id(), action.round, maker) for maker in makers]
+        proofs = tuple(check_work(learner.work_loss, base, trained, draws, seed))
+    return Scored(action.round, tuple(to_contribution(value) for value in paid), salt, proofs)
 
 
 def merge_updates(blobs: BlobStore, shapes: Shapes, config: NetworkConfig, action: Merge) -> Merged:
     """The merged base, the same bytes on every machine and in every order of `action.updates`."""
     base = decode_tensors(blobs.get(action.base), shapes)
-    updates = _updates(blobs, shapes, config, action.updates)
+    _, updates = _read_updates(blobs, shapes, config, [item.payload for item in action.updates])
     weights = [weighted.weight for weighted in action.updates]
     merged = merge(base, list(zip(updates, weights, strict=True)))
     return Merged(request=action.request, new_base=blobs.put(encode_tensors(merged)))
@@ -113,8 +136,7 @@ def read_merged_round(
             f"round {round}: {len(missing)} of {len(action.updates)} payloads are not held here; fetch "
             f"{', '.join(missing)} from a peer that kept them"
         )
-    makers = [split_payload(blobs.get(item.payload))[0] for item in action.updates]
-    updates = _updates(blobs, shapes, config, action.updates)
+    makers, updates = _read_updates(blobs, shapes, config, [item.payload for item in action.updates])
     merged = (
         MergedUpdate(maker, update, item.weight)
         for maker, update, item in zip(makers, updates, action.updates, strict=True)
@@ -192,17 +214,43 @@ def _declare(guarantee: Guarantee) -> DeclaredPrivacy:
     )
 
 
-def _last_aggregate(blobs: BlobStore, shapes: Shapes, base: Tensors, action: ScoreUpdates) -> Tensors | None:
-    """What the last merge added; None before the first, or where this peer was away and never had the base before."""
-    if action.previous is None:
-        return None
-    try:
-        return subtract(base, decode_tensors(blobs.get(action.previous), shapes))
-    except KeyError:
-        return None
-
-
-def _updates(blobs: BlobStore, shapes: Shapes, config: NetworkConfig, weighted: Sequence[Weighted]) -> list[Update]:
+def _read_updates(
+    blobs: BlobStore, shapes: Shapes, config: NetworkConfig, payloads: Sequence[Digest]
+) -> tuple[list[PeerId], list[Update]]:
+    """(makers, updates) of payloads that are in the store."""
+    pairs = [split_payload(blobs.get(payload)) for payload in payloads]
     bytes_max = config.limits.payload_bytes_max
-    coded = [split_payload(blobs.get(item.payload))[1] for item in weighted]
-    return [decode_payload(data, shapes, config.compression, bytes_max) for data in coded]
+    updates = [decode_payload(coded, shapes, config.compression, bytes_max) for _, coded in pairs]
+    return [maker for maker, _ in pairs], updates
+
+
+def _read_earlier(
+    blobs: BlobStore,
+    shapes: Shapes,
+    config: NetworkConfig,
+    base: Tensors,
+    action: ScoreUpdates,
+    makers: Sequence[PeerId],
+) -> tuple[list[Sparse], NDArray[np.bool_]]:
+    """(vectors, (num_updates, num_vectors) which count against whose update): the last aggregate, then what is still
+    held of earlier updates, as many as the adapter's size allows."""
+    room = compute_layout(shapes).size // PARAMETERS_PER_VECTOR
+    held = [item for item in action.earlier if _is_held(blobs, item.payload)][:room]
+    earlier_makers, updates = _read_updates(blobs, shapes, config, [item.payload for item in held])
+    vectors = [_to_sparse(update) for update in updates]
+    is_counted = np.array(
+        [
+            [item.is_paid or maker != other for item, other in zip(held, earlier_makers, strict=True)]
+            for maker in makers
+        ],
+        np.bool_,
+    ).reshape(len(makers), len(held))
+    if action.previous is None or not _is_held(blobs, action.previous):
+        return vectors, is_counted  # the first round, or this peer was away and never had the base before
+    moved = flatten(subtract(base, decode_tensors(blobs.get(action.previous), shapes)))
+    positions = np.flatnonzero(moved)
+    return [Sparse(positions, moved[positions]), *vectors], np.insert(is_counted, 0, True, axis=1)
+
+
+def _to_sparse(update: Update) -> Sparse:
+    return Sparse(update.positions, update.values)

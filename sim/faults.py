@@ -9,12 +9,14 @@ noise         announces random values of its update's size                      
 liar          as an evaluator, reports the opposite of what it measured                      events
 equivocator   announces one update to one half of its peers and another to the rest          actions
 two_faced     as an evaluator, commits to one vector before one half and another before the rest  actions
+copycat       announces what the last peer's data give, as its own work                     learner
+skipper       trains as others do, but not on the public batch drawn for it                 learner
 silent        as a committee member, says nothing                                           actions
 withholder    announces its update and never serves it                                      actions
 late          as an evaluator, commits when the others' vectors are public                   actions
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, assert_never
 
 import msgspec
@@ -159,13 +161,17 @@ class Wrapped:
         """See Learner."""
         return self.inner.initial()
 
-    def train(self, base: Tensors, round: Round) -> Training:
+    def train(self, base: Tensors, round: Round, work: int | None = None) -> Training:
         """See Learner."""
-        return self.inner.train(base, round)
+        return self.inner.train(base, round, work)
 
     def gradient(self, at: Tensors, seed: int) -> tuple[float, Tensors]:
         """See Learner."""
         return self.inner.gradient(at, seed)
+
+    def work_loss(self, at: Tensors, seed: int) -> float:
+        """See Learner."""
+        return self.inner.work_loss(at, seed)
 
     def evaluate(self, at: Tensors) -> float:
         """See Learner."""
@@ -175,7 +181,7 @@ class Wrapped:
 class ZeroLearner(Wrapped):
     """A free rider: claims tokens, changes nothing."""
 
-    def train(self, base: Tensors, round: Round) -> Training:
+    def train(self, base: Tensors, round: Round, work: int | None = None) -> Training:
         """See Learner."""
         return Training(zeros(self.shapes()), 1_000, 0.0)
 
@@ -188,7 +194,7 @@ class ReplayLearner(Wrapped):
         self._last: Tensors | None = None
         self._moved: Tensors = zeros(self.shapes())
 
-    def train(self, base: Tensors, round: Round) -> Training:
+    def train(self, base: Tensors, round: Round, work: int | None = None) -> Training:
         """See Learner."""
         if self._last is not None:
             moved = subtract(base, self._last)
@@ -200,19 +206,27 @@ class ReplayLearner(Wrapped):
 class SignFlipLearner(Wrapped):
     """A saboteur: its honest update, backwards and larger."""
 
-    def train(self, base: Tensors, round: Round) -> Training:
+    def train(self, base: Tensors, round: Round, work: int | None = None) -> Training:
         """See Learner."""
-        honest = self.inner.train(base, round)
+        honest = self.inner.train(base, round, work)
         flipped = {name: SIGN_FLIP_SCALE * part for name, part in honest.delta.items()}
         return Training(flipped, honest.num_tokens, honest.loss_nats)
+
+
+class SkipperLearner(Wrapped):
+    """Works, but proves nothing."""
+
+    def train(self, base: Tensors, round: Round, work: int | None = None) -> Training:
+        """See Learner."""
+        return self.inner.train(base, round)
 
 
 class NoiseLearner(Wrapped):
     """Random values as large as its honest update's."""
 
-    def train(self, base: Tensors, round: Round) -> Training:
+    def train(self, base: Tensors, round: Round, work: int | None = None) -> Training:
         """See Learner."""
-        honest = self.inner.train(base, round)
+        honest = self.inner.train(base, round, work)
         rng = np.random.default_rng([round, 77])
         noise: dict[str, Array] = {
             name: rng.normal(0, float(np.std(part)) or 1e-3, part.shape).astype(np.float32)
@@ -221,8 +235,8 @@ class NoiseLearner(Wrapped):
         return Training(noise, honest.num_tokens, honest.loss_nats)
 
 
-def make_learner(kind: AdversaryKind | None, honest: Learner) -> Learner:
-    """The learner of a peer of this kind."""
+def make_learner(kind: AdversaryKind | None, honest: Learner, make_victim: Callable[[], Learner]) -> Learner:
+    """The learner of a peer of this kind: `honest` has its own data, the victim's learner has the last peer's."""
     match kind:
         case "zero":
             return ZeroLearner(honest)
@@ -232,6 +246,10 @@ def make_learner(kind: AdversaryKind | None, honest: Learner) -> Learner:
             return SignFlipLearner(honest)
         case "noise":
             return NoiseLearner(honest)
+        case "copycat":
+            return make_victim()
+        case "skipper":
+            return SkipperLearner(honest)
         case None | "liar" | "equivocator" | "two_faced" | "silent" | "withholder" | "late":
             return honest
         case _:
@@ -255,7 +273,7 @@ def make_filter(
             return Withholder()
         case "late":
             return LateCommitter()
-        case None | "zero" | "replay" | "sign_flip" | "noise":
+        case None | "zero" | "replay" | "sign_flip" | "noise" | "copycat" | "skipper":
             return Honest()
         case _:
             assert_never(kind)

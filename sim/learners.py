@@ -16,6 +16,9 @@ from p2pfm.types import Array, Round, Tensors
 
 Matrix = NDArray[np.float64]
 
+WORK_BATCH = 4
+"""Public samples in a proof of computation."""
+
 SHAPES = {"layer.lora_A": (4, 8), "layer.lora_B": (16, 2)}
 """Two small tensors, so that everything that depends on tensors' names and borders is exercised."""
 
@@ -35,6 +38,8 @@ class Problem:
     num_probe: int = 400
     """Probe samples a stratum, of which each evaluator draws a fresh part."""
     noise: float = 0.3
+    num_work: int = 64
+    """Public samples a stratum, which proofs of computation are drawn from."""
     shift: float = 0.3
     """How far strata differ: the spread of their parameters around the common ones."""
 
@@ -71,6 +76,17 @@ class Problem:
         inputs, targets = self._all_strata(self.num_probe, 4)
         return inputs.reshape(self.num_strata, -1, self.dim), targets.reshape(self.num_strata, -1)
 
+    @cached_property
+    def work(self) -> tuple[Matrix, Matrix]:
+        """The public samples for proofs of computation: inputs, targets."""
+        return self._all_strata(self.num_work, 7)
+
+    def draw_work(self, seed: int) -> tuple[Matrix, Matrix]:
+        """The WORK_BATCH public samples that a seed draws: inputs, targets."""
+        inputs, targets = self.work
+        rows = np.random.default_rng(seed).choice(len(targets), WORK_BATCH, replace=False)
+        return inputs[rows], targets[rows]
+
     def loss(self, at: Matrix) -> float:
         """Held-out loss at parameters (dim,)."""
         inputs, targets = self.test
@@ -99,13 +115,18 @@ class LinearLearner:
         steps: int = 20,
         learning_rate: float = 0.03,
         probe_samples: int = 60,
+        work_steps: int = 0,
     ) -> None:
-        """`index`: the peer's place in the world, which decides its stratum; three quarters of its data are of that."""
+        """`index`: the peer's place in the world, which decides its stratum; three quarters of its data are of that.
+
+        `work_steps`: of the steps, the last ones, taken on a public batch where one is asked for.
+        """
         self.problem = problem
         self._index = index
         self._steps = steps
         self._learning_rate = learning_rate
         self._probe_samples = probe_samples
+        self._work_steps = work_steps
         rng = np.random.default_rng([problem.seed, 5, index])
         home = index % problem.num_strata
         strata = np.where(rng.random(num_samples) < 0.75, home, rng.integers(0, problem.num_strata, num_samples))
@@ -121,17 +142,21 @@ class LinearLearner:
         """See Learner: zeros."""
         return zeros(SHAPES)
 
-    def train(self, base: Tensors, round: Round) -> Training:
+    def train(self, base: Tensors, round: Round, work: int | None = None) -> Training:
         """See Learner: gradient descent on random halves of the data."""
         start = flatten(base).astype(np.float64)
         rng = np.random.default_rng([self.problem.seed, 6, self._index, round])
         at, batch = start.copy(), max(1, len(self._targets) // 2)
         losses = []
-        for _ in range(self._steps):
+        public = [] if work is None else [self.problem.draw_work(work)] * self._work_steps
+        for step in range(self._steps):
             rows = rng.integers(0, len(self._targets), batch)
-            errors = self._inputs[rows] @ at - self._targets[rows]  # (batch,)
+            inputs, targets = self._inputs[rows], self._targets[rows]
+            if step >= self._steps - len(public):
+                inputs, targets = public[0]
+            errors = inputs @ at - targets  # (num_rows,)
             losses.append(float(np.mean(errors**2) / 2))
-            at -= self._learning_rate * (self._inputs[rows].T @ errors) / batch
+            at -= self._learning_rate * (inputs.T @ errors) / len(errors)
         delta = unflatten(at - start, compute_layout(SHAPES))
         return Training(delta, self._steps * batch, float(np.mean(losses)))
 
@@ -145,6 +170,11 @@ class LinearLearner:
         errors = chosen @ flatten(at).astype(np.float64) - targets[strata, rows].ravel()
         gradient = unflatten(chosen.T @ errors / len(errors), compute_layout(SHAPES))
         return float(np.mean(errors**2) / 2), gradient
+
+    def work_loss(self, at: Tensors, seed: int) -> float:
+        """See Learner."""
+        inputs, targets = self.problem.draw_work(seed)
+        return float(np.mean((inputs @ flatten(at).astype(np.float64) - targets) ** 2) / 2)
 
     def evaluate(self, at: Tensors) -> float:
         """See Learner."""

@@ -22,7 +22,18 @@ from p2pfm.types import Millis, compute_digest
 from sim.network import NetworkModel
 
 AdversaryKind = Literal[
-    "zero", "replay", "sign_flip", "noise", "liar", "equivocator", "two_faced", "silent", "withholder", "late"
+    "zero",
+    "replay",
+    "sign_flip",
+    "noise",
+    "copycat",
+    "skipper",
+    "liar",
+    "equivocator",
+    "two_faced",
+    "silent",
+    "withholder",
+    "late",
 ]
 """See `sim.faults`, which makes them."""
 
@@ -72,6 +83,8 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
         merge_ms=Millis(7_000),
     )
     committee_size: int = 9
+    work_steps: int = 0
+    """Proofs of computation: see `ScoringConfig`."""
     rounds_per_epoch: int = 1
     keep_logs: tuple[int, ...] = ()
     """Peers (by their number) whose event logs are kept, as a node keeps its own."""
@@ -108,6 +121,11 @@ def make_network(scenario: Scenario) -> NetworkConfig:
         chain=ChainConfig(chain_id=31337, federation="0x" + "fe" * 20, token="0x" + "70" * 20),
         compression=CompressionConfig(chunk=16, keep=8),
         phases=scenario.phases,
-        scoring=ScoringConfig(committee_size=min(scenario.committee_size, scenario.num_peers)),
+        scoring=ScoringConfig(
+            committee_size=min(scenario.committee_size, scenario.num_peers),
+            # Half of all positions are kept: which ones tells little.
+            duplicate_overlap=1.0,
+            work_steps=scenario.work_steps,
+        ),
         settlement=SettlementConfig(rounds_per_epoch=scenario.rounds_per_epoch, pool_per_epoch_pfm=100),
     )

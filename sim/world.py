@@ -135,7 +135,7 @@ class World:
         self._num_tokens = 0
         self._trace = sha256()
         self._round = Round(-1)
-        self.hosts = [self._make_host(index, make_honest(index)) for index in range(scenario.num_peers)]
+        self.hosts = [self._make_host(index, make_honest) for index in range(scenario.num_peers)]
         self._by_peer = {host.me: host for host in self.hosts}
         self.chain = Chain(
             scenario, self.config, self._signatures, lambda: self.schedule.now_ms, [host.me for host in self.hosts]
@@ -174,16 +174,16 @@ class World:
 
     # --- hosts
 
-    def _make_host(self, index: int, honest: Learner) -> Host:
+    def _make_host(self, index: int, make_honest: MakeLearner) -> Host:
         seed, kinds = self.scenario.seed, self.scenario.adversaries
         kind = kinds[index] if index < len(kinds) else None
-        disk = Disk(self._pool)
+        disk, honest = Disk(self._pool), make_honest(index)
         skew_ms = self.scenario.clock_skew_ms
         host = Host(
             index=index,
             me=PeerId(f"peer-{index:05d}"),
             kind=kind,
-            learner=make_learner(kind, honest),
+            learner=make_learner(kind, honest, lambda: make_honest(self.scenario.num_peers - 1)),
             filter=make_filter(kind, self.config, dict(honest.shapes()), disk),
             disk=disk,
             rng=Random(f"{seed} host {index}"),

@@ -80,6 +80,19 @@ class Diagonal:
             raise ValueError(f"expected a gradient of {expected}, got {sorted(answer)}, or other shapes")
         return flatten(answer)
 
+    def compute_slope(self, points: int = 2) -> NDArray[np.float64]:
+        """(num_parameters,) mean gradient along the diagonal, by `points` gradients.
+
+        Raises:
+            ValueError: another number of points, or a gradient of another adapter.
+        """
+        if points not in NODES:
+            raise ValueError(f"expected {sorted(NODES)} points, got {points}")
+        slope = np.zeros_like(self._flat)
+        for place, share in NODES[points]:
+            slope += share * self.gradient_at(place)
+        return slope
+
     def earn(self, slope: NDArray[np.float64]) -> list[float]:
         """-p_i D_i . slope of every player, in their order."""
         return [-player.weight * _dot(slope[player.positions], player.values) for player in self._players]
@@ -102,35 +115,15 @@ def compute_aumann_shapley(game: SmoothGame, points: int = 2) -> Estimate:
     return Estimate(tuple((shares @ slopes).tolist()), None, 0, points)
 
 
-def compute_contributions(
-    gradient: Gradient, base: Tensors, players: Sequence[Player], points: int = 2, repeated: Tensors | None = None
-) -> list[float]:
+def compute_contributions(gradient: Gradient, base: Tensors, players: Sequence[Player], points: int = 2) -> list[float]:
     """phi [nats/token] of every player, in their order; `points` gradients in all (1, 2 or 3). Not finite for a loss
     without a gradient there.
-
-    Args:
-        repeated: the last aggregate. What an update has of it (its projection, where positive) earns nothing: who
-            replays the aggregate would else draw two thirds of honest pay (ALGORITHMS, part 4). An update that points
-            against it is not excused for that part.
 
     Raises:
         ValueError: players or gradient of another adapter, or another number of points.
     """
-    if points not in NODES:
-        raise ValueError(f"expected {sorted(NODES)} points, got {points}")
     diagonal = Diagonal(gradient, base, players)
-    slope = np.zeros_like(flatten(base))
-    for place, share in NODES[points]:
-        slope += share * diagonal.gradient_at(place)
-    values = diagonal.earn(slope)
-    if repeated is None:
-        return values
-    old = flatten(repeated)
-    energy, gain = float(np.sum(old * old)), float(np.sum(slope * old))
-    if energy == 0:
-        return values
-    parts = [max(0.0, _dot(old[player.positions], player.values)) / energy for player in players]
-    return [value + player.weight * part * gain for value, player, part in zip(values, players, parts, strict=True)]
+    return diagonal.earn(diagonal.compute_slope(points))
 
 
 def flatten(tensors: Tensors) -> NDArray[np.float64]:

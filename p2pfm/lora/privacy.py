@@ -206,15 +206,15 @@ class PrivateLearner:
         """As the learner's."""
         return self._learner.initial()
 
-    def train(self, base: Tensors, round: Round) -> Training:
-        """A round of noised steps from `base`.
+    def train(self, base: Tensors, round: Round, work: int | None = None) -> Training:
+        """A round of noised steps from `base`; then, without noise, those on the public batch that `work` draws.
 
         Raises:
             BudgetSpent: the privacy budget allows no further round; nothing was trained.
             OperatorError: the weights are no longer finite.
         """
         guarantee = spend(self._config, self._log, self.round_cost)
-        delta = self._learner.train_by(self._take_steps, base, round)
+        delta = self._learner.train_by(self._take_steps, base, round, work)
         # What else training knows (its loss, the true number of tokens) is not noised: it stays here.
         samples = math.ceil(self.round_cost.sample_rate * self._learner.num_samples) * self._training.steps
         return Training(delta, samples * self._training.tokens_max, None, guarantee)
@@ -222,6 +222,10 @@ class PrivateLearner:
     def gradient(self, at: Tensors, seed: int) -> tuple[float, Tensors]:
         """As the learner's: the probe is public."""
         return self._learner.gradient(at, seed)
+
+    def work_loss(self, at: Tensors, seed: int) -> float:
+        """As the learner's: the work split is public."""
+        return self._learner.work_loss(at, seed)
 
     def evaluate(self, at: Tensors) -> float:
         """As the learner's: the test split is public."""

@@ -1,7 +1,8 @@
 """Text samples: a peer's private shard and the network's declared probe, as JSON lines.
 
 Knows no model and no tokenizer. A sample is {"topic", "prompt", "completion"}; a probe line also has
-"split": "probe" (what contributions are measured on) or "test" (held-out loss for reports).
+"split": "probe" (what contributions are measured on), "test" (held-out loss for reports) or "work" (what proofs of
+computation are trained on, apart from both).
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -28,7 +29,7 @@ class Sample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ProbeLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A line of a probe file."""
 
-    split: Literal["probe", "test"]
+    split: Literal["probe", "test", "work"]
     topic: str
     prompt: str
     completion: str
@@ -40,6 +41,7 @@ class Probe(msgspec.Struct, frozen=True):
     probe: Mapping[str, tuple[Sample, ...]]
     test: Mapping[str, tuple[Sample, ...]]
     digest: Digest
+    work: tuple[Sample, ...] = ()
 
 
 def parse_samples(data: bytes, where: str) -> tuple[Sample, ...]:
@@ -58,14 +60,18 @@ def parse_probe(data: bytes, where: str) -> Probe:
         OperatorError: empty, a bad line, or a topic without samples in one of the splits.
     """
     strata: dict[str, dict[str, list[Sample]]] = {"probe": {}, "test": {}}
+    work: list[Sample] = []
     for line in _parse_lines(data, where, msgspec.json.Decoder(ProbeLine).decode):
         sample = Sample(line.topic, line.prompt, line.completion)
-        strata[line.split].setdefault(line.topic, []).append(sample)
+        if line.split == "work":
+            work.append(sample)
+        else:
+            strata[line.split].setdefault(line.topic, []).append(sample)
     if set(strata["probe"]) != set(strata["test"]):
         odd = sorted(set(strata["probe"]) ^ set(strata["test"]))
         raise OperatorError(f'{where}: topics {odd} need lines with "split": "probe" and with "split": "test"')
     probe, test = ({topic: tuple(split[topic]) for topic in sorted(split)} for split in strata.values())
-    return Probe(probe, test, compute_digest(data))
+    return Probe(probe, test, compute_digest(data), tuple(work))
 
 
 def read_samples(path: Path) -> tuple[Sample, ...]:

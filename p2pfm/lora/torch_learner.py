@@ -6,6 +6,7 @@ tokens only, in nats per token.
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import msgspec
@@ -41,6 +42,8 @@ class Data(NamedTuple):
     test: Mapping[str, Sequence[Encoded]]
     digest: Digest
     """Of the private samples: batches are drawn by it."""
+    work: Sequence[Encoded] = ()
+    """Public samples for proofs of computation."""
 
 
 Steps = Callable[[PeftModel, Sequence[nn.Parameter], Sequence[Encoded], int], None]
@@ -65,7 +68,8 @@ class TorchLearner:
             spendings: gets a line for every round that `train` trains, since nothing bounds what that tells.
 
         Raises:
-            OperatorError: no sample fits `training.tokens_max`, or the targets do not fit the backbone.
+            OperatorError: no sample fits `training.tokens_max`, the targets do not fit the backbone, or the network
+                asks for a proof of computation and its probe has nothing to draw it from.
         """
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         if next(backbone.parameters()).device.type == "cpu":
@@ -77,7 +81,13 @@ class TorchLearner:
             {topic: encode_all(tokenizer, part, tokens_max) for topic, part in probe.probe.items()},
             {topic: encode_all(tokenizer, part, tokens_max) for topic, part in probe.test.items()},
             compute_digest(encode_lines(samples)),
+            encode_all(tokenizer, probe.work, tokens_max) if probe.work else (),
         )
+        if config.scoring.work_steps and not data.work:
+            raise OperatorError(
+                'network.scoring.work_steps asks for a proof of computation, and the probe has no lines with "split": '
+                '"work" that fit; set it to 0, or take the probe that the network declares'
+            )
         self._start(build_peft(backbone, config.adapter), ADAPTER, pad, config, data, spendings)
 
     @classmethod
@@ -116,7 +126,7 @@ class TorchLearner:
         self._parameters = get_parameters(model, adapter)
         self._shapes = adapter_shapes(model, adapter)
         self._initial = get_adapter_tensors(model, adapter)
-        self._samples, self._probe, self._test, self._data_digest = data
+        self._samples, self._probe, self._test, self._data_digest, self._work = data
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The adapter's tensor names and shapes."""
@@ -126,8 +136,8 @@ class TorchLearner:
         """The adapter before round 0: the same bytes on every peer."""
         return dict(self._initial)
 
-    def train(self, base: Tensors, round: Round) -> Training:
-        """`training.steps` AdamW steps from `base`, batches drawn by (data, round).
+    def train(self, base: Tensors, round: Round, work: int | None = None) -> Training:
+        """`training.steps` AdamW steps from `base`, batches drawn by (data, round), the last ones by `work`.
 
         Raises:
             OperatorError: the loss or the weights are no longer finite.
@@ -139,24 +149,25 @@ class TorchLearner:
         optimizer = torch.optim.AdamW(list(self._parameters.values()), lr=training.learning_rate, weight_decay=0.0)
         draw = random.Random(self.draw_seed(round))
         loss_sum, num_tokens = 0.0, 0
-        for batch in draw_batches(self._samples, training.batch, training.steps, draw):
-            completion = sum(sample.num_completion for sample in batch)
-            loss = self._summed_loss(batch) / completion
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            loss_sum += loss.item()
+        public = self._draw_work(work)
+        private = draw_batches(self._samples, training.batch, training.steps - len(public), draw)
+        for batch in chain(private, public):
+            loss_sum += self._step(optimizer, batch)
             num_tokens += sum(len(sample.tokens) for sample in batch)
         return Training(self._get_delta(base, round), num_tokens, loss_sum / training.steps)
 
-    def train_by(self, steps: Steps, base: Tensors, round: Round) -> dict[str, Array]:
-        """The delta of other steps than `train`'s, on the same model and samples.
+    def train_by(self, steps: Steps, base: Tensors, round: Round, work: int | None = None) -> dict[str, Array]:
+        """The delta of other steps than `train`'s, on the same model and samples; then those that `work` draws.
 
         Raises:
             OperatorError: the weights are no longer finite.
         """
         set_adapter_tensors(self._model, base, self._adapter)
-        steps(self._model, list(self._parameters.values()), self._samples, self._pad)
+        parameters = list(self._parameters.values())
+        steps(self._model, parameters, self._samples, self._pad)
+        optimizer = torch.optim.AdamW(parameters, lr=self._config.training.learning_rate, weight_decay=0.0)
+        for batch in self._draw_work(work):
+            self._step(optimizer, batch)
         return self._get_delta(base, round)
 
     @property
@@ -193,12 +204,34 @@ class TorchLearner:
         self._model.zero_grad(set_to_none=True)
         return total, gradient
 
+    def work_loss(self, at: Tensors, seed: int) -> float:
+        """See Learner."""
+        batch = self._draw_work(seed)[0]
+        set_adapter_tensors(self._model, at, self._adapter)
+        with torch.inference_mode():
+            return self._summed_loss(batch).item() / sum(sample.num_completion for sample in batch)
+
     def evaluate(self, at: Tensors) -> float:
         """The same stratified mean on the fixed test split [nats/token]."""
         set_adapter_tensors(self._model, at, self._adapter)
         with torch.inference_mode():
             parts = [self._summed_loss(batch, weights).item() for batch, weights in weigh(list(self._test.values()))]
         return sum(parts)
+
+    def _draw_work(self, seed: int | None) -> list[list[Encoded]]:
+        """The public batch that a seed draws, once for every step that is to be taken on it; none for None."""
+        if seed is None:
+            return []
+        size = min(self._config.training.batch, len(self._work))
+        return [random.Random(seed).sample(self._work, size)] * self._config.scoring.work_steps
+
+    def _step(self, optimizer: torch.optim.Optimizer, batch: Sequence[Encoded]) -> float:
+        """One optimizer step; the batch's loss before it [nats/token]."""
+        loss = self._summed_loss(batch) / sum(sample.num_completion for sample in batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        return loss.item()
 
     def _get_delta(self, base: Tensors, round: Round) -> dict[str, Array]:
         delta = subtract(get_adapter_tensors(self._model, self._adapter), base)

@@ -105,6 +105,8 @@ class Scored(Event, frozen=True, tag="scored"):
     round: Round
     contributions: tuple[Contribution, ...]
     salt: bytes
+    proofs: tuple[bool, ...] = ()
+    """Whether each update passed its proof of computation, in the same order; empty: none was asked for."""
 
 
 class Merged(Event, frozen=True, tag="merged"):
@@ -215,16 +217,28 @@ class Weighted(msgspec.Struct, frozen=True, array_like=True):
     weight: Weight
 
 
+class Remembered(msgspec.Struct, frozen=True, array_like=True):
+    """An update of an earlier round."""
+
+    payload: Digest
+    is_paid: bool
+    """Its round was certified with it. What it says counts against its own maker, too; else only against others."""
+
+
 class ScoreUpdates(Action, frozen=True, tag="score"):
     """Measure the contribution of every update to the round's game; answer: `Scored`.
 
-    What an update repeats of the last aggregate (`base` minus `previous`) earns nothing.
+    Of updates that are alike the first in `updates` counts. What an update repeats of the last aggregate (`base` minus
+    `previous`) or of `earlier` ones earns nothing.
     """
 
     round: Round
     base: Digest
     previous: Digest | None
     updates: tuple[Weighted, ...]
+    """In the order in which they were announced here."""
+    earlier: tuple[Remembered, ...] = ()
+    """The newest first."""
 
 
 class Merge(Action, frozen=True, tag="merge"):

@@ -55,6 +55,7 @@ from p2pfm.protocol.events import (
     Persist,
     Publish,
     Received,
+    Remembered,
     RosterChanged,
     Scored,
     ScoreUpdates,
@@ -74,12 +75,13 @@ from p2pfm.protocol.events import (
 from p2pfm.protocol.history import History
 from p2pfm.protocol.membership import compute_ranks, compute_shares, get_member, get_peer
 from p2pfm.protocol.phases import Phase, compute_position
+from p2pfm.protocol.proofs import Proofs
 from p2pfm.protocol.round_state import EarlyMessages, RoundState
 from p2pfm.protocol.updates import FETCH_TRIES_MAX
 from p2pfm.settlement.ledger import Roster, SettledRound
 from p2pfm.settlement.rewards import proposal_message
 from p2pfm.settlement.sampling import compute_quorum
-from p2pfm.types import Digest, MemberIndex, Millis, PeerId, Round, compute_digest
+from p2pfm.types import Contribution, Digest, MemberIndex, Millis, PeerId, Round, compute_digest
 
 SYNC_MS = 3_000
 """How often a peer asks another for what it lacks: three chances in the shortest usual phase."""
@@ -89,6 +91,10 @@ FETCH_RETRY_MS = 1_000
 
 BASE_BYTES_MAX = 1 << 30
 """No adapter's base is larger."""
+
+EARLIER_MAX = 256
+"""Updates of earlier rounds remembered, the newest first: what they say is public and is paid no second time. Two
+rounds of the largest network (of 10 peers: 25), and 3 seconds of an evaluator's time (bench/gaming.py)."""
 
 LOSSES_MAX = 64
 """Held-out losses remembered, for people."""
@@ -111,6 +117,9 @@ class Peer:
         """Held-out loss after each round [nano-nats/token], as evaluated here."""
         self.privacy: dict[PeerId, DeclaredPrivacy | None] = {}
         """What each member's newest announcement declared, for people."""
+        self.earlier: tuple[Remembered, ...] = self._get_certified()
+        """The newest first. After a restart those of the head alone: others remember more."""
+        self.proofs = Proofs()
         self.early = EarlyMessages()
         self._next_sync_ms = Millis(0)
         self._next_retry_ms = Millis(0)
@@ -183,6 +192,7 @@ class Peer:
         self.state = RoundState(round, Phase.TRAIN, saw_train=phase == Phase.TRAIN, roster=self.roster)
         members = {member.peer for member in self.roster.members} if self.roster else set()
         self.privacy = {peer: told for peer, told in self.privacy.items() if peer in members}
+        self.proofs.keep(members)
         actions.append(Note(round, "round begins" if phase == Phase.TRAIN else f"joins the round in {phase.name}"))
         if phase == Phase.TRAIN:
             actions += self._start_training()
@@ -192,9 +202,20 @@ class Peer:
 
     def _close_round(self) -> list[AnyAction]:
         state = self.state
+        # All payloads of a round are public now, also of one that was void and paid nobody.
+        paid = self._get_certified() if state.is_certified else ()
+        unpaid = sorted(state.updates.makers.keys() - {item.payload for item in paid})
+        new = (*paid, *(Remembered(payload, is_paid=False) for payload in unpaid))
+        known = {item.payload for item in new}
+        self.earlier = (*new, *(item for item in self.earlier if item.payload not in known))[:EARLIER_MAX]
         if state.round < 0 or state.is_certified:
             return []
         return [Note(state.round, f"round is void here: {state.failure or 'no certificate in time'}")]
+
+    def _get_certified(self) -> tuple[Remembered, ...]:
+        """The updates of the newest certified round."""
+        head = self.durable.head
+        return tuple(Remembered(update.payload, is_paid=True) for update in head.proposal.updates) if head else ()
 
     def _enter_phase(self) -> list[AnyAction]:
         match self.state.phase:
@@ -331,10 +352,10 @@ class Peer:
         if not makers:
             state.failure = "no update to score"
             return [Note(state.round, "no update to score")]
-        state.scored = tuple(sorted(makers))
+        state.scored = tuple(makers)
         updates = tuple(Weighted(digest, shares[makers[digest]]) for digest in state.scored)
         previous = self.durable.head.proposal.base if self.durable.head else None
-        return [ScoreUpdates(state.round, self.durable.base, previous, updates)]
+        return [ScoreUpdates(state.round, self.durable.base, previous, updates, self.earlier)]
 
     def _on_scored(self, event: Scored) -> list[AnyAction]:
         state, index = self.state, self._my_index()
@@ -344,8 +365,17 @@ class Peer:
             state.failure = "scoring took longer than SCORE"
             return [Note(state.round, "scoring took longer than SCORE: no vector from here")]
         assert len(event.contributions) == len(state.scored), "a driver answers what was asked"
-        scores = tuple(Score(p, c) for p, c in zip(state.scored, event.contributions, strict=True))
-        state.my_reveal = ScoreReveal(state.round, index, event.salt, scores)
+        makers = [state.updates.makers[payload] for payload in state.scored]
+        if event.proofs:
+            for maker, is_passed in zip(makers, event.proofs, strict=True):
+                self.proofs.add(maker, is_passed)
+        scores = [
+            Score(payload, contribution if self.proofs.is_trusted(maker) else Contribution(min(0, contribution)))
+            for payload, maker, contribution in zip(state.scored, makers, event.contributions, strict=True)
+        ]
+        state.my_reveal = ScoreReveal(
+            state.round, index, event.salt, tuple(sorted(scores, key=lambda score: score.payload))
+        )
         return [Publish(ScoreCommit(state.round, index, compute_commitment(state.my_reveal)))]
 
     # --- ATTEST

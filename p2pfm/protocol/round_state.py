@@ -27,6 +27,7 @@ class RoundState:
     updates: Updates = field(default_factory=Updates)
     is_training: bool = False
     scored: tuple[Digest, ...] = ()
+    """Payloads whose contributions were asked for, in that order."""
     my_reveal: ScoreReveal | None = None
     commitments: dict[MemberIndex, tuple[Digest, ...]] = field(default_factory=dict)
     late_commitments: dict[MemberIndex, tuple[Digest, ...]] = field(default_factory=dict)

@@ -20,7 +20,7 @@ class Updates:
     """One round's announcements and payloads."""
 
     announcements: dict[PeerId, Announcement] = field(default_factory=dict)
-    """Heard here while payloads were secret: these are scored."""
+    """Heard here while payloads were secret, in the order in which they came: these are scored."""
     late: dict[tuple[Digest, PeerId], Announcement] = field(default_factory=dict)
     """Heard after TRAIN, or as an author's second update. Not scored here, but needed where most of the committee heard
     it in time, or heard it first."""
@@ -58,10 +58,13 @@ class Updates:
         return found
 
     def scorable(self, base: Digest) -> dict[Digest, PeerId]:
-        """Payloads to score, with their makers: announced in time, once, by who made them, from this base, and here."""
+        """Payloads to score, with their makers: announced in time, once, by who made them, from this base, and here.
+
+        In the order in which they were announced: of duplicates the first is paid.
+        """
         return {
             announcement.payload: peer
-            for peer, announcement in sorted(self.announcements.items())
+            for peer, announcement in self.announcements.items()
             if announcement.base == base
             and peer not in self.equivocators
             and self.makers.get(announcement.payload) == peer

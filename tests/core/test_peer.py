@@ -6,6 +6,7 @@ from peer_bench import (
     BASE,
     CONFIG,
     NAMES,
+    NUM_PEERS,
     ROUND,
     SALT,
     Bench,
@@ -64,7 +65,7 @@ from p2pfm.protocol.events import (
     Train,
     Trained,
 )
-from p2pfm.protocol.peer import FETCH_RETRY_MS, FETCH_TRIES_MAX, Peer
+from p2pfm.protocol.peer import EARLIER_MAX, FETCH_RETRY_MS, FETCH_TRIES_MAX, Peer
 from p2pfm.protocol.phases import Phase
 from p2pfm.protocol.round_state import EARLY_MAX
 from p2pfm.settlement.ledger import SettledRound, Sums
@@ -287,8 +288,79 @@ def test_the_committee_scores_what_was_announced_in_time_and_came() -> None:
     bench.join()
     bench.exchange()
     ask = only(bench.go(Phase.SCORE), ScoreUpdates)
-    assert [update.payload for update in ask.updates] == sorted(payload_of(name) for name in NAMES)
+    assert {update.payload for update in ask.updates} == {payload_of(name) for name in NAMES}
     assert sum(update.weight for update in ask.updates) == 10**9
+
+
+def test_updates_are_scored_in_the_order_in_which_they_were_announced_and_revealed_in_that_of_digests() -> None:
+    bench = Bench()
+    bench.join()
+    order = sorted(range(4), key=lambda index: payload_of(NAMES[index]), reverse=True)
+    for index in order:
+        bench.hear(index, announcement_of(NAMES[index]))
+    bench.exchange()
+    ask = only(bench.go(Phase.SCORE), ScoreUpdates)
+    assert [update.payload for update in ask.updates] == [payload_of(NAMES[index]) for index in order]
+    bench.feed(Scored(Round(0), tuple(Contribution(10 * (index + 1)) for index in order), SALT))
+    (reveal,) = said(bench.go(Phase.REVEAL), ScoreReveal)
+    assert reveal == reveal_of(0)
+
+
+def test_updates_of_earlier_rounds_are_remembered_as_paid_or_not() -> None:
+    bench = Bench()
+    bench.join()
+    bench.run_to_attest()  # nobody proposes: the round is void
+    void = {payload_of(name) for name in NAMES}
+    bench.go(Phase.TRAIN, Round(1))
+    bench.exchange(Round(1))
+    earlier = only(bench.go(Phase.SCORE, Round(1)), ScoreUpdates).earlier
+    assert {item.payload for item in earlier if not item.is_paid} == void
+    assert len(earlier) == 4
+    proposal = msgspec.structs.replace(bench.draft(Round(1)), new_base=NEW_BASE)
+    bench.hear(1, certify(proposal))
+    bench.feed(Fetched(NEW_BASE))
+    bench.go(Phase.TRAIN, Round(2))
+    bench.exchange(Round(2))
+    earlier = only(bench.go(Phase.SCORE, Round(2)), ScoreUpdates).earlier
+    assert [item.payload for item in earlier if item.is_paid] == [update.payload for update in proposal.updates]
+    assert {item.payload for item in earlier if not item.is_paid} == void
+    assert len(earlier) == 8
+
+
+def test_no_more_than_a_bound_of_earlier_updates_is_remembered() -> None:
+    bench = Bench()
+    bench.join()
+    num_rounds = EARLIER_MAX // NUM_PEERS + 3
+    for number in range(num_rounds):
+        bench.go(Phase.TRAIN, Round(number))
+        for index, name in enumerate(NAMES):
+            bench.hear(index, announcement_of(name, Round(number)))
+        for fetch in every(bench.go(Phase.EXCHANGE, Round(number)), Fetch):
+            bench.feed(Fetched(fetch.digest, bench.peer.state.updates.by_payload()[fetch.digest].peer))
+    bench.go(Phase.TRAIN, Round(num_rounds))
+    remembered = {item.payload for item in bench.peer.earlier}
+    assert len(remembered) == EARLIER_MAX
+    assert payload_of(NAMES[0], Round(2)) not in remembered
+    assert payload_of(NAMES[0], Round(num_rounds - 1)) in remembered
+
+
+def test_who_fails_two_proofs_in_a_row_counts_as_worthless_until_one_is_passed() -> None:
+    bench = Bench()
+    bench.join()
+    failures: list[set[int]] = [set(), {1}, {1, 2}, {2}]
+    expected = [(10, 20, -30, 40), (10, 20, -30, 40), (10, 0, -30, 40), (10, 20, -30, 40)]
+    for number, (failing, values) in enumerate(zip(failures, expected, strict=True)):
+        round = Round(number)
+        bench.go(Phase.TRAIN, round)
+        bench.exchange(round)
+        ask = only(bench.go(Phase.SCORE, round), ScoreUpdates)
+        who = [maker_of(update.payload) for update in ask.updates]
+        assert None not in who
+        places = [NAMES.index(name) for name in who if name]
+        measured = tuple(Contribution((10, 20, -30, 40)[place]) for place in places)
+        bench.feed(Scored(round, measured, SALT, tuple(place not in failing for place in places)))
+        (reveal,) = said(bench.go(Phase.REVEAL, round), ScoreReveal)
+        assert reveal == reveal_of(0, round, values)
 
 
 def test_who_does_not_sit_on_the_committee_does_not_score() -> None:
