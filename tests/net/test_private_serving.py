@@ -5,6 +5,8 @@ from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from pathlib import Path
 
+import httpx
+import msgspec
 import numpy as np
 import openai
 import pytest
@@ -12,9 +14,13 @@ import torch
 import trio
 from libp2p.crypto.ed25519 import create_new_key_pair
 from prometheus_client import CollectorRegistry
-from serving_world import QUESTION, QUICK, TINY, V1, V2, Memory, World, make_adapter, make_engine, prompt_of, with_world
+from serving_world import QUESTION, TINY, V1, V2, Memory, World, make_adapter, make_engine, prompt_of, with_world
+from serving_world import QUICK as PATIENCE
+from test_node_crash import QUICK
 
 from nodes.corpus import read_topics
+from nodes.homes import CONFIG_NAME, write_config
+from nodes.localnet import localnet
 from p2pfm import work
 from p2pfm.config import (
     ChainConfig,
@@ -22,6 +28,7 @@ from p2pfm.config import (
     PersonalConfig,
     ServingConfig,
     TrainingConfig,
+    parse_node_config,
 )
 from p2pfm.lora.batches import encode_all
 from p2pfm.lora.delta import encode_tensors, zeros
@@ -75,7 +82,7 @@ def clock() -> Millis:
 
 def make_gateway(name: PeerId, engine: Engine | None, memory: Memory, vocabulary, sessions_max: int = 4) -> Gateway:
     config = ServingConfig(sessions_max=sessions_max)
-    made = Gateway(name, config, engine, vocabulary, memory, CollectorRegistry(), clock, QUICK)
+    made = Gateway(name, config, engine, vocabulary, memory, CollectorRegistry(), clock, PATIENCE)
     memory.gateways[name] = made
     return made
 
@@ -314,3 +321,27 @@ def test_a_file_that_cannot_be_read_is_told_and_made_anew(
         assert FILE_NAME in caplog.text
 
     trio.run(main)
+
+
+@pytest.mark.slow
+def test_a_node_process_refines_and_serves_it_round_after_round(tmp_path: Path) -> None:
+    with localnet(tmp_path / "net", ("honest",), QUICK, print) as net:
+        node = net.nodes[0]
+        net.kill(node)
+        path = node.home / CONFIG_NAME
+        config = parse_node_config(path.read_text())  # as it stands in the file: paths relative to it
+        write_config(path, msgspec.structs.replace(config, personal=PersonalConfig(enabled=True, steps=2)))
+        net.start(node)
+        net.wait_until_running(node)
+        personal = lambda: net.get_status(node).get("personal", {})  # noqa: E731
+        net.wait_until("the private adapter is refined", lambda: (personal().get("round") or 0) >= 2, 60)
+        losses = personal()["losses_nats"]
+        assert losses["own_mixed"] <= losses["own_base"]
+        file = node.home / FILE_NAME
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        client = openai.OpenAI(base_url=f"{node.url}/v1", api_key="none", max_retries=0, timeout=30)
+        answer = client.chat.completions.create(model="tiny+private", messages=QUESTION, max_tokens=8)
+        assert answer.model_extra["p2pfm"]["replica"] == node.peer
+        assert answer.model_extra["p2pfm"]["version"] not in net.get_status(node)["serving"]["versions"]
+        secret = compute_digest(file.read_bytes())
+        assert httpx.get(f"{node.url}/blobs/{secret.hex()}").status_code == 404
