@@ -127,7 +127,7 @@ def code_subsets(coder: Coder, blocks: Blocks, counts: Ints, known: "Taken | Non
     Raises:
         Reject: words that no Writer wrote.
     """
-    mask = np.zeros(blocks.num_places, np.uint8) if known is None else known.mask
+    mask = np.zeros(blocks.num_places, np.uint8) if known is None else known.mask.copy()
     heights = _bit_lengths(blocks.sizes - 1)
     # Open nodes, in the order of their places: aligned blocks of 2**height, of which the first `size` places exist
     # and `count` are taken.
