@@ -106,7 +106,8 @@ def _make_learners(
     held_out: Sequence[Sample] = ()
     if config.personal.enabled:
         samples, held_out = split_samples(samples, config.personal.held_out)
-    learner = TorchLearner(model, tokenizer, config.network, samples, parse_probe(probe, "the probe set"), spendings)
+    parsed = parse_probe(probe, "the probe set")
+    learner = TorchLearner(model, tokenizer, config.network, samples, parsed, spendings, config.rank)
     own = _make_own(config, learner, tokenizer, samples, held_out) if config.personal.enabled else None
     return Learners(_make_shared(config, learner, spendings), own)
 

@@ -29,7 +29,7 @@ class AdapterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ia3      a learned scale for each output of a target, or input of a feed-forward one (Liu et al. 2022).
     prompt   `prompt_tokens` learned embeddings before every text (Lester et al. 2021).
 
-    Learning rates differ: ia3 and prompt want ten times that of the others.
+    Learning rates differ (docs/LOG.md): ffa wants two to five times LoRA's, ia3 and prompt ten times.
     """
 
     kind: Literal["lora", "ffa", "fed_sb", "prompt", "ia3"] = "lora"
@@ -214,6 +214,9 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     serving: ServingConfig = ServingConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     personal: PersonalConfig = PersonalConfig()
+    rank: int = 0
+    """Directions of the adapter that this node trains, the first of the network's; 0: all. For little data, of which
+    a high rank learns the noise (docs/decisions/why-mixed-ranks-are-nested-in-the-round.md)."""
     stake_pfm: int = 100
     """What this node locks when it joins, in whole tokens."""
     auto_claim: bool = True
@@ -240,7 +243,18 @@ def parse_node_config(text: str) -> NodeConfig:
     if not 0 <= config.http.port < 65536:
         raise ConfigError(f"http.port: expected 0 to 65535, got {config.http.port}")
     _validate_personal(config)
+    _validate_rank(config)
     return config
+
+
+def _validate_rank(config: NodeConfig) -> None:
+    adapter = config.network.adapter
+    if not 0 <= config.rank <= adapter.rank:
+        raise ConfigError(f"rank: expected 0 (all) to network.adapter.rank, {adapter.rank}; got {config.rank}")
+    if config.rank and adapter.kind in ("ia3", "prompt"):
+        raise ConfigError(f"rank: adapters of kind {adapter.kind} have no rank; remove it")
+    if config.rank and config.privacy.enabled:
+        raise ConfigError("rank: privacy's noise falls on all directions; set rank to 0, or privacy.enabled to false")
 
 
 def _validate_personal(config: NodeConfig) -> None:

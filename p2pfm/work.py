@@ -20,6 +20,7 @@ from p2pfm.contribution.work_proof import check_work, draw_work
 from p2pfm.errors import Reject, WorldError
 from p2pfm.learner import Guarantee, Learner
 from p2pfm.lora.compress import Update, compress, decode_payload, feed_back
+from p2pfm.lora.cross_term import compute_cross_term_ratio, has_cross_term
 from p2pfm.lora.delta import add, compute_layout, decode_tensors, encode_tensors, flatten, subtract
 from p2pfm.lora.merge import clip_factors, merge
 from p2pfm.lora.unlearn import MergedRound, MergedUpdate
@@ -120,6 +121,16 @@ def merge_updates(blobs: BlobStore, shapes: Shapes, config: NetworkConfig, actio
     weights = [weighted.weight for weighted in action.updates]
     merged = merge(base, list(zip(updates, weights, strict=True)))
     return Merged(request=action.request, new_base=blobs.put(encode_tensors(merged)))
+
+
+def measure_cross_term(blobs: BlobStore, shapes: Shapes, config: NetworkConfig, action: Merge) -> float:
+    """How far this merge of factors is from a merge of products (`lora.cross_term`): for people only."""
+    if not has_cross_term(shapes):
+        return 0.0
+    base = decode_tensors(blobs.get(action.base), shapes)
+    _, updates = _read_updates(blobs, shapes, config, [item.payload for item in action.updates])
+    weights = [weighted.weight for weighted in action.updates]
+    return compute_cross_term_ratio(list(zip(updates, weights, strict=True)), base)
 
 
 def read_merged_round(

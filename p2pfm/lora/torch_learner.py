@@ -30,6 +30,7 @@ from p2pfm.lora.layers import (
     predict,
     set_adapter_tensors,
 )
+from p2pfm.lora.ranks import compute_nested_masks
 from p2pfm.lora.samples import Probe, Sample, encode_lines
 from p2pfm.types import Array, Digest, Round, Tensors, compute_digest
 
@@ -61,11 +62,13 @@ class TorchLearner:
         samples: Sequence[Sample],
         probe: Probe,
         spendings: SpendingLog | None = None,
+        rank: int = 0,
     ) -> None:
         """`backbone` (from `load_backbone`) is changed in place: it gets the adapter.
 
         Args:
             spendings: gets a line for every round that `train` trains, since nothing bounds what that tells.
+            rank: `NodeConfig.rank`; `train` moves only the first directions, the rest of a base stays in the model.
 
         Raises:
             OperatorError: no sample fits `training.tokens_max`, the targets do not fit the backbone, or the network
@@ -88,7 +91,7 @@ class TorchLearner:
                 'network.scoring.work_steps asks for a proof of computation, and the probe has no lines with "split": '
                 '"work" that fit; set it to 0, or take the probe that the network declares'
             )
-        self._start(build_peft(backbone, config.adapter), ADAPTER, pad, config, data, spendings)
+        self._start(build_peft(backbone, config.adapter), ADAPTER, pad, config, data, spendings, rank)
 
     @classmethod
     def on_peft(cls, model: PeftModel, adapter: str, pad: int, config: NetworkConfig, data: Data) -> "TorchLearner":
@@ -116,6 +119,7 @@ class TorchLearner:
         config: NetworkConfig,
         data: Data,
         spendings: SpendingLog | None,
+        rank: int = 0,
     ) -> None:
         self._spendings = spendings
         self._config = config
@@ -126,6 +130,8 @@ class TorchLearner:
         self._parameters = get_parameters(model, adapter)
         self._shapes = adapter_shapes(model, adapter)
         self._initial = get_adapter_tensors(model, adapter)
+        masks = compute_nested_masks(self._shapes, rank) if rank else {}
+        self._masks = {name: torch.from_numpy(mask).to(self._device) for name, mask in masks.items()}
         self._samples, self._probe, self._test, self._data_digest, self._work = data
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -230,6 +236,10 @@ class TorchLearner:
         loss = self._summed_loss(batch) / sum(sample.num_completion for sample in batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        for name, mask in self._masks.items():
+            gradient = self._parameters[name].grad
+            assert gradient is not None, "all of the adapter's parameters are in the loss"
+            gradient *= mask  # AdamW without weight decay takes no step where all gradients were 0
         optimizer.step()
         return loss.item()
 

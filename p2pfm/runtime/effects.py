@@ -7,6 +7,7 @@ import logging
 import secrets
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import assert_never
 
@@ -16,6 +17,7 @@ from p2pfm import work
 from p2pfm.config import NetworkConfig
 from p2pfm.errors import P2PFMError, PeerUnreachable, Reject, Unjudged, WorldError
 from p2pfm.learner import Learner
+from p2pfm.lora.cross_term import CROSS_TERM_MAX
 from p2pfm.lora.delta import decode_tensors
 from p2pfm.messages import Envelope, Message, Presence, Proposal, SyncReply, decode_reply, encode
 from p2pfm.protocol.events import (
@@ -234,8 +236,19 @@ class Effects:
         try:
             merged = await trio.to_thread.run_sync(work.merge_updates, self._store, self._shapes, self._config, action)
             self._emit(merged)
+            measure = partial(work.measure_cross_term, self._store, self._shapes, self._config, action)
+            ratio = await trio.to_thread.run_sync(measure)
         except FAILURES as error:
             log.warning("merge failed: %s", error)
+            return
+        if ratio > CROSS_TERM_MAX:
+            log.warning(
+                "merge: the cross term is %.0f%% of the step: averaging factors says little of averaging what they do; "
+                "lower network.training's steps or learning_rate, or take an exact adapter kind (ffa, fed_sb)",
+                100 * ratio,
+            )
+        elif ratio > 0:
+            log.info("merge: the cross term is %.1f%% of the step", 100 * ratio)
 
     async def _fetch(self, action: Fetch) -> None:
         """From disk, else from the providers; stored only when it is well-formed for its kind."""
