@@ -3,10 +3,12 @@
 Knows files, HTTP and the store; no key and no protocol.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
+from transformers.utils import logging as transformers_logging
 
 from nodes.models import resolve
 from p2pfm.config import NodeConfig
@@ -36,6 +38,8 @@ def export_base(config: NodeConfig, folder: Path) -> Base:
     if compute_digest(base.data) != base.digest:
         raise OperatorError(f"the base {base.digest.hex()[:10]} came damaged; run the command again")
     backbone = resolve(config.network.backbone)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    transformers_logging.disable_progress_bar()
     model = build_peft(load_backbone(backbone)[0], config.network.adapter)
     try:
         tensors = decode_tensors(base.data, adapter_shapes(model))

@@ -297,6 +297,7 @@ def up_testnet(
     peers: Annotated[int, typer.Option(min=1, max=10, help="Deal ChatterBot's topics to so many shards.")] = 3,
     model: Annotated[str, typer.Option(help="demo (SmolLM2) or tiny.")] = "demo",
     chain: Annotated[str, typer.Option(envvar="CHAIN", help="embedded or anvil.")] = "embedded",
+    adapter: Annotated[str, typer.Option(help="lora, ffa, fed_sb, ia3 or prompt.")] = "lora",
     starts_in: Annotated[int, typer.Option(min=1, help="Seconds until the first round.")] = 120,
 ) -> None:
     """Run a local Ethereum testnet with the contracts on it, and write down a network that lives on it.
@@ -308,7 +309,7 @@ def up_testnet(
     from nodes.localnet import create_network, get_preset
     from nodes.testnet import run_testnet
 
-    preset = replace(get_preset(model), startup_s=starts_in)
+    preset = replace(get_preset(model, adapter), startup_s=starts_in)
     shards = build_shards(peers, folder / "data", 0, frozenset())
     with run_testnet(port, _is_anvil(chain), folder / "chain.log") as testnet:
         network, _ = create_network(testnet, preset, shards.probe)
@@ -347,6 +348,7 @@ def endow_account(
 def localnet_up(
     peers: Annotated[int, typer.Option("--peers", "-n", min=1, max=10, help="How many peers.")] = 4,
     model: Annotated[str, typer.Option(help="demo (SmolLM2) or tiny.")] = "demo",
+    adapter: Annotated[str, typer.Option(help="lora, ffa, fed_sb, ia3 or prompt.")] = "lora",
     chain: Annotated[str, typer.Option(envvar="CHAIN", help="embedded or anvil.")] = "embedded",
     folder: Annotated[Path | None, typer.Option("--out", help="A new folder; else a temporary one.")] = None,
 ) -> None:
@@ -359,7 +361,7 @@ def localnet_up(
 
     home = folder or Path(tempfile.mkdtemp(prefix="p2pfm-localnet-"))
     honest: Role = "honest"
-    with localnet(home, (honest,) * peers, get_preset(model), out.print, chain=_get_chain(chain)) as net:
+    with localnet(home, (honest,) * peers, get_preset(model, adapter), out.print, chain=_get_chain(chain)) as net:
         for node in net.nodes:
             out.print(f"peer {node.index}: {node.url}  config {node.home / CONFIG_NAME}", soft_wrap=True)
         watch_localnet(net, out)

@@ -11,12 +11,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
 import httpx
+import msgspec
 
 from nodes.corpus import build_shards
 from nodes.homes import CONFIG_NAME, create_home, get_free_port, read_config
@@ -25,6 +26,7 @@ from nodes.testnet import Testnet, run_testnet
 from nodes.tied import start_tied, stop
 from p2pfm.config import (
     WEI_PER_PFM,
+    AdapterConfig,
     CompressionConfig,
     HttpConfig,
     NetworkConfig,
@@ -61,6 +63,7 @@ class Preset:
     phases: PhaseConfig
     startup_s: float
     """From writing the configurations to the first round: a fifth process needs this long on two cores."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
 
 
 PRESETS = {
@@ -98,11 +101,26 @@ PRESETS = {
 }
 
 
-def get_preset(name: str) -> Preset:
-    """The preset of this name. Raises: OperatorError."""
+ADAPTERS = {
+    "lora": (AdapterConfig(), 1.0),
+    "ffa": (AdapterConfig(kind="ffa"), 4.0),
+    "fed_sb": (AdapterConfig(kind="fed_sb", rank=32, alpha=64), 1.0),
+    "ia3": (AdapterConfig(kind="ia3", targets=("down_proj", "k_proj", "v_proj")), 10.0),
+    "prompt": (AdapterConfig(kind="prompt"), 10.0),
+}
+"""Adapter kinds for local networks, each with how many times LoRA's learning rate suits it (docs/LOG.md)."""
+
+
+def get_preset(name: str, adapter: str = "lora") -> Preset:
+    """The preset of this name, with this kind of adapter. Raises: OperatorError."""
     if name not in PRESETS:
         raise OperatorError(f"model: expected one of {', '.join(PRESETS)}, got {name!r}")
-    return PRESETS[name]
+    if adapter not in ADAPTERS:
+        raise OperatorError(f"adapter: expected one of {', '.join(ADAPTERS)}, got {adapter!r}")
+    preset = PRESETS[name]
+    config, factor = ADAPTERS[adapter]
+    training = msgspec.structs.replace(preset.training, learning_rate=preset.training.learning_rate * factor)
+    return replace(preset, adapter=config, training=training)
 
 
 Role = Literal["honest", "free rider", "corrupted"]
@@ -264,6 +282,7 @@ def create_network(testnet: Testnet, preset: Preset, probe: Path) -> tuple[Netwo
         backbone=preset.backbone,
         probe=sha256(probe.read_bytes()).hexdigest(),
         chain=contracts,
+        adapter=preset.adapter,
         training=preset.training,
         scoring=preset.scoring,
         compression=preset.compression,

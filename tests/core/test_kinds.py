@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from nodes.corpus import build_shards
+from nodes.localnet import ADAPTERS, get_preset
 from p2pfm import work
 from p2pfm.config import (
     AdapterConfig,
@@ -340,6 +341,24 @@ def test_impossible_adapters_are_refused_by_key(change, message, shards):
     validate_network(config)
     with pytest.raises(ConfigError, match=message):
         validate_network(msgspec.structs.replace(config, adapter=msgspec.structs.replace(config.adapter, **change)))
+
+
+@pytest.mark.parametrize("kind", sorted(ADAPTERS))
+def test_local_networks_offer_every_kind(kind, shards):
+    preset = get_preset("tiny", kind)
+    assert preset.adapter.kind == kind
+    validate_network(
+        msgspec.structs.replace(
+            make_config(read_probe(shards.probe), kind), adapter=preset.adapter, training=preset.training
+        )
+    )
+    assert adapter_shapes(build_peft(load_backbone(TINY, torch.float32)[0], preset.adapter))
+
+
+def test_a_local_network_of_an_unknown_kind_is_refused():
+    assert set(ADAPTERS) == set(CONFIGS)
+    with pytest.raises(OperatorError, match="adapter: expected one of"):
+        get_preset("tiny", "dora")
 
 
 def test_an_unknown_kind_is_no_adapter():
