@@ -4,8 +4,11 @@ kind          what it does                                                      
 ------------  ----------------------------------------------------------------------------  --------
 zero          announces an update that changes nothing                                      learner
 replay        announces the last round's movement of the base again                         learner
+noisy_replay  the same in disguise: with noise of a tenth of its size                       learner
 sign_flip     announces three times its update, backwards                                   learner
+boosted       announces ten times its update                                                learner
 noise         announces random values of its update's size                                  learner
+gaussian      announces random values ten times its update's size                           learner
 liar          as an evaluator, reports the opposite of what it measured                      events
 equivocator   announces one update to one half of its peers and another to the rest          actions
 two_faced     as an evaluator, commits to one vector before one half and another before the rest  actions
@@ -25,14 +28,20 @@ import numpy as np
 from p2pfm.config import NetworkConfig
 from p2pfm.learner import Learner, Training
 from p2pfm.lora.compress import compress
-from p2pfm.lora.delta import subtract, zeros
+from p2pfm.lora.delta import compute_layout, flatten, get_shapes, subtract, unflatten, zeros
 from p2pfm.messages import Announcement, Attestation, Proposal, ScoreCommit, ScoreReveal
 from p2pfm.protocol.events import AnyAction, AnyEvent, Publish, Scored, ScoreUpdates, Serve
-from p2pfm.types import Array, Contribution, Digest, Round, Tensors, compute_digest
+from p2pfm.types import Array, Digest, Round, Tensors, compute_digest
 from p2pfm.work import BlobStore, join_payload
+from sim import attacks
 from sim.scenarios import AdversaryKind
 
-SIGN_FLIP_SCALE = np.float32(-3)
+REPLAY_NOISE = 0.1
+"""Noise in a disguised replay, as a share of its norm: no exact repetition any more, and still the same direction."""
+BOOST = 10
+"""Honest peers that a boosted update outweighs in a plain mean."""
+GAUSSIAN_SCALE = 10.0
+"""Size of gaussian noise by an honest update's."""
 
 
 class Deed(NamedTuple):
@@ -60,8 +69,7 @@ class Liar(Honest):
     def hear(self, event: AnyEvent) -> AnyEvent | None:
         """See Honest."""
         if isinstance(event, Scored):
-            lies = tuple(Contribution(-value) for value in event.contributions)
-            return msgspec.structs.replace(event, contributions=lies)
+            return msgspec.structs.replace(event, contributions=attacks.lie(event.contributions))
         return event
 
 
@@ -187,10 +195,11 @@ class ZeroLearner(Wrapped):
 
 
 class ReplayLearner(Wrapped):
-    """A free rider: its update is how the base moved last time."""
+    """A free rider: its update is how the base moved last time, with `noise` of that share of its norm."""
 
-    def __init__(self, inner: Learner) -> None:
+    def __init__(self, inner: Learner, noise: float = 0.0) -> None:
         super().__init__(inner)
+        self._noise = noise
         self._last: Tensors | None = None
         self._moved: Tensors = zeros(self.shapes())
 
@@ -200,17 +209,23 @@ class ReplayLearner(Wrapped):
             moved = subtract(base, self._last)
             self._moved = moved if any(part.any() for part in moved.values()) else self._moved
         self._last = base
-        return Training(self._moved, 1_000, 0.0)
+        announced = _change(self._moved, lambda flat: attacks.add_noise(flat, _draw(round), self._noise))
+        return Training(announced, 1_000, 0.0)
 
 
-class SignFlipLearner(Wrapped):
-    """A saboteur: its honest update, backwards and larger."""
+class DistortingLearner(Wrapped):
+    """Trains as others do, and announces something else made of it."""
+
+    def __init__(self, inner: Learner, distort: Callable[[Array, np.random.Generator], Array]) -> None:
+        """`distort`: from the honest delta, flat, to the announced one."""
+        super().__init__(inner)
+        self._distort = distort
 
     def train(self, base: Tensors, round: Round, work: int | None = None) -> Training:
         """See Learner."""
         honest = self.inner.train(base, round, work)
-        flipped = {name: SIGN_FLIP_SCALE * part for name, part in honest.delta.items()}
-        return Training(flipped, honest.num_tokens, honest.loss_nats)
+        announced = _change(honest.delta, lambda flat: self._distort(flat, _draw(round)))
+        return Training(announced, honest.num_tokens, honest.loss_nats)
 
 
 class SkipperLearner(Wrapped):
@@ -221,20 +236,6 @@ class SkipperLearner(Wrapped):
         return self.inner.train(base, round)
 
 
-class NoiseLearner(Wrapped):
-    """Random values as large as its honest update's."""
-
-    def train(self, base: Tensors, round: Round, work: int | None = None) -> Training:
-        """See Learner."""
-        honest = self.inner.train(base, round, work)
-        rng = np.random.default_rng([round, 77])
-        noise: dict[str, Array] = {
-            name: rng.normal(0, float(np.std(part)) or 1e-3, part.shape).astype(np.float32)
-            for name, part in sorted(honest.delta.items())
-        }
-        return Training(noise, honest.num_tokens, honest.loss_nats)
-
-
 def make_learner(kind: AdversaryKind | None, honest: Learner, make_victim: Callable[[], Learner]) -> Learner:
     """The learner of a peer of this kind: `honest` has its own data, the victim's learner has the last peer's."""
     match kind:
@@ -242,10 +243,16 @@ def make_learner(kind: AdversaryKind | None, honest: Learner, make_victim: Calla
             return ZeroLearner(honest)
         case "replay":
             return ReplayLearner(honest)
+        case "noisy_replay":
+            return ReplayLearner(honest, REPLAY_NOISE)
         case "sign_flip":
-            return SignFlipLearner(honest)
+            return DistortingLearner(honest, lambda delta, rng: attacks.flip_sign(delta))
+        case "boosted":
+            return DistortingLearner(honest, lambda delta, rng: attacks.boost(delta, BOOST, 1))
         case "noise":
-            return NoiseLearner(honest)
+            return DistortingLearner(honest, attacks.draw_gaussian)
+        case "gaussian":
+            return DistortingLearner(honest, lambda delta, rng: attacks.draw_gaussian(delta, rng, GAUSSIAN_SCALE))
         case "copycat":
             return make_victim()
         case "skipper":
@@ -273,7 +280,17 @@ def make_filter(
             return Withholder()
         case "late":
             return LateCommitter()
-        case None | "zero" | "replay" | "sign_flip" | "noise" | "copycat" | "skipper":
+        case None | "zero" | "replay" | "noisy_replay" | "sign_flip" | "boosted" | "noise" | "gaussian":
+            return Honest()
+        case "copycat" | "skipper":
             return Honest()
         case _:
             assert_never(kind)
+
+
+def _change(delta: Tensors, change: Callable[[Array], Array]) -> Tensors:
+    return unflatten(change(flatten(delta)), compute_layout(get_shapes(delta)))
+
+
+def _draw(round: Round) -> np.random.Generator:
+    return np.random.default_rng([round, 77])

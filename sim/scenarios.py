@@ -24,8 +24,11 @@ from sim.network import NetworkModel
 AdversaryKind = Literal[
     "zero",
     "replay",
+    "noisy_replay",
     "sign_flip",
+    "boosted",
     "noise",
+    "gaussian",
     "copycat",
     "skipper",
     "liar",

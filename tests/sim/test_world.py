@@ -144,7 +144,7 @@ def test_an_epoch_of_several_rounds_is_paid_once() -> None:
     assert [settled.sums.reward_wei > 0 for settled in rounds] == [False, True, False, True]
 
 
-@pytest.mark.parametrize(("kind", "rounds_per_epoch"), [("zero", 1), ("noise", 5), ("replay", 1)])
+@pytest.mark.parametrize(("kind", "rounds_per_epoch"), [("zero", 1), ("noise", 5), ("replay", 1), ("noisy_replay", 1)])
 def test_free_riders_earn_next_to_nothing(kind: AdversaryKind, rounds_per_epoch: int) -> None:
     # Noise helps as often as it harms: an epoch of rounds is what tells it from work (ALGORITHMS, part 4).
     scenario = Scenario(seed=5, num_peers=12, num_rounds=5, rounds_per_epoch=rounds_per_epoch, adversaries=(kind, kind))
@@ -155,11 +155,20 @@ def test_free_riders_earn_next_to_nothing(kind: AdversaryKind, rounds_per_epoch:
     assert len(certified(world)) == 5
 
 
-def test_a_saboteur_earns_nothing_and_does_no_harm() -> None:
+@pytest.mark.parametrize("kind", ["sign_flip", "gaussian"])
+def test_a_saboteur_earns_nothing_and_does_no_harm(kind: AdversaryKind) -> None:
     honest = run(Scenario(seed=5, num_peers=12, num_rounds=4))
-    attacked = run(Scenario(seed=5, num_peers=12, num_rounds=4, adversaries=("sign_flip",) * 3))
+    attacked = run(Scenario(seed=5, num_peers=12, num_rounds=4, rounds_per_epoch=4, adversaries=(kind,) * 3))
     assert max(rewards(attacked)[:3]) == 0
     assert attacked.losses[Round(3)] < 1.15 * honest.losses[Round(3)]
+
+
+def test_a_boosted_update_moves_the_base_no_further_than_an_honest_one() -> None:
+    honest = run(Scenario(seed=5, num_peers=12, num_rounds=4))
+    attacked = run(Scenario(seed=5, num_peers=12, num_rounds=4, adversaries=("boosted",) * 3))
+    assert attacked.losses[Round(3)] < 1.05 * honest.losses[Round(3)]
+    shares = rewards(attacked)
+    assert max(shares[:3]) < 1.5 * max(shares[3:])
 
 
 def test_lying_evaluators_below_a_third_change_little() -> None:
