@@ -48,7 +48,8 @@ class RoundResult:
 
     round: int
     contributions: dict[str, float]
-    """Aumann-Shapley value of each peer's update [nats/token]: by how much it lowered the held-out loss."""
+    """Aumann-Shapley value of each peer's update [nats/token]: by how much it lowered the held-out loss. Of peers with
+    the same data only the first is worth anything: the others repeat it."""
     weights: dict[str, float]
     """What each update weighed in the merge; 0 where its contribution is not positive."""
     training_losses: dict[str, float]
@@ -57,6 +58,8 @@ class RoundResult:
     """What each peer would have sent."""
     dense_bytes: int
     """The same as plain float32."""
+    cross_term: float
+    """How far merging A and B is from merging B A, of what the merge moved (`lora.cross_term`); 0 for other kinds."""
     loss_before: float
     """Held-out loss before the merge [nats/token]."""
     loss_after: float
@@ -157,10 +160,12 @@ def _run(config: NetworkConfig, learners: Mapping[str, TorchLearner], after: Rou
     asked = ScoreUpdates(round=round, base=base, previous=previous, updates=measured)
     scored = work.score_updates(judge, blobs, config, asked, seed=0, salt=bytes(32))
     weights = compute_merge_weights(scored.contributions, [share] * len(payloads))
-    new_base = base
+    new_base, cross_term = base, 0.0
     if any(weights):  # else the base stays, as in a network
         updates = tuple(Weighted(payload, weight) for payload, weight in zip(payloads, weights, strict=True))
-        new_base = work.merge_updates(blobs, judge.shapes(), config, Merge(base, base, updates)).new_base
+        merging = Merge(request=base, base=base, updates=updates)
+        new_base = work.merge_updates(blobs, judge.shapes(), config, merging).new_base
+        cross_term = work.measure_cross_term(blobs, judge.shapes(), config, merging)
     # What was announced has arrived only if it was merged: else the old residual still holds all of it.
     residuals = {
         name: answer.residual if weight else kept.get(name)
@@ -173,6 +178,7 @@ def _run(config: NetworkConfig, learners: Mapping[str, TorchLearner], after: Rou
         training_losses={name: (answer.loss_nano or 0) / NANO for name, answer in trained.items()},
         payload_bytes={name: answer.payload_bytes for name, answer in trained.items()},
         dense_bytes=4 * sum(part.size for part in judge.initial().values()),
+        cross_term=cross_term,
         loss_before=work.evaluate(judge, blobs, Evaluate(round, base)).loss_nano / NANO,
         loss_after=work.evaluate(judge, blobs, Evaluate(round, new_base)).loss_nano / NANO,
         base=decode_tensors(blobs.get(new_base), judge.shapes()),

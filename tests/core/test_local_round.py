@@ -116,6 +116,18 @@ def test_equal_arguments_give_the_same_round(tokenizer):
     assert encode_tensors(results[0].base) == encode_tensors(results[1].base)
 
 
+def test_two_peers_with_the_same_data_count_once(tokenizer):
+    result = run_local_round(make_model(), {"alice": ALICE, "again": ALICE}, HELD_OUT, tokenizer, training=STEPS)
+    assert result.contributions["again"] == 0 < result.contributions["alice"]
+
+
+def test_the_cross_term_is_told_of_lora_only(tokenizer):
+    # A moves from its second step on, once B is not 0: then the mean of the products is not that of the factors.
+    lora, ia3 = (run_local_round(make_model(k), PEERS, HELD_OUT, tokenizer, training=STEPS) for k in ("lora", "ia3"))
+    assert 0 < lora.cross_term < 0.5
+    assert ia3.cross_term == 0
+
+
 def test_a_bf16_backbone_on_its_own_terms(tokenizer):
     model = make_model(dtype=torch.bfloat16)
     result = run_local_round(model, PEERS, HELD_OUT, tokenizer, training=STEPS)
