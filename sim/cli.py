@@ -121,7 +121,7 @@ def _parse_scenario(text: str) -> Scenario:
 def _simulate(scenario: Scenario, screen: Console, logs: Path | None) -> SimReport:
     started_s = time.process_time()
     problem = Problem(scenario.seed)
-    world = World(scenario, lambda index: LinearLearner(problem, index))
+    world = World(scenario, lambda index: LinearLearner(problem, index, work_steps=scenario.work_steps))
     columns = (TextColumn("rounds"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=screen, transient=True) as progress:
         task = progress.add_task("rounds", total=scenario.num_rounds)

@@ -6,6 +6,8 @@ Knows how alike updates are (`similarity`) and in which order they came; no peer
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from p2pfm.contribution.similarity import Sparse, compute_cosines, compute_overlaps
 
 
@@ -29,7 +31,9 @@ def find_leaders(updates: Sequence[Sparse], size: int, limits: Limits) -> list[i
     Raises:
         ValueError: positions that are not sorted and distinct, or outside of the vector.
     """
-    is_alike = compute_cosines(updates, size) > limits.cosine
+    is_alike = np.zeros((len(updates), len(updates)), np.bool_)
+    if limits.cosine < 1:
+        is_alike |= compute_cosines(updates, size) > limits.cosine
     if limits.overlap < 1:
         is_alike |= compute_overlaps(updates, size) > limits.overlap
     leaders: list[int] = []

@@ -1,7 +1,7 @@
 """Who has lately passed the proof of computation, as one evaluator measured it: a moving average a peer.
 
 Knows pass and fail; no measurement, round or message. Integers, so that a log replays everywhere. An average begins
-with trust, also after a restart: one of a committee's evaluators decides nothing alone.
+anew when its evaluator restarts: one of a committee decides nothing alone.
 """
 
 from collections.abc import Collection
@@ -11,9 +11,12 @@ from p2pfm.types import PeerId
 ONE = 1000
 """An average of 1."""
 
-MEMORY = 700
-"""What is left of an average after a round [thousandths]: two failures in a row close the gate, and one pass after
-them opens it."""
+MEMORY = 900
+"""What is left of an average after a round [thousandths]. A proof tells little alone: who works passes 19 of 20, who
+does not 7 of 20 (bench/gaming.py), which ten rounds tell apart."""
+
+START = 600
+"""Where an average begins [thousandths]: two failures at once close the gate, one pass later opens it."""
 
 GATE = 500
 """Below this average an update counts as worth nothing [thousandths]."""
@@ -28,14 +31,18 @@ class Proofs:
     def __len__(self) -> int:
         return len(self._averages)
 
+    def get_average(self, peer: PeerId) -> int:
+        """Of passed proofs [thousandths]."""
+        return self._averages.get(peer, START)
+
     def add(self, peer: PeerId, is_passed: bool) -> None:
         """A proof was checked."""
-        average = self._averages.get(peer, ONE)
+        average = self.get_average(peer)
         self._averages[peer] = (MEMORY * average + (ONE - MEMORY) * (ONE if is_passed else 0)) // ONE
 
     def is_trusted(self, peer: PeerId) -> bool:
         """Whether a peer's updates count here."""
-        return self._averages.get(peer, ONE) >= GATE
+        return self.get_average(peer) >= GATE
 
     def keep(self, peers: Collection[PeerId]) -> None:
         """Forget everybody else."""

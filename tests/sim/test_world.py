@@ -19,7 +19,7 @@ from sim.world import World
 
 def run(scenario: Scenario) -> World:
     problem = Problem(scenario.seed)
-    world = World(scenario, lambda index: LinearLearner(problem, index))
+    world = World(scenario, lambda index: LinearLearner(problem, index, work_steps=scenario.work_steps))
     world.run()
     return world
 
@@ -153,6 +153,32 @@ def test_free_riders_earn_next_to_nothing(kind: AdversaryKind, rounds_per_epoch:
     assert max(shares[:2]) < 0.1
     assert min(shares[2:]) > 0.5
     assert len(certified(world)) == 5
+
+
+def test_of_two_peers_with_one_work_the_first_is_paid() -> None:
+    scenario = Scenario(seed=7, num_peers=8, num_rounds=3, adversaries=("copycat",))
+    world = run(scenario)
+    copycat, victim = world.hosts[0].me, world.hosts[-1].me
+    assert certified(world) == [0, 1, 2]
+    first = world.checks.certificates[Round(0)].proposal
+    contributions = {update.peer: update.contribution for update in first.updates}
+    assert sorted((contributions[copycat], contributions[victim]))[0] == 0
+    assert min(value for peer, value in contributions.items() if peer not in (copycat, victim)) > 0
+    # What was not paid stays in its maker's residual, so later on the two differ: still they are no two peers.
+    shares = rewards(world)
+    assert shares[0] + shares[-1] < 1.25 * rewards(run(Scenario(seed=7, num_peers=8, num_rounds=3)))[-1]
+    assert world.checks.blamed == set()
+
+
+def test_who_skips_the_proof_of_computation_is_known_to_every_evaluator() -> None:
+    scenario = Scenario(seed=3, num_peers=6, num_rounds=5, work_steps=8, adversaries=("skipper",))
+    world = run(scenario)
+    skipper, *honest = (host.me for host in world.hosts)
+    for host in world.hosts[1:]:
+        assert host.peer is not None
+        averages = [host.peer.proofs.get_average(peer) for peer in (skipper, *honest)]
+        assert averages[0] < min(averages[1:])
+    assert run(scenario).trace_digest() == world.trace_digest()
 
 
 @pytest.mark.parametrize("kind", ["sign_flip", "gaussian"])
