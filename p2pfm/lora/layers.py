@@ -188,6 +188,7 @@ def set_adapter_tensors(peft_model: PeftModel, tensors: Tensors, adapter: str = 
     assert parameters.keys() == tensors.keys(), "tensors of another adapter"
     with torch.no_grad():
         for name, parameter in parameters.items():
+            assert parameter.shape == tensors[name].shape, f"{name} of another shape"  # torch would broadcast it
             parameter.copy_(torch.from_numpy(np.array(tensors[name], np.float32)))
 
 

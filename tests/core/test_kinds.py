@@ -136,8 +136,10 @@ def test_what_is_set_is_read_back_and_nothing_else_is_trained(kind):
     trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     assert trainable == {id(parameter) for parameter in get_parameters(model).values()}
     assert list(shapes) == sorted(shapes)
-    with pytest.raises(AssertionError):
-        set_adapter_tensors(model, {})
+    first = min(wanted)
+    for bad in ({}, {**wanted, "other": wanted[first]}, {**wanted, first: wanted[first][:1, :1]}):
+        with pytest.raises(AssertionError):
+            set_adapter_tensors(model, bad)
 
 
 @EVERY_KIND
