@@ -53,9 +53,9 @@ def draft_proposal(
 ) -> Proposal:
     """The one right proposal for these reveals, its `new_base` left open (`NO_DIGEST`).
 
-    An update is included if more than half of the reveals scored it; its contribution is their lower median; its
-    merge weight is proportional to max(0, contribution) (ALGORITHMS, part 5), at most MERGE_CAP times its share in the
-    scoring game.
+    An update is included if more than half of the reveals scored it; its contribution is their lower median. Its merge
+    weight is proportional to max(0, what its peer contributed in this epoch so far, this round included), at most
+    MERGE_CAP times its share in the scoring game: the same sum that the epoch pays by (ALGORITHMS, parts 4 and 5).
 
     Args:
         previous: what the newest certificate certifies.
@@ -75,17 +75,18 @@ def draft_proposal(
         if member is not None:
             median = compute_median(readings[payload])
             included.append((announcement.peer, member.index, payload, Contribution(median)))
+    if previous and len(previous.leaves) > len(roster.members):
+        raise Reject("the registry known here is older than the newest certificate")
+    measured = {member: contribution for _, member, _, contribution in included}
+    leaves = _compute_next_leaves(config, roster, previous, round, measured)
     shares = compute_shares(roster, config.stake_cap())
     weights = compute_merge_weights(
-        [contribution for *_, contribution in included], [shares[peer] for peer, *_ in included]
+        [leaves[member].contribution for _, member, *_ in included], [shares[peer] for peer, *_ in included]
     )
     updates = tuple(
         IncludedUpdate(peer, member_index, payload, contribution, weight)
         for (peer, member_index, payload, contribution), weight in zip(included, weights, strict=True)
     )
-    if previous and len(previous.leaves) > len(roster.members):
-        raise Reject("the registry known here is older than the newest certificate")
-    leaves = _compute_next_leaves(config, roster, previous, round, updates)
     ranks = compute_ranks(roster, round)
     return Proposal(
         round=round,
@@ -102,8 +103,10 @@ def draft_proposal(
     )
 
 
-def compute_merge_weights(contributions: Sequence[Contribution], shares: Sequence[Weight]) -> tuple[Weight, ...]:
+def compute_merge_weights(contributions: Sequence[int], shares: Sequence[Weight]) -> tuple[Weight, ...]:
     """What each update weighs in the merge: in proportion to max(0, contribution), at most MERGE_CAP times its share.
+
+    `contributions`: of each update's peer, accumulated over the epoch with this round's.
 
     All are 0 when no contribution is positive; they sum to at most WEIGHT_ONE.
     """
@@ -192,7 +195,7 @@ def _compute_next_leaves(
     roster: Roster,
     previous: Proposal | None,
     round: Round,
-    updates: Sequence[IncludedUpdate],
+    measured: Mapping[MemberIndex, Contribution],
 ) -> tuple[LeafValue, ...]:
     leaves = from_wire(previous.leaves) if previous else ()
     last_round = previous.round if previous else -1
@@ -201,7 +204,7 @@ def _compute_next_leaves(
     is_payout = (round + 1) // per_epoch > (last_round + 1) // per_epoch
     return compute_leaves(
         leaves,
-        {update.member: update.contribution for update in updates},
+        measured,
         num_members=len(roster.members),
         pool=config.pool_per_epoch(),
         is_payout=is_payout,
