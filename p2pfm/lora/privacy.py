@@ -234,8 +234,9 @@ class PrivateLearner:
     def _take_steps(
         self, model: nn.Module, parameters: Sequence[nn.Parameter], samples: Sequence[Encoded], pad: int
     ) -> None:
-        norm, rate = self._config.max_grad_norm, self._training.learning_rate
-        train_privately(model, parameters, samples, pad, self.round_cost, norm, rate, self._draw)
+        optimizer = torch.optim.AdamW(parameters, lr=self._training.learning_rate, weight_decay=0.0)
+        norm = self._config.max_grad_norm
+        train_privately(model, parameters, samples, pad, self.round_cost, norm, optimizer, self._draw)
 
 
 class Predictor(nn.Module):
@@ -286,17 +287,18 @@ def train_privately(
     pad: int,
     spending: Spending,
     max_grad_norm: float,
-    learning_rate: float,
+    optimizer: torch.optim.Optimizer,
     draw: random.Random,
 ) -> None:
-    """`spending.steps` DP-SGD steps with AdamW on Poisson samples, in place. Account for them first (`spend`).
+    """`spending.steps` DP-SGD steps on Poisson samples, in place. Account for them first (`spend`).
 
     Args:
+        optimizer: of `parameters`; gets the noised mean of clipped gradients.
         draw: seeds sampling and noise: `random.SystemRandom()`, or else the guarantee holds only against those who
             do not know the seed.
     """
-    optimizer = DPOptimizer(
-        torch.optim.AdamW(list(parameters), lr=learning_rate, weight_decay=0.0),
+    noised = DPOptimizer(
+        optimizer,
         noise_multiplier=spending.noise_multiplier,
         max_grad_norm=max_grad_norm,
         expected_batch_size=spending.sample_rate * len(samples),
@@ -311,17 +313,17 @@ def train_privately(
     )
     for _ in range(spending.steps):
         sampling.manual_seed(draw.getrandbits(32))
-        optimizer.generator.manual_seed(draw.getrandbits(32))
+        noised.generator.manual_seed(draw.getrandbits(32))
         # A step without samples is a step all the same: it adds noise, and was paid for.
         chunks = list(_split([samples[index] for index in next(batches)])) or [[]]
         for left, chunk in zip(range(len(chunks) - 1, -1, -1), chunks, strict=True):
-            optimizer.zero_grad()
+            noised.zero_grad()
             gradients = compute_sample_gradients(model, parameters, chunk, pad)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad_sample = gradient  # type: ignore[attr-defined]
-            optimizer.signal_skip_step(left > 0)
-            optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+            noised.signal_skip_step(left > 0)
+            noised.step()
+    noised.zero_grad(set_to_none=True)
 
 
 def _split(batch: Sequence[Encoded]) -> Iterator[list[Encoded]]:
