@@ -21,6 +21,7 @@ from p2pfm.config import (
     validate_network,
 )
 from p2pfm.errors import ConfigError, OperatorError
+from p2pfm.local_round import MemoryBlobs
 from p2pfm.lora import kinds
 from p2pfm.lora.delta import add, decode_tensors, encode_tensors, flatten
 from p2pfm.lora.layers import (
@@ -54,17 +55,6 @@ LEARNING_RATES = {"lora": 5e-3, "ffa": 5e-3, "fed_sb": 5e-3, "ia3": 5e-2, "promp
 FACTORED = ("lora", "ffa", "fed_sb")
 TOKENS = torch.tensor([[1, 300, 301, 302, 17, 400, 23, 5]])
 EVERY_KIND = pytest.mark.parametrize("kind", sorted(CONFIGS))
-
-
-class MemoryBlobs(dict):
-    """A blob store for one process."""
-
-    def put(self, data):
-        self[compute_digest(data)] = data
-        return compute_digest(data)
-
-    def get(self, digest):
-        return self[digest]
 
 
 def load(kind: str, **changes):

@@ -14,6 +14,7 @@ from p2pfm.contribution.aumann_shapley import Player, compute_contributions
 from p2pfm.contribution.shapley import compute_exact
 from p2pfm.contribution.utility import CoalitionGame
 from p2pfm.errors import OperatorError, Reject
+from p2pfm.local_round import MemoryBlobs
 from p2pfm.lora.compress import compress, decode_payload
 from p2pfm.lora.delta import decode_tensors, encode_tensors, flatten, unflatten
 from p2pfm.lora.layers import adapter_shapes, build_peft, get_adapter_tensors, load_backbone, set_adapter_tensors
@@ -25,17 +26,6 @@ from p2pfm.types import WEIGHT_ONE, Digest, Millis, PeerId, Round, Weight, compu
 
 TINY = Path(__file__).parent.parent / "fixtures" / "tiny-llama"
 NUM_PEERS = 6
-
-
-class MemoryBlobs(dict):
-    """A blob store for one process."""
-
-    def put(self, data):
-        self[compute_digest(data)] = data
-        return compute_digest(data)
-
-    def get(self, digest):
-        return self[digest]
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from p2pfm.config import (
     parse_node_config,
 )
 from p2pfm.errors import ConfigError
+from p2pfm.local_round import MemoryBlobs
 from p2pfm.lora.cross_term import compute_dense_ratio
 from p2pfm.lora.delta import decode_tensors, encode_tensors, subtract
 from p2pfm.lora.layers import load_backbone
@@ -25,21 +26,10 @@ from p2pfm.lora.ranks import compute_nested_masks
 from p2pfm.lora.samples import read_probe, read_samples
 from p2pfm.lora.torch_learner import TorchLearner
 from p2pfm.protocol.events import Merge, Train, Weighted
-from p2pfm.types import WEIGHT_ONE, Digest, Millis, PeerId, Round, Weight, compute_digest
+from p2pfm.types import WEIGHT_ONE, Digest, Millis, PeerId, Round, Weight
 
 TINY = Path(__file__).parent.parent / "fixtures" / "tiny-llama"
 MAKER = PeerId("maker")
-
-
-class MemoryBlobs(dict):
-    """A blob store for one process."""
-
-    def put(self, data):
-        self[compute_digest(data)] = data
-        return compute_digest(data)
-
-    def get(self, digest):
-        return self[digest]
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pytest
 from p2pfm import work
 from p2pfm.config import ChainConfig, CompressionConfig, NetworkConfig
 from p2pfm.errors import OperatorError, WorldError
+from p2pfm.local_round import MemoryBlobs
 from p2pfm.lora.compress import compress, decode_payload, feed_back
 from p2pfm.lora.delta import decode_tensors, encode_tensors, flatten, get_shapes, subtract
 from p2pfm.lora.merge import merge
@@ -158,17 +159,6 @@ def test_removal_rejects_updates_of_another_adapter():
 # --- from payloads in a node's store ----------------------------------------------------------------------------------
 
 
-class MemoryBlobs(dict):
-    """A blob store for one process."""
-
-    def put(self, data):
-        self[compute_digest(data)] = data
-        return compute_digest(data)
-
-    def get(self, digest):
-        return self[digest]
-
-
 def run_work(blobs, num_rounds):
     """Certified rounds as nodes do them: payloads with their makers in a store, merged by digest."""
     rng = np.random.default_rng(0)
@@ -201,9 +191,10 @@ def test_a_node_removes_a_peer_with_the_payloads_in_its_store():
 
 
 def test_reading_a_round_rejects_a_missing_payload_by_name():
-    blobs = MemoryBlobs()
+    blobs, rest = MemoryBlobs(), MemoryBlobs()
     config, _, history, _ = run_work(blobs, 1)
-    lost = history[0][1].updates[1].payload
-    del blobs[lost]
+    first, lost, last = (item.payload for item in history[0][1].updates)
+    for digest in (first, last):
+        rest.put(blobs.get(digest))
     with pytest.raises(WorldError, match=f"1 of 3 payloads are not held here; fetch {lost.hex()}"):
         work.read_merged_round(blobs, SHAPES, config, *history[0])
