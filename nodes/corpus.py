@@ -27,6 +27,8 @@ TOPICS_PER_PEER = 2
 PROBE_PART, PROBE_MAX = 0.2, 12
 TEST_PART, TEST_MAX = 0.15, 4
 """Of each topic's samples: what is held out, and at most how many, so that a probe pass stays cheap."""
+WORK_PART = 0.1
+"""Of each topic's samples, at most so many for proofs of computation, where they are asked for."""
 GARBAGE_WORDS = 40
 GARBAGE_CHARS = string.digits + string.punctuation
 """A corrupted completion: no words, and so long that its end mark is cut off."""
@@ -41,10 +43,13 @@ class Shards(msgspec.Struct, frozen=True):
     """What each peer's shard is about."""
 
 
-def build_shards(num_peers: int, out_dir: Path, seed: int, corrupted: frozenset[int] | set[int]) -> Shards:
+def build_shards(
+    num_peers: int, out_dir: Path, seed: int, corrupted: frozenset[int] | set[int], work_max: int = 0
+) -> Shards:
     """Write peer-0.jsonl ... and probe.jsonl into `out_dir`; equal arguments give equal bytes.
 
-    A corrupted peer's completions are random digits and signs: training on them harms the model.
+    A corrupted peer's completions are random digits and signs: training on them harms the model. `work_max`: public
+    samples a topic for proofs of computation (`scoring.work_steps`), at most a tenth of each topic.
 
     Raises:
         OperatorError: the package chatterbot-corpus is missing.
@@ -55,7 +60,7 @@ def build_shards(num_peers: int, out_dir: Path, seed: int, corrupted: frozenset[
     probe: list[ProbeLine] = []
     train: dict[str, list[Sample]] = {}
     for topic in chosen:
-        train[topic], held_out = _split(topics[topic], draw)
+        train[topic], held_out = _split(topics[topic], draw, work_max)
         probe += held_out
     shards = _deal(train, chosen, num_peers)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -100,14 +105,17 @@ def _read_pairs(topic: str, conversations: Sequence[Sequence[object]], is_every_
     return list(found.values())
 
 
-def _split(samples: Sequence[Sample], draw: random.Random) -> tuple[list[Sample], list[ProbeLine]]:
-    """(train, probe and test lines) of one topic."""
+def _split(samples: Sequence[Sample], draw: random.Random, work_max: int) -> tuple[list[Sample], list[ProbeLine]]:
+    """(train, probe, test and work lines) of one topic."""
     shuffled = draw.sample(samples, min(len(samples), TOPIC_SAMPLES_MAX))
     num_probe = min(PROBE_MAX, round(PROBE_PART * len(shuffled)))
     num_test = min(TEST_MAX, round(TEST_PART * len(shuffled)))
     lines = [ProbeLine("probe", s.topic, s.prompt, s.completion) for s in shuffled[:num_probe]]
     lines += [ProbeLine("test", s.topic, s.prompt, s.completion) for s in shuffled[num_probe : num_probe + num_test]]
-    return shuffled[num_probe + num_test :], lines
+    rest = shuffled[num_probe + num_test :]
+    num_work = min(work_max, round(WORK_PART * len(shuffled)))
+    lines += [ProbeLine("work", s.topic, s.prompt, s.completion) for s in rest[:num_work]]
+    return rest[num_work:], lines
 
 
 def _deal(train: dict[str, list[Sample]], chosen: Sequence[str], num_peers: int) -> list[list[Sample]]:

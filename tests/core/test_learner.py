@@ -89,6 +89,35 @@ def test_the_gradient_is_the_slope_of_its_own_loss(learners):
     assert (ahead - behind) / 0.02 == pytest.approx(float(np.sqrt(np.sum(flatten(gradient) ** 2))), rel=0.02)
 
 
+@pytest.fixture(scope="module")
+def with_work(tmp_path_factory):
+    return build_shards(2, tmp_path_factory.mktemp("work"), seed=0, corrupted=set(), work_max=6)
+
+
+def test_the_last_steps_on_a_public_batch_teach_that_batch_and_it_is_everybodys(with_work):
+    probe = read_probe(with_work.probe)
+    assert probe.work
+    private = {sample for path in with_work.peers for sample in read_samples(path)}
+    held_out = {sample for split in (probe.probe, probe.test) for part in split.values() for sample in part}
+    assert not set(probe.work) & (private | held_out)
+    config = make_config(probe, scoring=ScoringConfig(work_steps=4))
+    first, second = (
+        TorchLearner(*load_backbone(TINY, torch.float32), config, read_samples(path), probe) for path in with_work.peers
+    )
+    base = first.initial()
+    assert first.work_loss(base, 7) == second.work_loss(base, 7) != first.work_loss(base, 8)
+    proving, skipping = (first.train(base, Round(0), work).delta for work in (7, None))
+    losses = [first.work_loss({name: base[name] + delta[name] for name in base}, 7) for delta in (proving, skipping)]
+    assert losses[0] < losses[1] - 0.2
+
+
+def test_a_proof_of_computation_needs_something_to_draw_it_from(shards):
+    probe = read_probe(shards.probe)
+    config = make_config(probe, scoring=ScoringConfig(work_steps=1))
+    with pytest.raises(OperatorError, match='"work"'):
+        TorchLearner(*load_backbone(TINY, torch.float32), config, read_samples(shards.peers[0]), probe)
+
+
 def test_each_seed_draws_a_fresh_sample_and_equal_seeds_the_same(learners):
     base = learners[0].initial()
     assert learners[0].gradient(base, 1)[0] == learners[1].gradient(base, 1)[0]
