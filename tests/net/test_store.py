@@ -1,5 +1,6 @@
 """The store and the event log: what they keep, what they refuse."""
 
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from store_child import certificate_of
 
 from p2pfm.config import ChainConfig, NetworkConfig
 from p2pfm.errors import OperatorError
+from p2pfm.learner import Spending
 from p2pfm.protocol.events import Durable, SetTimer, Tick
 from p2pfm.protocol.log import digest_actions
 from p2pfm.protocol.log import read_log as read_log_bytes
@@ -166,3 +168,29 @@ def test_a_log_rotates_and_the_oldest_files_go(tmp_path: Path) -> None:
     assert parts == list(range(parts[0], parts[0] + 3))
     times = [record.now_ms for path in paths for record in read_log(path)[1]]
     assert times == list(range(100 - len(times), 100))
+
+
+def test_spendings_of_one_kind_are_summed_up_and_outlive_the_process(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        assert store.get_spendings() == ()
+        for steps in (10, 5):
+            store.add_spending(Spending(1.5, 0.1, steps))
+        store.add_spending(Spending(0.0, 1.0, 7))
+    with Store(tmp_path) as store:
+        assert store.get_spendings() == (Spending(0.0, 1.0, 7), Spending(1.5, 0.1, 15))
+
+
+@pytest.mark.parametrize("was_at_work", [True, False])
+def test_a_home_from_before_spendings_counts_as_trained_without_noise_if_it_was_at_work(
+    tmp_path: Path, was_at_work: bool
+) -> None:
+    with Store(tmp_path) as store:
+        if was_at_work:
+            store.save_durable(make_durable(3))
+    with sqlite3.connect(tmp_path / "node.db") as database:
+        database.execute("DROP TABLE spendings")
+        database.execute("PRAGMA user_version = 1")
+    database.close()
+    for _ in range(2):  # the second start changes nothing
+        with Store(tmp_path) as store:
+            assert [spending.noise_multiplier for spending in store.get_spendings()] == [0.0] * was_at_work

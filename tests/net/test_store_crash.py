@@ -19,6 +19,7 @@ CHILD = """
 import sys
 from pathlib import Path
 
+from p2pfm.learner import Spending
 from p2pfm.runtime.store import Store
 from store_child import certificate_of, durable_of, residual_of
 
@@ -32,6 +33,8 @@ with Store(Path(sys.argv[1])) as store:
         print("durable", number, flush=True)
         store.queue_settlement(certificate_of(number))
         print("queued", number, flush=True)
+        store.add_spending(Spending(1.0, 0.5, 1))
+        print("spent", number, flush=True)
         store.prune({residual}, 20 * len(residual_of(number)))
         number += 1
 """
@@ -52,7 +55,7 @@ print("made", flush=True)
 def test_what_was_acknowledged_survives_sigkill_at_any_point(tmp_path: Path) -> None:
     draw = random.Random(7)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_WAIT_POLICY": "passive"}
-    last_durable = -1
+    last_durable, num_spent = -1, 0
     for _ in range(NUM_KILLS):
         child = subprocess.Popen(
             [sys.executable, "-c", CHILD, str(tmp_path)], stdout=subprocess.PIPE, env=environment, text=True
@@ -70,11 +73,12 @@ def test_what_was_acknowledged_survives_sigkill_at_any_point(tmp_path: Path) -> 
         rest, _ = child.communicate()
         said = [line.split() for line in [*lines, *rest.splitlines(keepends=True)] if line.endswith("\n")]
         last_durable = max([last_durable, *(int(value) for word, value in said if word == "durable")])
-        check(tmp_path, said, last_durable)
+        num_spent += sum(word == "spent" for word, _ in said)
+        check(tmp_path, said, last_durable, num_spent)
     assert last_durable > NUM_KILLS
 
 
-def check(folder: Path, said: list[list[str]], last_durable: int) -> None:
+def check(folder: Path, said: list[list[str]], last_durable: int, num_spent: int) -> None:
     with Store(folder) as store:
         durable = store.load_durable()
         if last_durable >= 0:
@@ -88,6 +92,8 @@ def check(folder: Path, said: list[list[str]], last_durable: int) -> None:
             data = store.find(digest)
             assert data is not None
             assert compute_digest(data) == digest
+        counted = sum(spending.steps for spending in store.get_spendings())
+        assert counted >= num_spent, "a crash made the node forget what training has cost"
         queued = {int(value) for word, value in said if word == "queued"}
         assert queued <= {certificate.proposal.round for certificate in store.get_settlements()}
     assert not list(folder.glob("blobs/*/.*.tmp"))

@@ -17,6 +17,7 @@ from p2pfm.messages import (
     BlobReply,
     BlobRequest,
     Certificate,
+    DeclaredPrivacy,
     Envelope,
     GenerateRequest,
     IncludedUpdate,
@@ -81,9 +82,10 @@ proposals = st.builds(
     tuples_of(leaves),
 )
 certificates = st.builds(Certificate, proposals, tuples_of(indices), bls)
+privacies = st.builds(DeclaredPrivacy, st.integers(1, 2**53), st.integers(1, 10**12))
 envelopes = st.builds(Envelope, names, st.binary(max_size=200), st.binary(max_size=64))
 messages = st.one_of(
-    st.builds(Announcement, rounds, names, digests, digests, counts, counts),
+    st.builds(Announcement, rounds, names, digests, digests, counts, counts, st.none() | privacies),
     st.builds(ScoreCommit, rounds, indices, digests),
     reveals,
     proposals,
