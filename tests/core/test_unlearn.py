@@ -197,4 +197,4 @@ def test_reading_a_round_rejects_a_missing_payload_by_name():
     for digest in (first, last):
         rest.put(blobs.get(digest))
     with pytest.raises(WorldError, match=f"1 of 3 payloads are not held here; fetch {lost.hex()}"):
-        work.read_merged_round(blobs, SHAPES, config, *history[0])
+        work.read_merged_round(rest, SHAPES, config, *history[0])
