@@ -32,6 +32,7 @@ from p2pfm.config import (
     NetworkConfig,
     NodeConfig,
     PhaseConfig,
+    PrivacyConfig,
     ScoringConfig,
     ServingConfig,
     SettlementConfig,
@@ -49,6 +50,8 @@ GAS_WEI = 10 * 10**18
 """Ether a new account gets: more than a day of rounds costs."""
 CHALLENGE_WINDOW_S = 2
 """On a local testnet rounds become final at once; a real network gives auditors hours."""
+PRIVACY = PrivacyConfig(enabled=True, noise_multiplier=1.0, epsilon_max=1000.0)
+"""Of the role "private": a little noise, since a topic has few samples, and no end of rounds."""
 Tell = Callable[[str], None]
 
 
@@ -123,7 +126,7 @@ def get_preset(name: str, adapter: str = "lora") -> Preset:
     return replace(preset, adapter=config, training=training)
 
 
-Role = Literal["honest", "free rider", "corrupted"]
+Role = Literal["honest", "private", "free rider", "corrupted"]
 
 
 @dataclass(slots=True)
@@ -325,6 +328,7 @@ def _create_nodes(
             serving=ServingConfig(local="avoid" if index in gateways else "prefer"),
             stake_pfm=STAKE_PFM,
             adversary="zero" if role == "free rider" else "",
+            privacy=PRIVACY if role == "private" else PrivacyConfig(),
         )
         keys = create_home(config, home, None, is_light=True)
         if index == 0:

@@ -29,14 +29,14 @@ from sim.replay import replay_path
 pytestmark = pytest.mark.slow
 
 ROUND_S = 18
-GATEWAY, RIDER = 0, 3
+GATEWAY, PRIVATE, RIDER = 0, 2, 3
 PROMPT = "The state of the union is"
 
 
 @pytest.fixture(scope="module")
 def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Localnet]:
     folder = tmp_path_factory.mktemp("net")
-    roles = ("honest", "honest", "honest", "free rider")
+    roles = ("honest", "honest", "private", "free rider")
     with localnet(folder, roles, PRESETS["tiny"], print, gateways=frozenset({GATEWAY})) as running:
         for node in running.nodes:
             running.wait_until_running(node)
@@ -111,6 +111,19 @@ def test_updates_are_far_smaller_than_dense(net: Localnet) -> None:
     wait_for_round(net, 0, net.nodes)
     protocol = net.get_status(net.nodes[1])["protocol"]
     assert protocol["rounds"]["0"]["payload_bytes"] * 40 < protocol["dense_bytes"]
+
+
+def test_a_private_node_tells_its_epsilon_and_others_hear_it(net: Localnet) -> None:
+    wait_for_round(net, 1, net.nodes)
+    private, other = net.get_status(net.nodes[PRIVATE]), net.get_status(net.nodes[1])
+    assert 0 < private["privacy"]["epsilon"] <= private["privacy"]["epsilon_max"]
+    assert not any("train_loss_nano" in figures for figures in private["protocol"]["rounds"].values())
+    assert "privacy" not in other
+    declared = {update["peer"]: update.get("epsilon") for update in other["protocol"]["updates"]}
+    assert declared[net.nodes[PRIVATE].peer] > 0
+    assert declared[net.nodes[1].peer] is None
+    shown = run_cli("node", "status", "--config", str(net.nodes[PRIVATE].home / CONFIG_NAME))
+    assert "epsilon" in shown.stdout, shown.stdout + shown.stderr
 
 
 def test_metrics_and_status_are_for_machines_too(net: Localnet) -> None:
