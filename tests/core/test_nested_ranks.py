@@ -22,6 +22,7 @@ from p2pfm.local_round import MemoryBlobs
 from p2pfm.lora.cross_term import compute_dense_ratio
 from p2pfm.lora.delta import decode_tensors, encode_tensors, subtract
 from p2pfm.lora.layers import load_backbone
+from p2pfm.lora.merge import clip_factors
 from p2pfm.lora.ranks import compute_nested_masks
 from p2pfm.lora.samples import read_probe, read_samples
 from p2pfm.lora.torch_learner import TorchLearner
@@ -82,13 +83,12 @@ def test_rank_0_and_the_networks_rank_train_all(shards):
 
 def test_peers_of_different_ranks_merge_to_the_same_bytes_in_any_order_and_the_cross_term_is_measured(shards):
     blobs = MemoryBlobs()
-    payloads, steps = [], []
+    payloads = []
     for peer, rank in enumerate((2, 8)):
         config, learner = make_learner(shards, peer, "lora", rank)
         start = blobs.put(encode_tensors(learner.initial()))
         answer = work.train_update(learner, blobs, config, Train(Round(0), MAKER, start, None))
         payloads.append(answer.payload)
-        steps.append((peer, answer))
     shapes = learner.shapes()
     weighted = tuple(Weighted(payload, Weight(WEIGHT_ONE // 2)) for payload in payloads)
     action = Merge(Digest(b"r" * 32), start, weighted)
@@ -101,24 +101,14 @@ def test_peers_of_different_ranks_merge_to_the_same_bytes_in_any_order_and_the_c
     assert name.endswith("lora_A")
     assert subtract(base, initial)[name][2:].any()
     ratio = work.measure_cross_term(blobs, shapes, config, action)
-    halves = [(0.5, update) for update in (sent(blobs, config, shapes, payload) for payload in payloads)]
-    assert 0 < ratio < 1
-    assert ratio == pytest.approx(compute_dense_ratio(clip(halves), initial), rel=1e-6)
-
-
-def sent(blobs, config, shapes, payload):
-    """What receivers decode."""
-    action = Merge(Digest(b"r" * 32), Digest(b"b" * 32), (Weighted(payload, Weight(1)),))
-    (update,) = work.read_merged_round(blobs, shapes, config, Round(0), action, Digest(b"n" * 32)).updates
-    return update.update.tensors()
-
-
-def clip(halves):
-    norms = [np.sqrt(sum(np.sum(part.astype(np.float64) ** 2) for part in step.values())) for _, step in halves]
-    return [
-        (share, {name: part.astype(np.float64) * min(1, min(norms) / norm) for name, part in step.items()})
-        for (share, step), norm in zip(halves, norms, strict=True)
+    round_ = work.read_merged_round(blobs, shapes, config, Round(0), action, merged.new_base)
+    updates = [item.update for item in round_.updates]
+    halves = [
+        (0.5, {name: np.float64(factor) * part for name, part in update.tensors().items()})
+        for update, factor in zip(updates, clip_factors(updates), strict=True)
     ]
+    assert 0 < ratio < 1
+    assert ratio == pytest.approx(compute_dense_ratio(halves, initial), rel=1e-6)
 
 
 NODE = f"""
