@@ -119,7 +119,7 @@ def test_clipping_rejects_a_norm_that_is_none(norm):
         compute_clip_factors([1.0, norm, 2.0])
 
 
-@given(st.lists(st.one_of(st.just(0.0), st.floats(1e-300, 1e300)), max_size=9))
+@given(st.lists(st.one_of(st.just(0.0), st.floats(1e-100, 1e100)), max_size=9))
 def test_clipping_brings_every_norm_down_to_the_median_of_those_that_move(norms):
     moving = sorted(norm for norm in norms if norm > 0)
     for norm, factor in zip(norms, compute_clip_factors(norms), strict=True):
