@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import msgspec
+
 # Before torch is imported: two busy processes that spin slow each other tenfold.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -69,7 +71,7 @@ def finish(options: Options, figures: Mapping[str, Any], targets: Sequence[Targe
     """Write the figures, print the targets, and exit with 1 when --check was given and one falls short."""
     if options.json:
         judged = [{**target._asdict(), "ok": target.is_met} for target in targets]
-        options.json.write_text(json.dumps({**figures, "targets": judged}, indent=2, default=float) + "\n")
+        options.json.write_text(json.dumps({**figures, "targets": judged}, indent=2, default=_to_plain) + "\n")
     print()
     for target in targets:
         print(f"{target.name} {_cell(target.value)} {_cell(target.bound)} {'ok' if target.is_met else 'short'}")
@@ -85,6 +87,11 @@ def cpu_seconds(into: dict[str, float], name: str) -> Iterator[None]:
         yield
     finally:
         into[name] = into.get(name, 0.0) + time.process_time() - start
+
+
+def _to_plain(value: object) -> object:
+    """numpy's numbers as floats, configurations as dictionaries."""
+    return msgspec.to_builtins(value) if isinstance(value, msgspec.Struct) else float(value)  # type: ignore[arg-type]
 
 
 def _cell(value: object) -> str:
