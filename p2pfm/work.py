@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from p2pfm.config import CompressionConfig, NetworkConfig
 from p2pfm.contribution.aumann_shapley import Diagonal, Player
 from p2pfm.contribution.duplicates import Limits, find_leaders
-from p2pfm.contribution.repeats import PARAMETERS_PER_VECTOR, compute_repeated_gains
+from p2pfm.contribution.repeats import compute_repeated_gains, compute_room
 from p2pfm.contribution.rounding import to_contribution
 from p2pfm.contribution.similarity import Sparse
 from p2pfm.contribution.work_proof import check_work, draw_work
@@ -245,7 +245,8 @@ def _read_earlier(
 ) -> tuple[list[Sparse], NDArray[np.bool_]]:
     """(vectors, (num_updates, num_vectors) which count against whose update): the last aggregate, then what is still
     held of earlier updates, as many as the adapter's size allows."""
-    room = compute_layout(shapes).size // PARAMETERS_PER_VECTOR
+    size = compute_layout(shapes).size
+    room = compute_room(size, size * config.compression.keep // config.compression.chunk)
     held = [item for item in action.earlier if _is_held(blobs, item.payload)][:room]
     earlier_makers, updates = _read_updates(blobs, shapes, config, [item.payload for item in held])
     vectors = [_to_sparse(update) for update in updates]

@@ -16,8 +16,16 @@ PARAMETERS_PER_VECTOR = 1024
 """At most one remembered vector for so many parameters: by chance alone an update lies to m / num_parameters in the
 span of m vectors, and a thousandth may be lost."""
 
+VALUES_MAX = 1 << 24
+"""Nonzero values in all remembered vectors: 200 MB, and some ten seconds to decode."""
+
 SINGULAR = 1e-4
 """Directions of less energy than this in the remembered unit vectors are noise of float32, and no directions."""
+
+
+def compute_room(num_parameters: int, num_values: int) -> int:
+    """How many earlier updates of at most `num_values` nonzero values are worth remembering."""
+    return min(num_parameters // PARAMETERS_PER_VECTOR, VALUES_MAX // max(1, num_values))
 
 
 def compute_repeated_gains(

@@ -213,9 +213,10 @@ class Peer:
         return [Note(state.round, f"round is void here: {state.failure or 'no certificate in time'}")]
 
     def _get_certified(self) -> tuple[Remembered, ...]:
-        """The updates of the newest certified round."""
+        """The updates of the newest certified round; first those that are most worth copying."""
         head = self.durable.head
-        return tuple(Remembered(update.payload, is_paid=True) for update in head.proposal.updates) if head else ()
+        updates = sorted(head.proposal.updates, key=lambda update: -update.contribution) if head else ()
+        return tuple(Remembered(update.payload, is_paid=True) for update in updates)
 
     def _enter_phase(self) -> list[AnyAction]:
         match self.state.phase:

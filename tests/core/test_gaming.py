@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from p2pfm import work
 from p2pfm.config import ChainConfig, CompressionConfig, NetworkConfig, ScoringConfig
 from p2pfm.contribution.duplicates import Limits, find_leaders
-from p2pfm.contribution.repeats import PARAMETERS_PER_VECTOR, compute_repeated_gains
+from p2pfm.contribution.repeats import PARAMETERS_PER_VECTOR, compute_repeated_gains, compute_room
 from p2pfm.contribution.similarity import BLOCK, Sparse, compute_cosines, compute_overlaps
 from p2pfm.contribution.work_proof import check_work, draw_work
 from p2pfm.learner import Training
@@ -353,6 +353,16 @@ def test_earlier_updates_that_are_lost_are_only_not_remembered(second_round):
     for payload in payloads:
         del federation.blobs[payload]
     assert federation.score([*others, copy]) == federation.score([*others, copy], earlier=())
+
+
+@pytest.mark.parametrize(
+    ("num_parameters", "num_values", "room"),
+    [(64, 32, 0), (460_800, 28_800, 450), (8_000_000, 500_000, 33), (8_000_000, 8_000_000, 2), (10**9, 10**9, 0)],
+)
+def test_what_is_remembered_is_bounded_by_the_adapters_size_and_by_what_it_takes_to_decode(
+    num_parameters, num_values, room
+):
+    assert compute_room(num_parameters, num_values) == room
 
 
 def test_a_small_adapter_remembers_few_updates(second_round):
