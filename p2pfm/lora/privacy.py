@@ -43,8 +43,8 @@ EPSILON_FINE_MAX = 20.0
 EPSILON_ERROR = 0.004
 """What the tighter accountant may err [parts of epsilon]: always to the safe side."""
 EPSILON_ERROR_MIN = 0.002
-REFINEMENTS = 12
-"""Halvings of the interval in which the least noise is looked for: to one part in 4000."""
+REFINEMENTS = 8
+"""Halvings of the interval in which the least noise is looked for: to 3 parts in a thousand."""
 
 
 class MemorySpendings:
