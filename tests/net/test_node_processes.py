@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 import trio
 from libp2p.crypto.ed25519 import create_new_key_pair
@@ -251,4 +252,6 @@ def test_logs_tell_no_secret(net: Localnet) -> None:
         assert not any(secret in logged for secret in secrets)
         for path in [node.home / "password", *(node.home / "keys").iterdir()]:
             assert path.stat().st_mode & 0o077 == 0, f"{path} can be read by others"
-        assert not list(Path(node.home).rglob("*.tmp"))
+        # A running node may be writing one right now; what a process that is gone left behind stays.
+        left = [path for path in Path(node.home).rglob("*.tmp") if not psutil.pid_exists(int(path.name.split(".")[-3]))]
+        assert not left
