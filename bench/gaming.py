@@ -502,7 +502,8 @@ class World:
                 base = work.merge_updates(self._store, shapes, self.config, request).new_base
             proposal = msgspec.structs.replace(draft, new_base=base)
             self._close(proposal)
-            earlier = (*(Remembered(update.payload, is_paid=True) for update in proposal.updates), *earlier)
+            best_first = sorted(proposal.updates, key=lambda update: -update.contribution)
+            earlier = (*(Remembered(update.payload, is_paid=True) for update in best_first), *earlier)
             earlier = earlier[:EARLIER_MAX]
             self.bases.append(decode_tensors(self._store.get(base), shapes))
         assert proposal is not None, "at least one round"
