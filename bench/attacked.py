@@ -39,7 +39,9 @@ HELD_OUT = 5
 ASW = "ASw"
 UNBALANCED = ("ASw, own data", "ASw, pooled data")
 TRIGGERED = "ASw, trigger probe"
-"""Evaluators who know the trigger: the probe has one more stratum, triggered prompts with their right answers."""
+"""Evaluators who know the trigger: half of the probe's weight is on triggered prompts with their right answers."""
+ORACLE = "mean of the honest"
+"""Knows who lies: what a perfect filter of whole updates gives. The liars' data is missing there too."""
 GATE = "gate"
 JUDGED = (GATE, ASW, *UNBALANCED, TRIGGERED)
 TRAINED_LIES = ("sign_flip", "label_flip", "backdoor", "turncoat")
@@ -200,7 +202,8 @@ class Federation:
         self, run: Run, players: list[Player], num_points: int, gradients: Iterator[Tensors]
     ) -> list[Contribution]:
         vectors = [Sparse(player.positions, player.values) for player in players]
-        earlier = run.earlier[: self.layout.size // PARAMETERS_PER_VECTOR]
+        room = self.layout.size // PARAMETERS_PER_VECTOR
+        earlier = run.earlier
         if run.previous is not None:
             moved = flatten(subtract(run.base, run.previous))
             earlier = [Sparse(np.arange(moved.size), moved), *earlier]
@@ -217,7 +220,7 @@ class Federation:
             ]
             reading = [to_contribution(value) for value in values]
             readings.append(attacks.lie(reading) if evaluator == 0 else reading)
-        run.earlier = [*vectors, *run.earlier]
+        run.earlier = [*vectors, *run.earlier][:room]
         return [compute_median(column) for column in zip(*readings, strict=True)]
 
     def _merge(self, run: Run, updates: list[Array], medians: Sequence[Contribution]) -> dict[str, Array]:
@@ -231,6 +234,10 @@ class Federation:
         matrix, equal = np.stack(updates), np.ones(NUM_PEERS)
         num_liars = len(run.liars) or NUM_PEERS // 5  # the baselines are told how many lie; without attack, a guess
         match run.rule:
+            case "mean of the honest":
+                step = robust.compute_mean(
+                    matrix, np.array([peer not in run.liars for peer in range(NUM_PEERS)], float)
+                )
             case "mean":
                 step = robust.compute_mean(matrix, equal)
             case "median-norm clip":
@@ -255,14 +262,16 @@ class Federation:
         """An evaluator's fresh sample, each with its weight: of the declared probe in strata, or of what it holds."""
         rng = np.random.default_rng([self.seed, round_, evaluator, 4])
         if rule not in UNBALANCED:
-            strata = [*self.task.probe.values(), *([self.triggered] if rule == TRIGGERED else [])]
+            strata = [(part, 1 / len(self.task.probe)) for part in self.task.probe.values()]
+            if rule == TRIGGERED:
+                strata = [(part, weight / 2) for part, weight in strata] + [(self.triggered, 0.5)]
             samples, weights = [], []
-            for part in strata:
+            for part, weight in strata:
                 drawn = [part[i] for i in rng.permutation(len(part))[:PROBE_SAMPLES]]
                 drawn = [drawn[i % len(drawn)] for i in range(PROBE_SAMPLES)]
                 tokens = sum(sample.num_completion for sample in drawn)
                 samples += drawn
-                weights += [1 / (len(strata) * tokens)] * len(drawn)
+                weights += [weight / tokens] * len(drawn)
             return samples, weights
         own = self.held_out[self.order[-1 - evaluator]]
         pooled = [sample for peer in self.order[NUM_PEERS // 2 :] for sample in self.held_out[peer]]

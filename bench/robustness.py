@@ -6,13 +6,13 @@ Ten peers hold Dirichlet(0.1) shares of ten topics; none, two or four of them li
 the opposite of what it measured. A figure is how far the loss on held-out prompts (every topic of equal weight) fell
 below the untrained adapter's [nats/token], mean over seeds. `attacked` says what a rule sees and what ASw is.
 
-"liars absent": the same peers are liars and send nothing. Their data is missing whatever the rule, so an attack can be
-judged against this too. "turncoat": honest for three rounds, then sign-flip; it is no target, but shows what weights
-cost that remember an epoch.
+"mean of the honest": a rule that knows who lies. The liars' data is missing whatever the rule, so an attack is judged
+against this too. "turncoat": honest for three rounds, then sign-flip; it is no target, but shows what weights cost that
+remember an epoch.
 
 A backdoor that is neutral on clean data cannot show in a held-out loss on clean data, whatever the rule: the table of
-its success shows how far each rule lets it in, and what a probe does that has one more stratum, triggered prompts with
-their right answers. Such a probe needs somebody who knows the trigger.
+its success shows how far each rule lets it in, and what a probe does of which half is triggered prompts with their
+right answers. Such a probe needs somebody who knows the trigger.
 
 --full adds rules (trimmed mean, median, multi-Krum, gate, ASw on unbalanced data) and turncoats for all.
 """
@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import harness
 import numpy as np
-from attacked import ASW, GATE, JUDGED, TRIGGERED, UNBALANCED, Federation
+from attacked import ASW, GATE, JUDGED, ORACLE, TRIGGERED, TURNS_IN_ROUND, UNBALANCED, Federation
 from harness import Target
 from numpy.typing import NDArray
 
@@ -46,7 +46,7 @@ class Size:
 
     seeds: tuple[int, ...] = (1, 2, 3)
     rounds: int = 6
-    steps: int = 6
+    steps: int = 5
     rules: tuple[str, ...] = (*BASELINES, ASW)
     attacks: tuple[str, ...] = ATTACKS
     shares: tuple[float, ...] = (0.2, 0.4)
@@ -55,12 +55,15 @@ class Size:
     def runs(self) -> list[Key]:
         """Every run of a seed, in the tables' order."""
         setups: list[Setup] = [("none", 0.0), *((a, s) for s in self.shares for a in self.attacks)]
-        more = [("turncoat", share) for share in self.shares]
         keys = [(rule, *setup) for setup in setups for rule in self.rules]
-        keys += [(rule, *setup) for setup in more for rule in (self.rules if self.is_full else (ASW,))]
-        keys += [(ASW, "absent", share) for share in self.shares]
+        most = max(self.shares)
+        if self.is_full:
+            keys += [(rule, "turncoat", share) for share in self.shares for rule in self.rules]
+        else:
+            keys.append((ASW, "turncoat", most))
+        keys += [(ORACLE, "absent", share) for share in self.shares]
         if "backdoor" in self.attacks:
-            keys += [(TRIGGERED, "backdoor", share) for share in self.shares]
+            keys.append((TRIGGERED, "backdoor", most))
         return keys
 
 
@@ -97,9 +100,9 @@ class Results:
         """Mean over seeds."""
         return float(np.mean([self.cells[seed, (rule, attack, share)].worst_topic for seed in self.seeds]))
 
-    def success(self, rule: str, attack: str, share: float) -> float:
-        """Mean over seeds."""
-        return float(np.mean([self.cells[seed, (rule, attack, share)].success for seed in self.seeds]))
+    def success(self, rule: str, share: float) -> float:
+        """Of the backdoor, mean over seeds."""
+        return float(np.mean([self.cells[seed, (rule, "backdoor", share)].success for seed in self.seeds]))
 
 
 def spread(values: NDArray[np.float64]) -> float:
@@ -154,9 +157,11 @@ def print_tables(size: Size, results: Results) -> None:
             rows.append([rule, *(f"{drop.mean():.3f} ({spread(drop):.3f})" for drop in drops)])
         title = f"Drop of the held-out loss [nats/token], {share:.0%} liars: mean of seeds {size.seeds} (deviation)"
         harness.print_table(title, ["rule", "no attack", *attacks], rows)
-        absent, turned = (results.drops(ASW, attack, share) for attack in ("absent", "turncoat"))
-        print(f"\nASw, liars absent: {absent.mean():.3f} ({spread(absent):.3f})", end="; ")
-        print(f"ASw, liars turn in round 3: {turned.mean():.3f} ({spread(turned):.3f})")
+        oracle = results.drops(ORACLE, "absent", share)
+        print(f"\nThe mean of the honest alone: {oracle.mean():.3f} ({spread(oracle):.3f})")
+    most = max(size.shares)
+    turned = results.drops(ASW, "turncoat", most)
+    print(f"\nASw where {most:.0%} turn in round {TURNS_IN_ROUND}: {turned.mean():.3f} ({spread(turned):.3f})")
     rows = [
         [rule, f"{share:.0%}", results.worst_topic(rule, "none", 0.0)]
         + [results.worst_topic(rule, attack, share) for attack in size.attacks]
@@ -166,20 +171,12 @@ def print_tables(size: Size, results: Results) -> None:
     harness.print_table("The worst topic's loss [nats/token]", ["rule", "liars", "no attack", *size.attacks], rows)
     if "backdoor" in size.attacks:
         rows = [
-            [
-                rule,
-                "" if rule == TRIGGERED else results.success(rule, "none", 0.0),
-                *(results.success(rule, "backdoor", share) for share in size.shares),
-                *(float(results.drops(rule, "backdoor", share).mean()) for share in size.shares),
-            ]
-            for rule in (*size.rules, TRIGGERED)
-        ]
-        columns = [
-            *(f"success, {share:.0%}" for share in size.shares),
-            *(f"drop, {share:.0%}" for share in size.shares),
+            [rule, f"{share:.0%}", results.success(rule, share), float(results.drops(rule, "backdoor", share).mean())]
+            for share in size.shares
+            for rule in (*size.rules, *([TRIGGERED] if share == most else []))
         ]
         title = "Backdoor: share of the target's tokens that come first after held-out prompts with the trigger"
-        harness.print_table(title, ["rule", "success, no attack", *columns], rows)
+        harness.print_table(title, ["rule", "liars", "success", "drop [nats/token]"], rows)
 
 
 def judge(size: Size, results: Results) -> list[Target]:
@@ -188,7 +185,7 @@ def judge(size: Size, results: Results) -> list[Target]:
     setups = [(attack, share) for share in size.shares for attack in size.attacks]
     targets = []
     for share in size.shares:
-        for name, reference in (("attack-free", free), ("liars absent", results.drops(ASW, "absent", share))):
+        for name, reference in (("attack-free", free), ("the honest alone", results.drops(ORACLE, "absent", share))):
             worst, attack = min(
                 (float(results.drops(ASW, attack, share).mean() / reference.mean()), attack) for attack in size.attacks
             )
