@@ -1,8 +1,8 @@
 """The arbiter as the house sees it: one `Ledger` interface, one executable specification in memory, one contract.
 
-`InMemoryLedger` is the contract's specification (same rules, same error names); `p2pfm.runtime.web3_ledger` speaks to
-the real one. Calls block; a driver runs them in a thread. All raise `ChainError` when the chain cannot be reached and
-`Reverted` (with the custom error's name) when a rule refuses.
+`InMemoryLedger` is the contract's specification (same rules, same error names, same events); `runtime.web3_ledger`
+speaks to the real one. Calls block; a driver runs them in a thread. All raise `ChainError` when the chain cannot be
+reached and `Reverted` (with the custom error's name) when a rule refuses.
 """
 
 from typing import Protocol
@@ -10,6 +10,35 @@ from typing import Protocol
 import msgspec
 
 from p2pfm.types import Digest, MemberIndex, PeerId, Round, Wei
+
+
+class FederationParams(msgspec.Struct, frozen=True):
+    """The contract's immutables: all that one federation's rules leave open."""
+
+    committee_size: int
+    min_stake: Wei
+    challenge_window_s: int
+    """From a round's acceptance on anyone may contest it."""
+    pool_per_epoch: Wei
+    """What the last round of a settlement epoch divides: floor(pool * contribution / sum of contributions) each."""
+    rounds_per_epoch: int
+    rotation_s: int = 0
+    """Least time between two rotations [s]."""
+    restart_s: int = 864_000
+    """After so long without an accepted round anybody may restart [s]; longer than any contest."""
+    members_max: int = 1024
+    """Bounds the gas of a rotation, which reads every stake."""
+    response_s: int = 86_400
+    """To show a leaf that was demanded, and then again to prove a fault with what was shown [s]."""
+    unbonding_s: int = 864_000
+    """From when a leaver can sign no more until its stake is free [s]; at least as long as any contest."""
+    leaf_bond: Wei = Wei(10**18)
+    """Who demands a leaf puts up so much; it goes to whoever shows it."""
+
+    @property
+    def contest_s(self) -> int:
+        """The longest that a round can be contested [s]: the window, an answer, and the proof made of it."""
+        return self.challenge_window_s + 2 * self.response_s
 
 
 class Member(msgspec.Struct, frozen=True):
@@ -23,6 +52,7 @@ class Member(msgspec.Struct, frozen=True):
     """48 bytes, compressed G1."""
     stake: Wei
     active: bool
+    """Neither leaving nor slashed."""
 
 
 class Roster(msgspec.Struct, frozen=True):
@@ -55,6 +85,8 @@ class Submission(msgspec.Struct, frozen=True):
     nonce: int
     prev_root: Digest
     root: Digest
+    num_leaves: int
+    """Of the tree: 0 to num_leaves - 1 are the registry indices that it pays."""
     sums: Sums
     data_digest: Digest
     base: Digest
@@ -72,18 +104,46 @@ class SettledRound(msgspec.Struct, frozen=True):
     nonce: int
     prev_root: Digest
     root: Digest
+    num_leaves: int
     sums: Sums
     data_digest: Digest
     base: Digest
+    absent: tuple[MemberIndex, ...]
+    """Committee members of its epoch whose signature is not in the certificate."""
+    position: int
+    """In the list of accepted rounds."""
+    accepted_s: int
+    """Block time of its acceptance [s since 1970]."""
     is_final: bool
-    """The challenge window has passed: claims may be made."""
+    """It can be contested no more: claims may be made."""
+
+
+class Demand(msgspec.Struct, frozen=True):
+    """Somebody asks the signers of a round to show a leaf that nobody serves."""
+
+    number: int
+    account: str
+    """Who put up the bond."""
+    position: int
+    index: MemberIndex
+    """Whose leaf."""
+    deadline_s: int
+    is_open: bool
 
 
 class Ledger(Protocol):
     """The chain, seen by one account."""
 
+    def get_params(self) -> FederationParams:
+        """The federation's rules."""
+        ...
+
     def get_roster(self) -> Roster:
         """Registry and committee now."""
+        ...
+
+    def get_committee(self, epoch: int) -> tuple[MemberIndex, ...]:
+        """The committee of an epoch, in the order of its draw; empty for an unknown epoch."""
         ...
 
     def get_head(self) -> SettledRound | None:
@@ -94,8 +154,24 @@ class Ledger(Protocol):
         """All accepted rounds from `first` on, in order."""
         ...
 
+    def get_demands(self) -> "tuple[Demand, ...]":
+        """Every demand for a leaf, answered or not, in order."""
+        ...
+
+    def get_entries(self) -> "tuple[Entry, ...]":
+        """Everything that ever happened in this federation, in order."""
+        ...
+
     def register(self, peer: PeerId, bls_key: bytes, possession: bytes, stake: Wei) -> MemberIndex:
         """Join with a stake and a proof of possession that is bound to account, contract and chain."""
+        ...
+
+    def leave(self) -> None:
+        """Begin to unbond: out of every draw whose seed is not known yet."""
+        ...
+
+    def withdraw(self) -> Wei:
+        """Take the stake back once no signature of this member can be contested; returns it [wei]."""
         ...
 
     def rotate(self) -> None:
@@ -112,6 +188,36 @@ class Ledger(Protocol):
 
     def claim(self, round: Round, index: MemberIndex, leaves: "tuple[LeafValue, ...]") -> Wei:
         """Pay a member all that it is owed up to a final `round`; returns what was paid [wei]."""
+        ...
+
+    def restart(self) -> None:
+        """After a long time without an accepted round: outstanding signatures die; anyone may."""
+        ...
+
+    def demand_leaf(self, round: Round, index: MemberIndex) -> int:
+        """Contest a round whose leaf nobody serves, with a bond; returns the demand's number."""
+        ...
+
+    def show_leaf(self, number: int, leaves: "tuple[LeafValue, ...]") -> None:
+        """Answer a demand: the leaf is on chain then, and the bond is the caller's."""
+        ...
+
+    def close_demand(self, number: int) -> None:
+        """After its deadline: a leaf that was not shown voids its round. The bond goes back to who demanded."""
+        ...
+
+    def prove_reward(self, round: Round, index: MemberIndex, leaves: "tuple[LeafValue, ...]") -> None:
+        """Contest a round that pays `index` other than floor(pool * contribution / sum)."""
+        ...
+
+    def prove_transition(
+        self, round: Round, index: MemberIndex, before: "tuple[LeafValue, ...]", leaves: "tuple[LeafValue, ...]"
+    ) -> None:
+        """Contest a round in which a leaf's cumulative sum is not the one `before` plus its reward."""
+        ...
+
+    def prove_equivocation(self, first: Submission, second: Submission) -> None:
+        """Slash who signed two different statements about one round; neither need ever have been accepted."""
         ...
 
     def get_claimed(self, index: MemberIndex) -> Wei:
@@ -134,3 +240,136 @@ class LeafValue(msgspec.Struct, frozen=True):
     reward_wei: Wei
     contribution: int
     """Signed, accumulated over the epoch [nano-nats]."""
+
+
+class Joined(msgspec.Struct, frozen=True, tag=True):
+    """A member registered."""
+
+    index: MemberIndex
+    account: str
+    peer: PeerId
+    stake: Wei
+
+
+class Left(msgspec.Struct, frozen=True, tag=True):
+    """A member began to unbond."""
+
+    index: MemberIndex
+
+
+class Withdrawn(msgspec.Struct, frozen=True, tag=True):
+    """A member took its stake back."""
+
+    index: MemberIndex
+    amount: Wei
+
+
+class Rotated(msgspec.Struct, frozen=True, tag=True):
+    """A committee was drawn."""
+
+    epoch: int
+    committee: tuple[MemberIndex, ...]
+
+
+class Funded(msgspec.Struct, frozen=True, tag=True):
+    """A sponsor added to the pool."""
+
+    account: str
+    amount: Wei
+
+
+class Accepted(msgspec.Struct, frozen=True, tag=True):
+    """A round was accepted (`settled.is_final`: as of then, False)."""
+
+    settled: SettledRound
+
+
+class Claimed(msgspec.Struct, frozen=True, tag=True):
+    """A member was paid."""
+
+    index: MemberIndex
+    round: Round
+    """Against whose root."""
+    amount: Wei
+
+
+class Demanded(msgspec.Struct, frozen=True, tag=True):
+    """Somebody wants to see a leaf."""
+
+    demand: Demand
+
+
+class Shown(msgspec.Struct, frozen=True, tag=True):
+    """A demanded leaf was shown."""
+
+    number: int
+    account: str
+    """Who showed it, and has the bond."""
+    leaf: LeafValue
+
+
+class Closed(msgspec.Struct, frozen=True, tag=True):
+    """A demand ended without an answer; its bond went back."""
+
+    number: int
+
+
+class Slashed(msgspec.Struct, frozen=True, tag=True):
+    """A member lost its stake."""
+
+    index: MemberIndex
+    amount: Wei
+
+
+class Contested(msgspec.Struct, frozen=True, tag=True):
+    """Somebody proved a fault."""
+
+    round: Round
+    fault: str
+    """'reward', 'transition', 'leaf' (not shown) or 'equivocation'."""
+    account: str
+    """Who proved it."""
+    bounty: Wei
+
+
+class Voided(msgspec.Struct, frozen=True, tag=True):
+    """The round at `position` and all after it are void."""
+
+    position: int
+    round: Round
+    nonce: int
+
+
+class Restarted(msgspec.Struct, frozen=True, tag=True):
+    """Outstanding signatures died."""
+
+    nonce: int
+
+
+Happening = (
+    Joined
+    | Left
+    | Withdrawn
+    | Rotated
+    | Funded
+    | Accepted
+    | Claimed
+    | Demanded
+    | Shown
+    | Closed
+    | Slashed
+    | Contested
+    | Voided
+    | Restarted
+)
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """One thing that happened, and where it stands on chain."""
+
+    block: int
+    time_s: int
+    """Of the block [s since 1970]."""
+    transaction: str
+    """Its hash, 0x...; empty in memory."""
+    what: Happening
