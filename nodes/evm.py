@@ -4,6 +4,7 @@ One block a transaction, mined at once; while somebody looks, a block at least e
 the clock it is given. Reads answer for the newest state only. Knows no socket: `nodes.testnet` serves it over HTTP.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -264,6 +265,7 @@ class EmbeddedChain:
                 "data": _hex(log.data),
                 "logIndex": hex(position),
                 "removed": False,
+                "blockTimestamp": block["timestamp"],
             }
             for position, log in enumerate(receipt.logs)
         ]
@@ -306,12 +308,12 @@ class EmbeddedChain:
         addresses = query.get("address", [])
         wanted = {address.lower() for address in ([addresses] if isinstance(addresses, str) else addresses)}
         topics = query.get("topics", [])
+        start = bisect_left(self._logs, first, key=_block_number)
+        end = bisect_right(self._logs, last, key=_block_number)
         return [
             log
-            for log in self._logs
-            if first <= int(log["blockNumber"], 16) <= last
-            and (not wanted or log["address"].lower() in wanted)
-            and _has_topics(log["topics"], topics)
+            for log in self._logs[start:end]
+            if (not wanted or log["address"].lower() in wanted) and _has_topics(log["topics"], topics)
         ]
 
 
@@ -397,6 +399,10 @@ def _position(block: str | None, newest: int) -> int:
     if block == "earliest":
         return 0
     return int(block, 16) if block and block.startswith("0x") else newest
+
+
+def _block_number(log: Mapping[str, Any]) -> int:
+    return int(log["blockNumber"], 16)
 
 
 def _has_topics(topics: Sequence[str], wanted: Sequence[Any]) -> bool:

@@ -40,7 +40,7 @@ from p2pfm.config import (
 )
 from p2pfm.errors import OperatorError, WorldError
 from p2pfm.runtime.web3_ledger import Web3Ledger, deploy
-from p2pfm.settlement.memory_ledger import FederationParams
+from p2pfm.settlement.ledger import FederationParams
 from p2pfm.types import Millis, Wei
 
 STAKE_PFM = 100
@@ -48,6 +48,8 @@ POOL_PFM = 100
 EPOCHS_FUNDED = 1000
 GAS_WEI = 10 * 10**18
 """Ether a new account gets: more than a day of rounds costs."""
+RESPONSE_S = 60
+"""To show a leaf that was demanded [s]."""
 CHALLENGE_WINDOW_S = 2
 """On a local testnet rounds become final at once; a real network gives auditors hours."""
 PRIVACY = PrivacyConfig(enabled=True, noise_multiplier=1.0, epsilon_max=1000.0)
@@ -275,6 +277,7 @@ def create_network(testnet: Testnet, preset: Preset, probe: Path) -> tuple[Netwo
         challenge_window_s=CHALLENGE_WINDOW_S,
         pool_per_epoch=Wei(POOL_PFM * WEI_PER_PFM),
         rounds_per_epoch=1,
+        response_s=RESPONSE_S,
     )
     contracts = deploy(testnet.rpc_url, testnet.keys[0], params)
     ledger = Web3Ledger(testnet.rpc_url, contracts, testnet.keys[0])

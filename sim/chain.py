@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from p2pfm.config import WEI_PER_PFM, NetworkConfig
 from p2pfm.errors import ChainError
 from p2pfm.messages import Attestation, Certificate
-from p2pfm.settlement.ledger import Roster, SettledRound
-from p2pfm.settlement.memory_ledger import FederationParams, InMemoryLedger
+from p2pfm.settlement.ledger import FederationParams, Roster, SettledRound
+from p2pfm.settlement.memory_ledger import InMemoryLedger
 from p2pfm.settlement.rewards import from_wire, make_submission, proposal_message
 from p2pfm.settlement.sampling import compute_quorum
 from p2pfm.types import Digest, MemberIndex, Millis, PeerId, Wei

@@ -13,14 +13,16 @@ from typing import Any
 
 import httpx
 import msgspec
+import pytest
 from eth_account import Account
 
 from nodes.testnet import account_keys, find_anvil, serve_embedded, start_anvil
 from p2pfm.config import ChainConfig
+from p2pfm.errors import Reverted
 from p2pfm.runtime.web3_ledger import Web3Ledger, deploy
 from p2pfm.settlement import bls, merkle
-from p2pfm.settlement.ledger import LeafValue, Ledger, Submission
-from p2pfm.settlement.memory_ledger import FederationParams, InMemoryLedger
+from p2pfm.settlement.ledger import FederationParams, LeafValue, Ledger, Submission
+from p2pfm.settlement.memory_ledger import InMemoryLedger
 from p2pfm.settlement.rewards import compute_leaves, submission_message
 from p2pfm.types import Digest, MemberIndex, PeerId, Round, Wei
 
@@ -41,6 +43,9 @@ PARAMS = FederationParams(
     rotation_s=300,
     restart_s=5000,
     members_max=5,
+    response_s=200,
+    unbonding_s=1500,
+    leaf_bond=Wei(7),
 )
 TOKENS = Wei(2000)
 """What each account gets [wei]."""
@@ -53,7 +58,7 @@ class World:
 
     chain: ChainConfig
     ledgers: Sequence[Any]
-    """By account; each implements Ledger, and restart_round."""
+    """By account; each implements Ledger."""
     advance: Callable[[int], None]
     """Let so many seconds pass."""
     leaves: tuple[LeafValue, ...] = ()
@@ -100,6 +105,7 @@ class World:
             nonce=roster.nonce,
             prev_root=head.root if head else merkle.EMPTY_ROOT,
             root=tree.digest,
+            num_leaves=len(self.leaves),
             sums=tree.sums,
             data_digest=Digest(bytes([round]) * 32),
             base=Digest(bytes([round + 100]) * 32),
@@ -107,6 +113,32 @@ class World:
             signature=bytes(96),
         )
         return self.sign(msgspec.structs.replace(unsigned, **changes))
+
+    def settle(self, round: int, contributions: Sequence[int] = (), **changes: Any) -> Submission:
+        """Make and submit a round."""
+        submission = self.submission(round, contributions, **changes)
+        self.any.submit_round(submission)
+        return submission
+
+    def cheat(self, round: int, leaves: Sequence[LeafValue], absent: Sequence[int] = ()) -> Submission:
+        """Settle a round whose tree has these leaves, whatever the rules say: the committee has signed it."""
+        tree = merkle.compute_root(leaves)
+        changes = {"root": tree.digest, "sums": tree.sums, "num_leaves": len(leaves)}
+        submission = self.submission(round, absent=absent, **changes)
+        self.leaves = tuple(leaves)
+        self.any.submit_round(submission)
+        return submission
+
+    def check_books(self) -> None:
+        """The law: what the federation holds is the pool, the stakes, the bonds, and what is allotted but not drawn."""
+        ledger, params = self.any, self.any.get_params()
+        members, head = ledger.get_roster().members, ledger.get_head()
+        allotted = head.sums.cumulative_wei if head else 0
+        drawn = sum(ledger.get_claimed(member.index) for member in members)
+        bonds = sum(params.leaf_bond for demand in ledger.get_demands() if demand.is_open)
+        owed = ledger.get_pool() + sum(member.stake for member in members) + bonds + allotted - drawn
+        assert ledger.get_balance(self.chain.federation) == owed
+        assert drawn <= allotted
 
     def sign(self, submission: Submission, signers: Sequence[int] | None = None) -> Submission:
         """Signed by the committee but its absent members, or by these registry indices."""
@@ -169,6 +201,11 @@ def rpc(url: str, method: str, *params: Any) -> Any:
     answer = httpx.post(url, json={"jsonrpc": "2.0", "id": next(_ids), "method": method, "params": params}).json()
     assert "error" not in answer, answer
     return answer["result"]
+
+
+def refuses(reason: str) -> "pytest.RaisesExc[Reverted]":
+    """The ledger refuses with this custom error."""
+    return pytest.raises(Reverted, match=f"refused: {reason}(:|$)")
 
 
 def free_port() -> int:

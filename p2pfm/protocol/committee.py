@@ -29,6 +29,7 @@ from p2pfm.settlement.rewards import (
     compute_sums,
     compute_weights,
     from_wire,
+    is_payout_round,
     to_wire,
 )
 from p2pfm.settlement.sampling import compute_quorum
@@ -198,15 +199,12 @@ def _compute_next_leaves(
     measured: Mapping[MemberIndex, Contribution],
 ) -> tuple[LeafValue, ...]:
     leaves = from_wire(previous.leaves) if previous else ()
-    last_round = previous.round if previous else -1
-    per_epoch = config.settlement.rounds_per_epoch
-    # Pays when an epoch's end lies after the last certified round: a void last round defers the payment, not loses it.
-    is_payout = (round + 1) // per_epoch > (last_round + 1) // per_epoch
+    last_round = previous.round if previous else Round(-1)
     return compute_leaves(
         leaves,
         measured,
         num_members=len(roster.members),
         pool=config.pool_per_epoch(),
-        is_payout=is_payout,
+        is_payout=is_payout_round(round, last_round, config.settlement.rounds_per_epoch),
         is_epoch_start=compute_sums(leaves).reward_wei > 0,
     )

@@ -1,54 +1,78 @@
 """`Web3Ledger`: the contract on any Ethereum JSON-RPC endpoint, as `settlement.ledger.Ledger` wants it.
 
-Calls block: a driver runs them in a worker thread. One sender a key: a lock, a local nonce, a fresh one after any
-doubt. Every change is idempotent, so that a caller who lost the answer just calls again. Knows no round's protocol.
+The contract's storage holds a hash a round; what happened stands in its logs, which are followed here and compared
+with its state. Calls block: a driver runs them in a worker thread. Every change is idempotent, so that a caller who
+lost the answer just calls again. Knows no round's protocol.
 """
 
-import json
 import threading
 import time
-from collections.abc import Mapping
-from importlib.resources import files
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
-from eth_account import Account
-from eth_hash.auto import keccak
-from requests.exceptions import RequestException
-from web3 import HTTPProvider, Web3
-from web3.exceptions import BadFunctionCallOutput, ContractLogicError, TimeExhausted, Web3Exception, Web3RPCError
-from web3.types import RPCEndpoint
+from web3 import Web3
 
 from p2pfm.config import ChainConfig
 from p2pfm.errors import ChainError, Reverted
+from p2pfm.runtime.chain_rpc import NoContract, Rpc
+from p2pfm.runtime.log_follower import LogFollower
 from p2pfm.settlement import bls, merkle
-from p2pfm.settlement.ledger import LeafValue, Member, Roster, SettledRound, Submission, Sums
-from p2pfm.settlement.memory_ledger import FederationParams, is_settled
+from p2pfm.settlement.ledger import (
+    Accepted,
+    Claimed,
+    Closed,
+    Contested,
+    Demand,
+    Demanded,
+    Entry,
+    FederationParams,
+    Funded,
+    Happening,
+    Joined,
+    LeafValue,
+    Left,
+    Member,
+    Restarted,
+    Roster,
+    Rotated,
+    SettledRound,
+    Shown,
+    Slashed,
+    Submission,
+    Sums,
+    Voided,
+    Withdrawn,
+)
+from p2pfm.settlement.memory_ledger import get_demand, is_settled, make_proof
+from p2pfm.settlement.merkle import EMPTY_ROOT
 from p2pfm.types import Digest, MemberIndex, PeerId, Round, Wei
 
-VERSION = 1
+VERSION = 2
 """Of the contract's interface (IFederation.VERSION)."""
 
 TOKEN_SUPPLY = Wei(10**9 * 10**18)
 """What `deploy` mints: a thousand million PFM [wei]."""
 
-REQUEST_SECONDS_MAX = 20.0
-RECEIPT_SECONDS_MAX = 120.0
-RECEIPT_POLL_S = 0.1
 STATE_FRESH_S = 0.5
 """A poll reads registry, head and pool one after the other: they share one call."""
 PAGE = 64
-"""Members or rounds a call, so that no answer grows with the network."""
-GAS_MARGIN = 1.25
-"""Over the estimate: the state may have moved by the time the transaction runs."""
-TIP_WEI = 1
-NONCE_TRIES_MAX = 3
+"""Members a call, so that no answer grows with the network."""
+AGREE_TRIES_MAX = 5
+"""Logs and state are read one after the other: a block may come between. More often than this, somebody lies."""
 
-_PANIC = keccak(b"Panic(uint256)")[:4]
-
+FAULTS = ("reward", "transition", "leaf", "equivocation")
+"""In the order of the contract's enum."""
 
 READ_ONLY_KEY = (1).to_bytes(32, "big")
 """For who only reads: a key that everyone knows and nobody funds."""
+
+
+class _Kept(msgspec.Struct, frozen=True):
+    """A round, and its record as the contract wants to see it again."""
+
+    settled: SettledRound
+    record: Any
 
 
 class Web3Ledger:
@@ -61,26 +85,36 @@ class Web3Ledger:
         private_key: bytes,
         confirmations: int = 1,
         fresh_s: float = STATE_FRESH_S,
+        witness_url: str = "",
     ) -> None:
         """Connects on first use, so that a node can start while the chain is down.
 
         Args:
             confirmations: blocks, its own included, after which a transaction counts as done.
             fresh_s: how old an answer of the chain may be [s]; one's own changes are seen at once.
+            witness_url: a second endpoint, of somebody else, that must tell the same rounds; empty: none.
         """
         self._fresh_s = fresh_s
-        self._rpc = _Rpc(rpc_url, chain.chain_id, private_key, confirmations)
         self._chain = chain
+        self._rpc = Rpc(rpc_url, chain.chain_id, private_key, confirmations)
         self._federation: Any = self._rpc.contract("Federation", chain.federation)
         self._token: Any = self._rpc.contract("PFMToken", chain.token)
+        self._witness = Rpc(witness_url, chain.chain_id, READ_ONLY_KEY) if witness_url else None
         self._lock = threading.RLock()
-        self._is_checked = False
-        self._window_s = 0
+        self._follower: LogFollower | None = None
+        self._params: FederationParams | None = None
         self._state: Any = None
         self._state_at = 0.0
         self._members: list[Member] = []
-        self._committee: tuple[int, tuple[MemberIndex, ...]] = (0, ())
-        self._rounds: list[tuple[SettledRound, int]] = []
+        self._num_changes = 0
+        """Logs so far that changed a member: then the registry is read anew."""
+        self._happenings: list[Happening] = []
+        """By log of the federation."""
+        self._rounds: list[_Kept] = []
+        self._committees: dict[int, tuple[MemberIndex, ...]] = {}
+        self._demands: list[Demand] = []
+        self._times: dict[int, int] = {}
+        self._decoders = self._make_decoders()
 
     @property
     def account(self) -> str:
@@ -96,53 +130,76 @@ class Web3Ledger:
             ChainError: unreachable, another chain id, no such contract, or one of another version.
         """
         with self._lock:
-            if self._is_checked:
+            if self._follower is not None:
                 return
             self._rpc.check()
             try:
                 version = self._rpc.call(self._federation.functions.VERSION())
+                if version != VERSION:
+                    raise ChainError(f"expected a federation of version {VERSION}, got {version}; update p2pfm")
                 token = self._rpc.call(self._federation.functions.token())
-                params = self._rpc.call(self._federation.functions.params())
-            except (_NoContract, Reverted) as error:
+                self._params = _params(self._rpc.call(self._federation.functions.params()))
+                first = self._rpc.call(self._federation.functions.DEPLOYED_BLOCK())
+            except (NoContract, Reverted) as error:
                 raise ChainError(
                     f"no p2pfm federation at {self._chain.federation} on chain {self._chain.chain_id}; "
                     "check network.chain.federation"
                 ) from error
-            if version != VERSION:
-                raise ChainError(f"expected a federation of version {VERSION}, got {version}; update p2pfm")
             if token != self._chain.token:
                 raise ChainError(f"expected reward token {self._chain.token}, but the federation pays in {token}")
-            self._window_s = params[5]
-            self._is_checked = True
+            self._follower = LogFollower(self._rpc, self._chain.federation, first)
+
+    def get_params(self) -> FederationParams:
+        """See Ledger."""
+        self.check()
+        assert self._params is not None, "set by check"
+        return self._params
 
     def get_roster(self) -> Roster:
-        """See Ledger. One call when nothing has changed."""
+        """See Ledger."""
         with self._lock:
-            state = self._read_state()
-            epoch, nonce, num_members = state[1], state[2], state[3]
-            while len(self._members) < num_members:
-                page = self._rpc.call(self._federation.functions.members(len(self._members), PAGE))
-                if not page:
-                    break
-                self._members += [_member(len(self._members) + i, entry) for i, entry in enumerate(page)]
-            if self._committee[0] != epoch:
-                drawn = self._rpc.call(self._federation.functions.committee(epoch))
-                self._committee = (epoch, tuple(MemberIndex(index) for index in drawn))
-            return Roster(epoch, nonce, tuple(self._members[:num_members]), self._committee[1])
+            state = self._read()
+            changes = sum(isinstance(what, Joined | Left | Withdrawn | Slashed) for what in self._happenings)
+            if changes != self._num_changes or len(self._members) != state["numMembers"]:
+                self._members = self._read_members(state["numMembers"])
+                self._num_changes = changes
+            committee = self._committees.get(state["epoch"], ())
+            return Roster(state["epoch"], state["nonce"], tuple(self._members), committee)
+
+    def get_committee(self, epoch: int) -> tuple[MemberIndex, ...]:
+        """See Ledger."""
+        with self._lock:
+            self._read()
+            return self._committees.get(epoch, ())
 
     def get_head(self) -> SettledRound | None:
         """See Ledger."""
-        rounds = self.get_rounds(Round(0))
-        return rounds[-1] if rounds else None
+        with self._lock:
+            state = self._read()
+            return self._with_finality(self._rounds[-1].settled, state) if self._rounds else None
 
     def get_rounds(self, first: Round) -> tuple[SettledRound, ...]:
-        """See Ledger. One call when nothing has changed."""
+        """See Ledger."""
         with self._lock:
-            now_s = self._read_rounds()
+            state = self._read()
             return tuple(
-                _with_finality(settled, now_s >= accepted_s + self._window_s)
-                for settled, accepted_s in self._rounds
-                if settled.round >= first
+                self._with_finality(kept.settled, state) for kept in self._rounds if kept.settled.round >= first
+            )
+
+    def get_demands(self) -> tuple[Demand, ...]:
+        """See Ledger."""
+        with self._lock:
+            self._read()
+            return tuple(self._demands)
+
+    def get_entries(self) -> tuple[Entry, ...]:
+        """See Ledger."""
+        with self._lock:
+            self._read()
+            assert self._follower is not None, "set by check"
+            return tuple(
+                Entry(int(log["blockNumber"]), self._get_time(log), log["transactionHash"].to_0x_hex(), what)
+                for log, what in zip(self._follower.logs, self._happenings, strict=True)
             )
 
     def get_claimed(self, index: MemberIndex) -> Wei:
@@ -158,13 +215,13 @@ class Web3Ledger:
     def get_pool(self) -> Wei:
         """See Ledger."""
         with self._lock:
-            return Wei(self._read_state()[7])
+            return Wei(self._read()["pool"])
 
-    # --- changes ---------------------------------------------------------------------------------------------------
+    # --- membership ------------------------------------------------------------------------------------------------
 
     def register(self, peer: PeerId, bls_key: bytes, possession: bytes, stake: Wei) -> MemberIndex:
         """See Ledger. Registering again with the same peer and key gives the same index."""
-        held = self._find(peer, bls_key)
+        held = self._find_member(peer, bls_key)
         if held is not None:
             return held
         try:
@@ -173,14 +230,25 @@ class Web3Ledger:
             raise Reverted("BadPossession", str(error)) from error
         self._approve(stake)
         self._send(self._federation.functions.register(peer, key, proof, stake))
-        index = self._find(peer, bls_key)
+        index = self._find_member(peer, bls_key)
         if index is None:
             raise ChainError(f"{peer} was registered but is not in the registry: the endpoint lags, try again")
         return index
 
+    def unbond(self) -> None:
+        """See Ledger."""
+        self._send(self._federation.functions.unbond())
+
+    def withdraw(self) -> Wei:
+        """See Ledger."""
+        told = self._told(self._send(self._federation.functions.withdraw()), Withdrawn)
+        return Wei(sum(withdrawn.amount for withdrawn in told))
+
     def rotate(self) -> None:
         """See Ledger."""
         self._send(self._federation.functions.rotate())
+
+    # --- rounds and rewards ----------------------------------------------------------------------------------------
 
     def fund(self, amount: Wei) -> None:
         """See Ledger."""
@@ -191,11 +259,7 @@ class Web3Ledger:
         """See Ledger. A round that the chain holds already with this root is success: somebody was faster."""
         if self._is_settled(submission):
             return
-        try:
-            signature = _words(bls.decompress_signature(submission.signature))
-        except ValueError as error:
-            raise Reverted("BadSignature", str(error)) from error
-        call = self._federation.functions.submitRound(_statement(submission), list(submission.absent), signature)
+        call = self._federation.functions.submitRound(self._certificate(submission))
         try:
             self._send(call)
         except Reverted:
@@ -204,29 +268,16 @@ class Web3Ledger:
 
     def claim(self, round: Round, index: MemberIndex, leaves: tuple[LeafValue, ...]) -> Wei:
         """See Ledger. Nothing is sent when nothing is left to draw."""
-        if not 0 <= index < len(leaves):
-            raise Reverted("BadProof", f"the tree has no leaf {index}")
-        with self._lock:
-            self._read_rounds()
-            positions = [i for i, (settled, _) in enumerate(self._rounds) if settled.round == round]
-        if not positions:
-            raise Reverted("UnknownRound", f"round {round} is not on chain")
-        leaf = leaves[index]
-        siblings = [
-            (node.digest, node.sums.cumulative_wei, node.sums.reward_wei, node.sums.contribution)
-            for node in merkle.prove(merkle.build(leaves), index)
-        ]
-        values = (leaf.cumulative_wei, leaf.reward_wei, leaf.contribution)
-        call = self._federation.functions.claim(positions[0], index, values, siblings)
+        kept = self._find_round(round)
+        proof = _proof(leaves, index)
+        call = self._federation.functions.claim(kept.settled.position, kept.record, index, proof)
         if self._rpc.call(call) == 0:
             return Wei(0)
-        receipt = self._send(call)
-        paid = [self._federation.events.Claimed().process_log(log) for log in receipt["logs"] if _is_claimed(log)]
-        return Wei(sum(event["args"]["amount"] for event in paid))
+        return Wei(sum(claimed.amount for claimed in self._told(self._send(call), Claimed)))
 
-    def restart_round(self) -> None:
-        """Void what is not final and kill outstanding signatures, after a long time without progress."""
-        self._send(self._federation.functions.restartRound())
+    def restart(self) -> None:
+        """See Ledger."""
+        self._send(self._federation.functions.restart())
 
     def transfer(self, account: str, amount: Wei) -> None:
         """Give reward tokens to an account."""
@@ -237,39 +288,228 @@ class Web3Ledger:
         self.check()
         self._rpc.send({"to": account, "value": amount_wei, "data": b""})
 
-    # --- inside ----------------------------------------------------------------------------------------------------
+    # --- contests --------------------------------------------------------------------------------------------------
 
-    def _read_state(self) -> Any:
+    def demand_leaf(self, round: Round, index: MemberIndex) -> int:
+        """See Ledger."""
+        kept = self._find_round(round)
+        self._approve(self.get_params().leaf_bond)
+        call = self._federation.functions.demandLeaf(kept.settled.position, kept.record, index)
+        return int(self._told(self._send(call), Demanded)[0].demand.number)
+
+    def show_leaf(self, number: int, leaves: tuple[LeafValue, ...]) -> None:
+        """See Ledger."""
+        demand = get_demand(self, number)
+        record = self._record_at(demand.position)
+        self._send(self._federation.functions.showLeaf(number, record, _proof(leaves, demand.index)))
+
+    def close_demand(self, number: int) -> None:
+        """See Ledger."""
+        place = self._place(get_demand(self, number).position)
+        self._send(self._federation.functions.closeDemand(number, place))
+
+    def prove_reward(self, round: Round, index: MemberIndex, leaves: tuple[LeafValue, ...]) -> None:
+        """See Ledger."""
+        place = self._place(self._find_round(round).settled.position)
+        self._send(self._federation.functions.proveReward(place, index, _proof(leaves, index)))
+
+    def prove_transition(
+        self, round: Round, index: MemberIndex, before: tuple[LeafValue, ...], leaves: tuple[LeafValue, ...]
+    ) -> None:
+        """See Ledger."""
+        place = self._place(self._find_round(round).settled.position)
+        earlier = _proof(before, index) if index < len(before) else ((0, 0, 0), ())
+        self._send(self._federation.functions.proveTransition(place, index, earlier, _proof(leaves, index)))
+
+    def prove_equivocation(self, first: Submission, second: Submission) -> None:
+        """See Ledger."""
+        certificates = (self._certificate(first), self._certificate(second))
+        self._send(self._federation.functions.proveEquivocation(*certificates))
+
+    # --- following -------------------------------------------------------------------------------------------------
+
+    def _read(self) -> Any:
+        """The contract's state by field, and everything derived from its logs as of the same time.
+
+        Raises:
+            ChainError: unreachable, or the logs and the state, or two endpoints, tell different stories.
+        """
         self.check()
-        if self._state is None or time.monotonic() - self._state_at >= self._fresh_s:
-            self._state = self._rpc.call(self._federation.functions.state())
-            self._state_at = time.monotonic()
-        return self._state
+        if self._state is not None and time.monotonic() - self._state_at < self._fresh_s:
+            return self._state
+        for _ in range(AGREE_TRIES_MAX):
+            self._follow()
+            state = _state(self._rpc.call(self._federation.functions.state()))
+            head_root = self._rounds[-1].settled.root if self._rounds else EMPTY_ROOT
+            told = (len(self._rounds), bytes(head_root), max(self._committees, default=0))
+            if told == (state["numRounds"], bytes(state["headRoot"]), state["epoch"]):
+                self._ask_witness()
+                self._state, self._state_at = state, time.monotonic()
+                return state
+        raise ChainError(
+            f"the endpoint's logs tell {told[0]} rounds up to {told[1].hex()[:10]}, its state {state['numRounds']} up "
+            f"to {bytes(state['headRoot']).hex()[:10]}: it is not to be trusted, name another as `rpc`"
+        )
 
-    def _read_rounds(self) -> int:
-        """Bring the copy of the accepted rounds up to date; returns the chain's time [s]."""
-        state = self._read_state()
-        num_rounds, head_root = state[4], state[6]
-        held_root = self._rounds[-1][0].root if self._rounds else merkle.EMPTY_ROOT
-        if num_rounds < len(self._rounds) or (num_rounds == len(self._rounds) and held_root != head_root):
-            self._rounds = []  # rounds were voided, or the chain was reorganised
-        while len(self._rounds) < num_rounds:
-            page = [
-                _settled(entry) for entry in self._rpc.call(self._federation.functions.rounds(len(self._rounds), PAGE))
-            ]
+    def _follow(self) -> None:
+        assert self._follower is not None, "set by check"
+        if self._follower.update() < len(self._happenings):  # blocks were replaced: all is derived anew
+            self._happenings, self._rounds, self._demands, self._committees = [], [], [], {}
+            self._num_changes = -1
+        for log in self._follower.logs[len(self._happenings) :]:
+            self._take(log)
+
+    def _take(self, log: Any) -> None:
+        what = self._decoders[bytes(log["topics"][0])](log)
+        self._happenings.append(what)
+        match what:
+            case Rotated(epoch=epoch, committee=committee):
+                self._committees[epoch] = committee
+            case Accepted(settled=settled):
+                record = _record(self._decode("RoundAccepted", log)["record"])
+                self._rounds = [*self._rounds[: settled.position], _Kept(settled, record)]
+            case Voided(position=position):
+                del self._rounds[position:]
+            case Demanded(demand=demand):
+                self._demands.append(demand)
+            case Shown(number=number) | Closed(number=number):
+                self._demands[number] = msgspec.structs.replace(self._demands[number], is_open=False)
+            case _:
+                pass
+
+    def _ask_witness(self) -> None:
+        """A second endpoint must hold the same newest round; a lie about older ones would change it."""
+        if self._witness is None or not self._rounds:
+            return
+        position = self._rounds[-1].settled.position
+        mine = self._rpc.call(self._federation.functions.recordHash(position))
+        other: Any = self._witness.contract("Federation", self._chain.federation)
+        theirs = self._witness.call(other.functions.recordHash(position))
+        if mine != theirs:
+            raise ChainError(
+                f"two endpoints disagree about round {self._rounds[-1].settled.round}: `rpc` says {mine.hex()[:10]}, "
+                f"`rpc_witness` {theirs.hex()[:10]}; nothing is done until they agree"
+            )
+
+    def _read_members(self, num_members: int) -> list[Member]:
+        members: list[Member] = []
+        while len(members) < num_members:
+            page = self._rpc.call(self._federation.functions.members(len(members), PAGE))
             if not page:
                 break
-            if self._rounds and page[0][0].prev_root != self._rounds[-1][0].root:
-                self._rounds = []
-                continue
-            self._rounds += page
-        return int(state[0])
+            members += [_member(len(members) + i, entry) for i, entry in enumerate(page)]
+        return members
 
-    def _find(self, peer: PeerId, bls_key: bytes) -> MemberIndex | None:
+    def _get_time(self, log: Any) -> int:
+        told = log.get("blockTimestamp")
+        if told is not None:
+            return int(told, 16) if isinstance(told, str) else int(told)
+        number = int(log["blockNumber"])
+        if number not in self._times:
+            self._times[number] = self._rpc.get_block(number)[2]
+        return self._times[number]
+
+    def _with_finality(self, settled: SettledRound, state: Any) -> SettledRound:
+        params = self.get_params()
+        is_held = settled.position >= state["holdFrom"] and state["time"] < state["holdUntil"]
+        window_s = params.contest_s if is_held else params.challenge_window_s
+        is_final = state["time"] >= settled.accepted_s + window_s
+        return msgspec.structs.replace(settled, is_final=True) if is_final else settled
+
+    # --- from and to the contract's words --------------------------------------------------------------------------
+
+    def _make_decoders(self) -> dict[bytes, Callable[[Any], Happening]]:
+        """By a log's first topic: what it means."""
+        meanings: dict[str, Callable[[Any], Happening]] = {
+            "Registered": lambda a: Joined(a["index"], a["account"], a["peer"], a["stake"]),
+            "Left": lambda a: Left(a["index"]),
+            "Withdrawn": lambda a: Withdrawn(a["index"], a["amount"]),
+            "Rotated": lambda a: Rotated(a["epoch"], tuple(a["committee"])),
+            "Funded": lambda a: Funded(a["sponsor"], a["amount"]),
+            "RoundAccepted": lambda a: Accepted(self._settled(a["position"], a["record"])),
+            "Claimed": lambda a: Claimed(a["index"], a["round"], a["amount"]),
+            "Demanded": lambda a: Demanded(
+                Demand(a["number"], a["account"], a["position"], a["index"], a["deadline"], is_open=True)
+            ),
+            "Shown": lambda a: Shown(
+                a["number"],
+                a["account"],
+                LeafValue(a["leaf"]["cumulative"], a["leaf"]["reward"], a["leaf"]["contribution"]),
+            ),
+            "Closed": lambda a: Closed(a["number"]),
+            "Slashed": lambda a: Slashed(a["index"], a["amount"]),
+            "Contested": lambda a: Contested(a["round"], FAULTS[a["fault"]], a["account"], a["bounty"]),
+            "Voided": lambda a: Voided(a["position"], a["round"], a["nonce"]),
+            "Restarted": lambda a: Restarted(a["nonce"]),
+        }
+
+        def decoder(name: str) -> Callable[[Any], Happening]:
+            return lambda log: meanings[name](self._decode(name, log))
+
+        return {bytes.fromhex(self._federation.events[name]().topic[2:]): decoder(name) for name in meanings}
+
+    def _decode(self, name: str, log: Any) -> Any:
+        return self._federation.events[name]().process_log(log)["args"]
+
+    def _told(self, receipt: Any, kind: type[Any]) -> list[Any]:
+        """What a transaction's own logs say of this kind."""
+        logs = [log for log in receipt["logs"] if log["address"] == self._chain.federation]
+        told = [self._decoders[bytes(log["topics"][0])](log) for log in logs]
+        return [what for what in told if isinstance(what, kind)]
+
+    def _settled(self, position: int, record: Any) -> SettledRound:
+        given = record["statement"]
+        seats = self._committees.get(given["epoch"], ())
+        return SettledRound(
+            round=Round(given["round"]),
+            epoch=given["epoch"],
+            nonce=given["nonce"],
+            prev_root=Digest(bytes(given["prevRoot"])),
+            root=Digest(bytes(given["root"])),
+            num_leaves=given["numLeaves"],
+            sums=Sums(Wei(given["cumulative"]), Wei(given["reward"]), given["contribution"]),
+            data_digest=Digest(bytes(given["data"])),
+            base=Digest(bytes(given["base"])),
+            absent=tuple(sorted(index for seat, index in enumerate(seats) if record["absent"] >> seat & 1)),
+            position=position,
+            accepted_s=record["acceptedAt"],
+            is_final=False,
+        )
+
+    def _certificate(self, submission: Submission) -> Any:
+        """As the contract takes it: who is absent by seat. Raises: Reverted (BadAbsent, BadSignature)."""
+        seats = self.get_committee(submission.epoch)
+        absent = list(submission.absent)
+        if sorted(set(absent)) != absent or not set(absent) <= set(seats):
+            raise Reverted("BadAbsent" if seats else "BadEpoch")
+        try:
+            signature = _words(bls.decompress_signature(submission.signature))
+        except ValueError as error:
+            raise Reverted("BadSignature", str(error)) from error
+        return _statement(submission), sum(1 << seats.index(index) for index in absent), signature
+
+    def _find_member(self, peer: PeerId, bls_key: bytes) -> MemberIndex | None:
         for member in self.get_roster().members:
-            if (member.account, member.peer, member.bls_key) == (self.account, peer, bls_key):
+            if (member.account, member.peer, member.bls_key) == (self.account, peer, bls_key) and member.active:
                 return member.index
         return None
+
+    def _find_round(self, round: Round) -> _Kept:
+        with self._lock:
+            self._read()
+            kept = next((kept for kept in self._rounds if kept.settled.round == round), None)
+        if kept is None:
+            raise Reverted("UnknownRound", f"round {round} is not on chain")
+        return kept
+
+    def _record_at(self, position: int) -> Any:
+        """The record at a position; zeros where no round stands (any more)."""
+        with self._lock:
+            self._read()
+            return self._rounds[position].record if 0 <= position < len(self._rounds) else _NO_RECORD
+
+    def _place(self, position: int) -> Any:
+        return position, self._record_at(position), self._record_at(position - 1)
 
     def _is_settled(self, submission: Submission) -> bool:
         return is_settled(self.get_rounds(submission.round), submission)
@@ -295,172 +535,74 @@ def deploy(rpc_url: str, private_key: bytes, params: FederationParams, supply: W
         ChainError: unreachable, or not enough ether.
         Reverted: BadParameter.
     """
-    rpc = _Rpc(rpc_url, None, private_key, confirmations=1)
+    rpc = Rpc(rpc_url, None, private_key)
     chain_id = rpc.check()
     token = rpc.deploy("PFMToken", (rpc.account, supply))
     rules = (
         params.committee_size,
         params.members_max,
         params.min_stake,
+        params.leaf_bond,
         params.pool_per_epoch,
         params.rounds_per_epoch,
         params.challenge_window_s,
+        params.response_s,
+        params.unbonding_s,
         params.rotation_s,
         params.restart_s,
     )
     return ChainConfig(chain_id, rpc.deploy("Federation", (token, rules)), token)
 
 
-def read_artifact(contract: str) -> Mapping[str, Any]:
-    """ABI and bytecode as the build committed them."""
-    text = files("contracts").joinpath("artifacts", f"{contract}.json").read_text()
-    artifact: Mapping[str, Any] = json.loads(text)
-    return artifact
+_NO_RECORD = ((0, 0, 0, EMPTY_ROOT, EMPTY_ROOT, 0, 0, 0, 0, EMPTY_ROOT, EMPTY_ROOT), 0, 0)
+
+_STATEMENT = (
+    *("epoch", "nonce", "round", "prevRoot", "root", "numLeaves"),
+    *("cumulative", "reward", "contribution", "data", "base"),
+)
+
+_STATE = (
+    *("time", "epoch", "epochMin", "nonce", "numMembers", "numRounds", "headRound", "headRoot"),
+    *("pool", "cumulative", "claimed", "holdFrom", "holdUntil"),
+)
 
 
-class _NoContract(ChainError):
-    """Nothing, or something else, is at the contract's address."""
+def _state(values: Any) -> dict[str, Any]:
+    return dict(zip(_STATE, values, strict=True))
 
 
-class _Rpc:
-    """One endpoint and one key: calls, and transactions one after the other."""
-
-    def __init__(self, url: str, chain_id: int | None, private_key: bytes, confirmations: int) -> None:
-        provider = HTTPProvider(
-            url,
-            request_kwargs={"timeout": REQUEST_SECONDS_MAX},
-            cache_allowed_requests=True,  # web3 asks for the chain id before every call
-            cacheable_requests={RPCEndpoint("eth_chainId")},
-            exception_retry_configuration=None,
-        )
-        self._url = url
-        self._web3 = Web3(provider)
-        self._chain_id = chain_id
-        self._signer = Account.from_key(private_key)
-        self._confirmations = confirmations
-        self._send_lock = threading.Lock()
-        self._nonce: int | None = None
-        self.account: str = self._signer.address
-
-    def contract(self, name: str, address: str) -> Any:
-        return self._web3.eth.contract(address=Web3.to_checksum_address(address), abi=read_artifact(name)["abi"])
-
-    def check(self) -> int:
-        """The chain id. Raises: ChainError when it is not the expected one."""
-        found = int(self._guard(lambda: self._web3.eth.chain_id))
-        if self._chain_id not in (None, found):
-            raise ChainError(f"expected chain id {self._chain_id} at {self._url}, got {found}; check `rpc`")
-        self._chain_id = found
-        return found
-
-    def call(self, function: Any) -> Any:
-        return self._guard(lambda: function.call({"from": self.account}))
-
-    def deploy(self, name: str, arguments: tuple[Any, ...]) -> str:
-        artifact = read_artifact(name)
-        factory = self._web3.eth.contract(abi=artifact["abi"], bytecode=artifact["bytecode"])
-        receipt = self.send({"value": 0, "data": factory.constructor(*arguments).data_in_transaction})
-        return str(receipt["contractAddress"])
-
-    def send(self, transaction: Mapping[str, Any]) -> Any:
-        """Sign, send, wait; the receipt of a transaction that succeeded.
-
-        Raises:
-            ChainError: no answer, no ether, or not mined in time; the nonce is read anew for the next one.
-            Reverted: the contract refuses; found before sending where possible.
-        """
-        with self._send_lock:
-            try:
-                return self._guard(lambda: self._send(transaction))
-            except ChainError:
-                self._nonce = None
-                raise
-
-    def _send(self, transaction: Mapping[str, Any]) -> Any:
-        eth = self._web3.eth
-        gas = int(eth.estimate_gas({**transaction, "from": self.account}) * GAS_MARGIN)
-        digest = self._send_signed(transaction, gas)
-        receipt = eth.wait_for_transaction_receipt(digest, RECEIPT_SECONDS_MAX, RECEIPT_POLL_S)
-        while eth.block_number - receipt["blockNumber"] + 1 < self._confirmations:
-            time.sleep(RECEIPT_POLL_S)
-        if receipt["status"] != 1:
-            eth.call({**transaction, "from": self.account})  # the same again tells why, by reverting
-            raise ChainError(f"transaction {digest.to_0x_hex()} failed but would pass now; try again")
-        return receipt
-
-    def _send_signed(self, transaction: Mapping[str, Any], gas: int) -> Any:
-        """The hash of the transaction, sent under the next nonce.
-
-        A nonce that is refused means that nothing was sent (another program uses this key): read it and sign again.
-        """
-        eth = self._web3.eth
-        base_fee = eth.get_block("latest")["baseFeePerGas"]
-        for attempt in range(NONCE_TRIES_MAX):
-            if self._nonce is None:
-                self._nonce = eth.get_transaction_count(self.account, "pending")
-            envelope = {
-                **transaction,
-                "chainId": self._chain_id,
-                "nonce": self._nonce,
-                "gas": gas,
-                "maxFeePerGas": 2 * base_fee + TIP_WEI,
-                "maxPriorityFeePerGas": TIP_WEI,
-                "type": 2,
-            }
-            try:
-                digest = eth.send_raw_transaction(self._signer.sign_transaction(envelope).raw_transaction)
-            except Web3RPCError as error:
-                if "nonce" not in str(error) or attempt == NONCE_TRIES_MAX - 1:
-                    raise
-                self._nonce = None
-            else:
-                self._nonce += 1
-                return digest
-        raise AssertionError("the last attempt returns or raises")
-
-    def _guard(self, action: Any) -> Any:
-        try:
-            return action()
-        except ContractLogicError as error:
-            raise _reverted(error) from error
-        except BadFunctionCallOutput as error:
-            raise _NoContract(f"no contract answers at {self._url}: has the chain begun anew?") from error
-        except RequestException as error:
-            raise ChainError(
-                f"no answer from the chain at {self._url} ({type(error).__name__}); is it running?"
-            ) from error
-        except TimeExhausted as error:
-            raise ChainError(f"not mined within {RECEIPT_SECONDS_MAX:.0f} s: {error}") from error
-        except Web3Exception as error:
-            raise ChainError(f"the chain at {self._url} refused: {error}") from error
-        except (ValueError, TypeError, AttributeError, KeyError) as error:  # what web3 makes of an answer that is none
-            raise ChainError(f"no JSON-RPC endpoint answers at {self._url} ({error!r:.80}); check `rpc`") from error
+def _record(told: Any) -> Any:
+    """As the contract takes it, from the log that told it."""
+    return tuple(told["statement"][name] for name in _STATEMENT), told["absent"], told["acceptedAt"]
 
 
-def _reverted(error: ContractLogicError) -> Reverted:
-    data = error.data if isinstance(error.data, str) else ""
-    selector = bytes.fromhex(data.removeprefix("0x"))[:4]
-    if selector == _PANIC:
-        return Reverted("Panic", data)
-    return Reverted(_ERRORS.get(selector, "Error"), "" if selector in _ERRORS else str(error.message or data))
+def _params(values: Any) -> FederationParams:
+    size, members_max, stake, bond, pool, rounds, window, response, unbonding, rotation, restart = values
+    return FederationParams(
+        committee_size=size,
+        min_stake=Wei(stake),
+        challenge_window_s=window,
+        pool_per_epoch=Wei(pool),
+        rounds_per_epoch=rounds,
+        rotation_s=rotation,
+        restart_s=restart,
+        members_max=members_max,
+        response_s=response,
+        unbonding_s=unbonding,
+        leaf_bond=Wei(bond),
+    )
 
 
-def _error_names() -> dict[bytes, str]:
-    names = {}
-    for contract in ("Federation", "PFMToken"):
-        for entry in read_artifact(contract)["abi"]:
-            if entry["type"] == "error":
-                signature = f"{entry['name']}({','.join(argument['type'] for argument in entry['inputs'])})"
-                names[keccak(signature.encode())[:4]] = str(entry["name"])
-    return names
+def _proof(leaves: tuple[LeafValue, ...], index: MemberIndex) -> Any:
+    proof = make_proof(leaves, index)
+    return (
+        (proof.leaf.cumulative_wei, proof.leaf.reward_wei, proof.leaf.contribution),
+        [_node(sibling) for sibling in proof.siblings],
+    )
 
 
-_ERRORS = _error_names()
-_CLAIMED = keccak(b"Claimed(uint32,address,uint64,uint256)")
-
-
-def _is_claimed(log: Any) -> bool:
-    return bool(bytes(log["topics"][0]) == _CLAIMED)
+def _node(node: merkle.Node) -> Any:
+    return node.digest, node.sums.cumulative_wei, node.sums.reward_wei, node.sums.contribution
 
 
 def _words(point: bytes) -> list[int]:
@@ -470,7 +612,14 @@ def _words(point: bytes) -> list[int]:
 def _member(index: int, entry: Any) -> Member:
     account, stake, is_active, peer, key = entry
     point = b"".join(word.to_bytes(32, "big") for word in key)
-    return Member(MemberIndex(index), account, PeerId(peer), bls.compress_key(point), Wei(stake), is_active)
+    return Member(
+        MemberIndex(index),
+        Web3.to_checksum_address(account),
+        PeerId(peer),
+        bls.compress_key(point),
+        Wei(stake),
+        is_active,
+    )
 
 
 def _statement(submission: Submission) -> tuple[Any, ...]:
@@ -480,29 +629,10 @@ def _statement(submission: Submission) -> tuple[Any, ...]:
         submission.round,
         submission.prev_root,
         submission.root,
+        submission.num_leaves,
         submission.sums.cumulative_wei,
         submission.sums.reward_wei,
         submission.sums.contribution,
         submission.data_digest,
         submission.base,
     )
-
-
-def _settled(entry: Any) -> tuple[SettledRound, int]:
-    (epoch, nonce, round, prev_root, root, cumulative, reward, contribution, data, base), accepted_s = entry
-    settled = SettledRound(
-        round=Round(round),
-        epoch=epoch,
-        nonce=nonce,
-        prev_root=Digest(bytes(prev_root)),
-        root=Digest(bytes(root)),
-        sums=Sums(Wei(cumulative), Wei(reward), contribution),
-        data_digest=Digest(bytes(data)),
-        base=Digest(bytes(base)),
-        is_final=False,
-    )
-    return settled, accepted_s
-
-
-def _with_finality(settled: SettledRound, is_final: bool) -> SettledRound:
-    return settled if settled.is_final == is_final else msgspec.structs.replace(settled, is_final=is_final)

@@ -166,8 +166,8 @@ class Ledger(Protocol):
         """Join with a stake and a proof of possession that is bound to account, contract and chain."""
         ...
 
-    def leave(self) -> None:
-        """Begin to unbond: out of every draw whose seed is not known yet."""
+    def unbond(self) -> None:
+        """Begin to leave: out of every draw whose seed is not known yet."""
         ...
 
     def withdraw(self) -> Wei:

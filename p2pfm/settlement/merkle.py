@@ -93,9 +93,16 @@ def prove(levels: Levels, index: MemberIndex) -> tuple[Node, ...]:
     return tuple(siblings)
 
 
-def verify(root: Digest, sums: Sums, index: MemberIndex, leaf: LeafValue, siblings: Sequence[Node]) -> bool:
-    """Whether `leaf` stands at `index` of the tree with this root digest and these sums."""
-    if index < 0 or index >> len(siblings):
+def compute_height(num_leaves: int) -> int:
+    """How many siblings a proof has: the height of a tree with so many leaves."""
+    return max(0, num_leaves - 1).bit_length()
+
+
+def verify(
+    root: Digest, sums: Sums, num_leaves: int, index: MemberIndex, leaf: LeafValue, siblings: Sequence[Node]
+) -> bool:
+    """Whether `leaf` stands at `index` of the tree of `num_leaves` leaves with this root digest and these sums."""
+    if not 0 <= index < num_leaves or len(siblings) != compute_height(num_leaves):
         return False
     try:
         node = compute_leaf_node(leaf)

@@ -18,8 +18,8 @@ CONTRIBUTION_MAX = 2**60
 """An epoch's accumulated contribution saturates here: the wire's bound [nano-nats]."""
 
 ROUND_TYPEHASH = keccak(
-    b"Round(uint256 chainId,address federation,uint64 epoch,uint64 nonce,uint64 round,bytes32 prevRoot,bytes32 root,"
-    b"uint128 cumulative,uint128 reward,uint128 contribution,bytes32 data,bytes32 base)"
+    b"Round(uint256 chainId,address federation,uint32 epoch,uint32 nonce,uint48 round,bytes32 prevRoot,bytes32 root,"
+    b"uint32 numLeaves,uint128 cumulative,uint128 reward,uint128 contribution,bytes32 data,bytes32 base)"
 )
 
 
@@ -44,6 +44,19 @@ def compute_weights(contributions: Sequence[int]) -> tuple[Weight, ...]:
     for position in by_remainder[: WEIGHT_ONE - sum(weights)]:
         weights[position] += 1
     return tuple(Weight(weight) for weight in weights)
+
+
+def is_payout_round(round: Round, last_round: Round, rounds_per_epoch: int) -> bool:
+    """Whether a round pays: a settlement epoch's end lies after the last certified round (-1: none) and not after it.
+
+    A void last round so defers the payment, and does not lose it.
+    """
+    return (round + 1) // rounds_per_epoch > (last_round + 1) // rounds_per_epoch
+
+
+def compute_reward(pool: Wei, contribution: int, sum_positive: int) -> Wei:
+    """The floor rule: floor(pool * max(0, contribution) / sum of all positive ones), 0 if that sum is 0 [wei]."""
+    return Wei(pool * max(0, contribution) // sum_positive) if sum_positive else Wei(0)
 
 
 def compute_leaves(
@@ -77,7 +90,7 @@ def compute_leaves(
     divisor = sum(max(0, total) for total in totals)
     leaves = []
     for position, total in enumerate(totals):
-        reward = pool * max(0, total) // divisor if is_payout and divisor else 0
+        reward = compute_reward(pool, total, divisor) if is_payout else 0
         drawn = previous[position].cumulative_wei if position < len(previous) else 0
         leaves.append(LeafValue(Wei(drawn + reward), Wei(reward), total))
     return tuple(leaves)
@@ -116,6 +129,7 @@ def round_message(
     round: Round,
     prev_root: Digest,
     root: Digest,
+    num_leaves: int,
     sums: Sums,
     data_digest: Digest,
     base: Digest,
@@ -133,6 +147,7 @@ def round_message(
             + b"".join(word.to_bytes(32, "big") for word in words)
             + prev_root
             + root
+            + num_leaves.to_bytes(32, "big")
             + b"".join(total.to_bytes(32, "big") for total in totals)
             + data_digest
             + base
@@ -149,6 +164,7 @@ def proposal_message(chain: ChainConfig, proposal: Proposal) -> Digest:
         round=proposal.round,
         prev_root=proposal.prev_root,
         root=proposal.root,
+        num_leaves=len(proposal.leaves),
         sums=compute_sums(from_wire(proposal.leaves)),
         data_digest=proposal_digest(proposal),
         base=proposal.new_base,
@@ -164,6 +180,7 @@ def submission_message(chain: ChainConfig, submission: Submission) -> Digest:
         round=submission.round,
         prev_root=submission.prev_root,
         root=submission.root,
+        num_leaves=submission.num_leaves,
         sums=submission.sums,
         data_digest=submission.data_digest,
         base=submission.base,
@@ -187,6 +204,7 @@ def make_submission(chain: ChainConfig, certificate: Certificate) -> Submission:
         nonce=proposal.nonce,
         prev_root=proposal.prev_root,
         root=proposal.root,
+        num_leaves=len(proposal.leaves),
         sums=tree.sums,
         data_digest=proposal_digest(proposal),
         base=proposal.new_base,

@@ -26,7 +26,8 @@ from web3 import HTTPProvider, Web3
 from web3.exceptions import ContractLogicError
 
 from p2pfm.errors import ChainError, Reverted
-from p2pfm.runtime.web3_ledger import Web3Ledger, deploy, read_artifact
+from p2pfm.runtime.chain_rpc import read_artifact
+from p2pfm.runtime.web3_ledger import Web3Ledger, deploy
 from p2pfm.settlement import bls, merkle
 from p2pfm.settlement.rewards import submission_message
 from p2pfm.settlement.sampling import draw_committee

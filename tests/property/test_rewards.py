@@ -106,15 +106,15 @@ def test_every_leaf_proves_itself_and_nothing_else(values: list[LeafValue], data
     assert root.sums == compute_sums(values)
     index = MemberIndex(data.draw(st.integers(0, len(values) - 1)))
     leaf, proof = values[index], merkle.prove(levels, index)
-    assert merkle.verify(root.digest, root.sums, index, leaf, proof)
+    assert merkle.verify(root.digest, root.sums, len(values), index, leaf, proof)
     other = MemberIndex(data.draw(st.integers(0, 2 * len(values))))
     if other != index and (other >= len(values) or values[other] != leaf):
-        assert not merkle.verify(root.digest, root.sums, other, leaf, proof)
+        assert not merkle.verify(root.digest, root.sums, len(values), other, leaf, proof)
     greedy = msgspec.structs.replace(leaf, cumulative_wei=Wei(leaf.cumulative_wei + 1))
-    assert not merkle.verify(root.digest, root.sums, index, greedy, proof)
+    assert not merkle.verify(root.digest, root.sums, len(values), index, greedy, proof)
     inflated = msgspec.structs.replace(root.sums, reward_wei=Wei(root.sums.reward_wei + 1))
-    assert not merkle.verify(root.digest, inflated, index, leaf, proof)
-    assert not merkle.verify(root.digest, root.sums, index, leaf, proof[:-1]) or not proof
+    assert not merkle.verify(root.digest, inflated, len(values), index, leaf, proof)
+    assert not merkle.verify(root.digest, root.sums, len(values), index, leaf, proof[:-1]) or not proof
 
 
 @given(st.lists(st.integers(0, 1000).map(Wei), max_size=30), st.integers(0, 10), st.binary(min_size=32, max_size=32))

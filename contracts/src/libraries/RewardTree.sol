@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 pragma solidity 0.8.37;
 
+import {Math} from "@openzeppelin/contracts/utils/math/Math.sol";
+
 /// @title The Merkle-sum tree of rewards. Same bytes as p2pfm/settlement/merkle.py.
 /// @notice A leaf stands at its member's registry index; every node is hashed with the sums of both its children.
 library RewardTree {
@@ -24,27 +26,35 @@ library RewardTree {
         uint128 contribution;
     }
 
+    /// @notice A leaf with the siblings from it up to the root.
+    struct Proof {
+        Leaf leaf;
+        Node[] siblings;
+    }
+
     /// @notice The leaf is not part of the root it was shown for.
     error BadProof();
 
-    /// @dev More leaves than any registry can have.
-    uint256 private constant HEIGHT_MAX = 64;
-
-    /// @notice The root that `leaf` at `index` has with these siblings, sums included.
-    /// @dev Reverts with BadProof when the path is too short for the index, or when sums overflow 128 bits.
-    function root(Leaf calldata leaf, uint256 index, Node[] calldata siblings) internal pure returns (Node memory node) {
-        if (siblings.length > HEIGHT_MAX || index >> siblings.length != 0) revert BadProof();
-        node = leafNode(leaf);
-        for (uint256 i = 0; i < siblings.length; ++i) {
-            Node memory sibling = siblings[i];
+    /// @notice The root that a tree of `numLeaves` has with this leaf at `index`, sums included.
+    /// @dev Reverts with BadProof when there is no such index, when the path has another length than the tree's height
+    /// (a node could pass for a leaf), or when sums overflow 128 bits.
+    function root(Proof calldata proof, uint256 index, uint256 numLeaves) internal pure returns (Node memory node) {
+        uint256 height = numLeaves < 2 ? 0 : Math.log2(numLeaves - 1) + 1;
+        if (index >= numLeaves || proof.siblings.length != height) revert BadProof();
+        node = leafNode(proof.leaf);
+        for (uint256 i = 0; i < height; ++i) {
+            Node memory sibling = proof.siblings[i];
             node = (index >> i) & 1 == 1 ? parent(sibling, node) : parent(node, sibling);
         }
     }
 
     function leafNode(Leaf calldata leaf) internal pure returns (Node memory) {
         bytes32 inner = keccak256(abi.encode(leaf.cumulative, leaf.reward, leaf.contribution));
-        uint128 positive = leaf.contribution > 0 ? uint128(leaf.contribution) : 0;
-        return Node(keccak256(abi.encode(inner)), leaf.cumulative, leaf.reward, positive);
+        return Node(keccak256(abi.encode(inner)), leaf.cumulative, leaf.reward, positive(leaf.contribution));
+    }
+
+    function positive(int128 contribution) internal pure returns (uint128) {
+        return contribution > 0 ? uint128(contribution) : 0;
     }
 
     function parent(Node memory left, Node memory right) internal pure returns (Node memory) {
