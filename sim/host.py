@@ -51,6 +51,10 @@ class Host:
     offset_ms: int
     """Its clock is ahead of the world's by this much [ms]."""
     durable: Durable
+    genesis: Digest
+    """The base before round 0."""
+    certificates: dict[Round, Certificate] = field(default_factory=dict)
+    """Adopted so far."""
     unsettled: dict[Round, Certificate] = field(default_factory=dict)
     """Certificates that wait for the chain."""
     logs: list[bytearray] = field(default_factory=list)

@@ -48,6 +48,8 @@ from p2pfm.protocol.events import (
     Persist,
     Publish,
     Received,
+    Rewind,
+    Rewound,
     RosterChanged,
     ScoreUpdates,
     Serve,
@@ -64,6 +66,7 @@ from p2pfm.protocol.events import (
 from p2pfm.protocol.log import encode_header, encode_record
 from p2pfm.protocol.peer import Peer, initial_durable
 from p2pfm.protocol.phases import compute_round_start
+from p2pfm.settlement.ledger import SettledRound
 from p2pfm.types import Digest, Millis, PeerId, Round
 from sim.chain import Chain
 from sim.checks import Checks
@@ -179,6 +182,7 @@ class World:
         kind = kinds[index] if index < len(kinds) else None
         disk, honest = Disk(self._pool), make_honest(index)
         skew_ms = self.scenario.clock_skew_ms
+        genesis = disk.put(encode_tensors(honest.initial()))
         host = Host(
             index=index,
             me=PeerId(f"peer-{index:05d}"),
@@ -188,7 +192,8 @@ class World:
             disk=disk,
             rng=Random(f"{seed} host {index}"),
             offset_ms=self._rng["faults"].randint(-skew_ms, skew_ms),
-            durable=initial_durable(disk.put(encode_tensors(honest.initial()))),
+            durable=initial_durable(genesis),
+            genesis=genesis,
         )
         self.checks.add(host)
         return host
@@ -269,6 +274,10 @@ class World:
                 self._set_timer(host, at_ms)
             case Persist(durable=durable):
                 host.durable = durable
+                if durable.head is not None:
+                    host.certificates[durable.head.proposal.round] = durable.head
+            case Rewind(settled=settled):
+                self._rewind(host, settled)
             case Train():
                 if action.round < self.scenario.num_rounds:
                     self._work(host, self.scenario.work.train_ms, lambda: self._train(host, action))
@@ -299,6 +308,11 @@ class World:
                 self._answer_sync(token, reply)
             case _:
                 assert_never(action)
+
+    def _rewind(self, host: Host, settled: SettledRound | None) -> None:
+        head = host.certificates.get(settled.round) if settled else None
+        if settled is None or (head is not None and head.proposal.root == settled.root):
+            self._emit(host, 0, Rewound(head, host.genesis))
 
     def _set_timer(self, host: Host, at_ms: Millis) -> None:
         """One wake-up call a host; a later one stays, and is put off when it rings too early."""
@@ -545,6 +559,8 @@ class World:
         for host in self.hosts:
             durable = host.durable
             needed |= {durable.base, durable.residual, durable.pending_residual, durable.announced_payload}
+            needed.add(host.genesis)
+        needed |= {settled.base for settled in self.chain.ledger.get_rounds(Round(0)) if not settled.is_final}
         for digest in self._pool:
             # Counted from when it was last needed: work that began then may still read it.
             if digest in needed or digest not in self._pool_rounds:

@@ -57,9 +57,9 @@ class RosterChanged(Event, frozen=True, tag="roster"):
 
 
 class SettledChanged(Event, frozen=True, tag="settled"):
-    """The newest round that the chain has accepted."""
+    """The newest round that the chain has accepted and not voided; None: there is none (any more)."""
 
-    settled: SettledRound
+    settled: SettledRound | None
 
 
 class Received(Event, frozen=True, tag="received"):
@@ -153,6 +153,15 @@ class SyncAnswered(Event, frozen=True, tag="sync_answered"):
 
     peer: PeerId
     head: Certificate | None
+
+
+class Rewound(Event, frozen=True, tag="rewound"):
+    """What a `Rewind` asked for, from this peer's own disk."""
+
+    head: Certificate | None
+    """Of the round that was asked for; None: no round was, the story begins anew."""
+    base: Digest
+    """The base before round 0."""
 
 
 class PeersChanged(Event, frozen=True, tag="peers"):
@@ -272,6 +281,13 @@ class Adopt(Action, frozen=True, tag="adopt"):
     base: Digest
 
 
+class Rewind(Action, frozen=True, tag="rewind"):
+    """Look up an older certificate on disk; answer: `Rewound`, or none if it is not there (then a neighbour has it)."""
+
+    settled: SettledRound | None
+    """The round to go back to; None: to before round 0."""
+
+
 class Evaluate(Action, frozen=True, tag="evaluate"):
     """Held-out loss at a base, when there is time; answer: `Evaluated`."""
 
@@ -329,6 +345,7 @@ AnyEvent = (
     | Evaluated
     | SyncAsked
     | SyncAnswered
+    | Rewound
     | PeersChanged
 )
 AnyAction = (
@@ -343,6 +360,7 @@ AnyAction = (
     | Sign
     | Aggregate
     | Adopt
+    | Rewind
     | Evaluate
     | Settle
     | AskSync

@@ -43,6 +43,11 @@ class History:
             del self.roots[min(self.roots)]
             self._is_whole = False
 
+    def rewind(self) -> None:
+        """Forget the rounds that the chain no longer holds, and its newest one: that is yet to be adopted again."""
+        first_void = self.settled.round if self.settled else Round(-1)
+        self.roots = {round: root for round, root in self.roots.items() if round < first_void}
+
     def is_behind(self) -> bool:
         """The chain holds a newer round: its certificate, and the base to work from, are yet to come."""
         return self.settled is not None and self.settled.round > self.head_round

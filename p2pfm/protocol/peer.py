@@ -56,6 +56,8 @@ from p2pfm.protocol.events import (
     Publish,
     Received,
     Remembered,
+    Rewind,
+    Rewound,
     RosterChanged,
     Scored,
     ScoreUpdates,
@@ -121,6 +123,8 @@ class Peer:
         """The newest first. After a restart those of the head alone: others remember more."""
         self.proofs = Proofs()
         self.early = EarlyMessages()
+        self._rewinds_to: tuple[int, SettledRound | None] | None = None
+        """The restart nonce and the round that this peer goes back to, while it does; no work is done meanwhile."""
         self._next_sync_ms = Millis(0)
         self._next_retry_ms = Millis(0)
         # Everybody begins with another neighbour, so that no single one is asked by all at once.
@@ -170,6 +174,8 @@ class Peer:
                 actions += self._on_sync_asked(request, token)
             case SyncAnswered(head=head):
                 actions += self._on_certificate(head) if head else []
+            case Rewound(head=head, base=base):
+                actions += self._on_rewound(head, base)
             case PeersChanged(peers=peers):
                 self.peers = peers
         return [*actions, *self._on_housekeeping(now_ms)]
@@ -259,7 +265,7 @@ class Peer:
             return []
         if get_member(state.roster, self.me) is None or durable.announced_round >= state.round:
             return []
-        if self.history.is_behind():
+        if self.history.is_behind() or self._rewinds_to is not None:
             return []
         state.is_training = True
         return [Train(state.round, self.me, durable.base, durable.residual)]
@@ -386,6 +392,8 @@ class Peer:
         assert state.roster is not None, "only a peer with a roster drafts"
         if self.history.is_orphaned() or self.history.is_behind():
             raise Reject("the chain holds a round whose certificate is not here yet")
+        if self.roster is None or self.roster.nonce != state.roster.nonce or self._rewinds_to is not None:
+            raise Reject("the chain has restarted since this round began: what is signed in it is worth nothing")
         validate_reveals(state.roster, reveals, state.round, state.commitments, state.late_commitments)
         previous = head.proposal if head else None
         announced = state.updates.by_payload()
@@ -497,7 +505,7 @@ class Peer:
     def _on_certificate(self, certificate: Certificate) -> list[AnyAction]:
         """A certificate whose signature the driver has checked: adopt it if it moves this peer forward."""
         proposal = certificate.proposal
-        if not self.history.is_progress(proposal):
+        if self._is_dead(proposal) or not self.history.is_progress(proposal):
             return []
         if self.wanted and self.wanted.proposal.round >= proposal.round:
             return []
@@ -520,6 +528,7 @@ class Peer:
             residual=durable.pending_residual if is_mine_merged else durable.residual,
         )
         self.history.extend(proposal)
+        self._rewinds_to = None
         if proposal.round == state.round:
             state.is_certified = True
         state.is_training = False
@@ -674,7 +683,7 @@ class Peer:
 
     def _on_sync_asked(self, request: SyncRequest, token: int) -> list[AnyAction]:
         envelopes = self.state.log.missing(request.have) if request.round == self.state.round else ()
-        head = self.durable.head
+        head = None if self._rewinds_to else self.durable.head
         is_newer = head is not None and head.proposal.round > request.head_round
         return [AnswerSync(token, SyncReply(envelopes, head if is_newer else None))]
 
@@ -687,7 +696,7 @@ class Peer:
         head = self.durable.head
         head_round = head.proposal.round if head else -1
         settled = self.history.settled
-        if settled and self.history.is_orphaned():
+        if settled and (self.history.is_orphaned() or self._rewinds_to):
             head_round = settled.round - 1
         return [AskSync(peer, SyncRequest(Round(max(self.state.round, 0)), self.state.log.digests(), head_round))]
 
@@ -701,16 +710,49 @@ class Peer:
     def _on_roster(self, roster: Roster) -> list[AnyAction]:
         """A round keeps the roster it began with; only the first one is taken at once."""
         self.roster = roster
+        actions = self._rewind_if_void()
         if self.state.roster is not None:
-            return []
+            return actions
         self.state.roster = roster
-        return self._start_training()
+        return actions + self._start_training()
 
-    def _on_settled(self, settled: SettledRound) -> list[AnyAction]:
+    def _on_settled(self, settled: SettledRound | None) -> list[AnyAction]:
         self.history.settled = settled
-        if self.history.is_orphaned():
-            return [Note(settled.round, "the chain took another root of a round held here: asking for its certificate")]
-        return []
+        actions = self._rewind_if_void()
+        if settled and self.history.is_orphaned():
+            text = "the chain took another root of a round held here: asking for its certificate"
+            actions.append(Note(settled.round, text))
+        return actions
+
+    def _is_dead(self, proposal: Proposal) -> bool:
+        """Signed before the chain restarted (it voided a round, or nothing came for long), and not taken by then."""
+        settled = self.history.settled
+        is_old = self.roster is not None and proposal.nonce < self.roster.nonce
+        return is_old and (settled is None or settled.round < proposal.round)
+
+    def _rewind_if_void(self) -> list[AnyAction]:
+        """Go back to the chain's newest round when the one held here is void."""
+        head, settled, roster = self.durable.head, self.history.settled, self.roster
+        if head is None or roster is None or not self._is_dead(head.proposal):
+            return []
+        if self._rewinds_to == (roster.nonce, settled):
+            return []
+        self._rewinds_to = (roster.nonce, settled)
+        self.wanted = None
+        self.history.rewind()
+        target = f"round {settled.round}" if settled else "the beginning"
+        return [Note(head.proposal.round, f"the chain voided this round: going back to {target}"), Rewind(settled)]
+
+    def _on_rewound(self, head: Certificate | None, base: Digest) -> list[AnyAction]:
+        if self._rewinds_to is None:
+            return []
+        if head is not None:
+            return self._on_certificate(head)
+        if self.history.settled is not None:
+            return []
+        self._rewinds_to = None
+        self.durable = msgspec.structs.replace(self.durable, base=base, head=None)
+        return [Persist(self.durable), Serve(base), Adopt(Round(-1), base), *self._start_training()]
 
 
 def initial_durable(base: Digest) -> Durable:

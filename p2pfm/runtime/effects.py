@@ -18,7 +18,7 @@ from p2pfm.config import NetworkConfig
 from p2pfm.errors import P2PFMError, PeerUnreachable, Reject, Unjudged, WorldError
 from p2pfm.learner import Learner
 from p2pfm.lora.cross_term import CROSS_TERM_MAX
-from p2pfm.lora.delta import decode_tensors
+from p2pfm.lora.delta import decode_tensors, encode_tensors
 from p2pfm.messages import Envelope, Message, Presence, Proposal, SyncReply, decode_reply, encode
 from p2pfm.protocol.events import (
     Adopt,
@@ -38,6 +38,8 @@ from p2pfm.protocol.events import (
     Persist,
     Publish,
     Received,
+    Rewind,
+    Rewound,
     ScoreUpdates,
     Serve,
     SetTimer,
@@ -56,6 +58,7 @@ from p2pfm.runtime.libp2p_transport import Libp2pTransport
 from p2pfm.runtime.settler import Settler
 from p2pfm.runtime.store import Store
 from p2pfm.settlement import bls
+from p2pfm.settlement.ledger import SettledRound
 from p2pfm.types import Digest, Millis, PeerId, Round
 
 FP32_BYTES = 4
@@ -143,6 +146,8 @@ class Effects:
                 self._nursery.start_soon(self._aggregate, action)
             case Adopt(base=base):
                 await self.adopt(base)
+            case Rewind(settled=settled):
+                self._nursery.start_soon(self._rewind, settled)
             case Settle(certificate=certificate, rank=rank):
                 data = encode(certificate.proposal)
                 self.served.add(await trio.to_thread.run_sync(self._store.put, data))
@@ -177,6 +182,16 @@ class Effects:
         data = await trio.to_thread.run_sync(self._store.get, base)
         tensors = await trio.to_thread.run_sync(decode_tensors, data, self._shapes)
         await self._gateway.adopt(base, tensors)
+
+    async def _rewind(self, settled: SettledRound | None) -> None:
+        def look() -> Rewound | None:
+            base = self._store.put(encode_tensors(self._learner.initial()))
+            head = self._store.find_certificate(settled.round, settled.root) if settled else None
+            return None if settled and head is None else Rewound(head, base)
+
+        found = await trio.to_thread.run_sync(look, limiter=self.model_turns)
+        if found is not None:
+            self._emit(found)
 
     def wait_for_answer(self, token: int) -> tuple[trio.Event, list[SyncReply]]:
         """Where the core's `AnswerSync` with this token will be put."""

@@ -427,7 +427,6 @@ class Node:
                 return None
             await trio.to_thread.run_sync(self._store.put, data)
         return data
-        return self._store.find(digest) if self.stage == "running" and digest in self.effects.served else None
 
     async def _on_request(self, peer: PeerId, data: bytes) -> bytes:
         request = decode_request(data)

@@ -25,14 +25,17 @@ from p2pfm.types import DIGEST_BYTES, Digest, Round, compute_digest
 
 BLOB_FOLDER = "blobs"
 DATABASE = "node.db"
-SCHEMA_VERSION = 2
-"""2: spendings."""
+SCHEMA_VERSION = 3
+"""2: spendings. 3: certificates."""
 SETTLEMENTS_MAX = 10_000
+CERTIFICATES_MAX = 512
+"""Adopted certificates kept, the newest: the chain may void a round until its contest is over."""
 ADDRESSES_MAX = 1024
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS durable (id INTEGER PRIMARY KEY CHECK (id = 1), state BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS settlements (round INTEGER PRIMARY KEY, certificate BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS certificates (round INTEGER PRIMARY KEY, certificate BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS addresses (position INTEGER PRIMARY KEY, address TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS spendings (
     noise_multiplier REAL NOT NULL, sample_rate REAL NOT NULL, steps INTEGER NOT NULL,
@@ -178,9 +181,21 @@ class Store:
     # --- durable state ---
 
     def save_durable(self, durable: Durable) -> None:
-        """Replace the durable state, in one step."""
+        """Replace the durable state, in one step; its certificate stays on record when a newer one comes."""
+        head = durable.head
         with self._lock:
+            self._database.execute("BEGIN IMMEDIATE")
             self._database.execute("INSERT OR REPLACE INTO durable VALUES (1, ?)", (msgspec.msgpack.encode(durable),))
+            if head is not None:
+                self._database.execute(
+                    "INSERT OR REPLACE INTO certificates VALUES (?, ?)", (head.proposal.round, encode(head))
+                )
+                self._database.execute(
+                    "DELETE FROM certificates WHERE round NOT IN "
+                    "(SELECT round FROM certificates ORDER BY round DESC LIMIT ?)",
+                    (CERTIFICATES_MAX,),
+                )
+            self._database.execute("COMMIT")
 
     def load_durable(self) -> Durable | None:
         """The newest saved state; None at the first start.
@@ -197,7 +212,14 @@ class Store:
         except (msgspec.ValidationError, msgspec.DecodeError) as error:
             raise OperatorError(f"the saved state is of another version, or damaged: {error}") from error
 
-    # --- certificates not yet on chain ---
+    # --- certificates ---
+
+    def find_certificate(self, round: Round, root: Digest) -> Certificate | None:
+        """The certificate of a round that was adopted here with this root; None when it is not on record."""
+        with self._lock:
+            row = self._database.execute("SELECT certificate FROM certificates WHERE round = ?", (round,)).fetchone()
+        certificate = msgspec.msgpack.decode(row[0], type=Certificate) if row else None
+        return certificate if certificate and certificate.proposal.root == root else None
 
     def queue_settlement(self, certificate: Certificate) -> None:
         """Remember a certificate until `drop_settlement`; the oldest go beyond SETTLEMENTS_MAX."""

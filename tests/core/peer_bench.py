@@ -16,7 +16,7 @@ from p2pfm.messages import (
     compute_commitment,
     encode,
 )
-from p2pfm.protocol.committee import draft_proposal
+from p2pfm.protocol.committee import NO_DIGEST, draft_proposal
 from p2pfm.protocol.events import (
     AnyAction,
     AnyEvent,
@@ -33,7 +33,7 @@ from p2pfm.protocol.events import (
 )
 from p2pfm.protocol.peer import Peer, initial_durable
 from p2pfm.protocol.phases import Phase, compute_round_start, get_durations
-from p2pfm.settlement.ledger import Member, Roster
+from p2pfm.settlement.ledger import Member, Roster, SettledRound, Sums
 from p2pfm.settlement.rewards import proposal_message
 from p2pfm.types import Contribution, Digest, MemberIndex, Millis, PeerId, Round, Wei, compute_digest
 
@@ -70,6 +70,25 @@ ROSTER = make_roster()
 def seal(author: PeerId, message: Message) -> Received:
     """A message as the driver delivers it: its signature has been checked."""
     return Received(Envelope(author, encode(message), b""), message)
+
+
+def settled_as(round: int, root: Digest, prev_root: Digest = NO_DIGEST) -> SettledRound:
+    """A round as the chain tells it; its base and data are named after its root."""
+    return SettledRound(
+        round=Round(round),
+        epoch=1,
+        nonce=0,
+        prev_root=prev_root,
+        root=root,
+        num_leaves=NUM_PEERS,
+        sums=Sums(Wei(0), Wei(0), 0),
+        data_digest=root,
+        base=root,
+        absent=(),
+        position=round,
+        accepted_s=0,
+        is_final=False,
+    )
 
 
 def payload_of(name: PeerId, round: Round = ROUND) -> Digest:

@@ -7,6 +7,7 @@ from peer_bench import (
     CONFIG,
     NAMES,
     NUM_PEERS,
+    ROSTER,
     ROUND,
     SALT,
     Bench,
@@ -21,6 +22,7 @@ from peer_bench import (
     payload_of,
     reveal_of,
     seal,
+    settled_as,
 )
 
 from p2pfm.messages import (
@@ -32,7 +34,6 @@ from p2pfm.messages import (
     ScoreReveal,
     SyncRequest,
 )
-from p2pfm.protocol.committee import NO_DIGEST
 from p2pfm.protocol.events import (
     Adopt,
     Aggregate,
@@ -50,6 +51,8 @@ from p2pfm.protocol.events import (
     PeersChanged,
     Persist,
     Publish,
+    Rewind,
+    Rewound,
     RosterChanged,
     Scored,
     ScoreUpdates,
@@ -68,9 +71,8 @@ from p2pfm.protocol.events import (
 from p2pfm.protocol.peer import EARLIER_MAX, FETCH_RETRY_MS, FETCH_TRIES_MAX, Peer
 from p2pfm.protocol.phases import Phase
 from p2pfm.protocol.round_state import EARLY_MAX
-from p2pfm.settlement.ledger import SettledRound, Sums
 from p2pfm.settlement.rewards import proposal_message
-from p2pfm.types import Contribution, Digest, MemberIndex, Millis, PeerId, Round, Wei, compute_digest
+from p2pfm.types import Contribution, Digest, MemberIndex, Millis, PeerId, Round, compute_digest
 
 NEW_BASE = compute_digest(b"new base")
 
@@ -81,11 +83,6 @@ def said(actions: list[AnyAction], kind: type[msgspec.Struct]) -> list[msgspec.S
 
 def blamed(actions: list[AnyAction]) -> list[PeerId]:
     return [action.peer for action in every(actions, Blame)]
-
-
-def settled_as(round: int, root: Digest, prev_root: Digest = NO_DIGEST) -> SettledRound:
-    sums = Sums(Wei(0), Wei(0), 0)
-    return SettledRound(Round(round), 1, 0, prev_root, root, sums, NO_DIGEST, NEW_BASE, is_final=False)
 
 
 def proposal_in_attest(bench: Bench, round: Round = ROUND) -> tuple[Proposal, list[AnyAction]]:
@@ -962,3 +959,64 @@ def test_neighbours_are_asked_in_turn_and_not_all_by_everybody_at_once() -> None
 def test_a_peer_alone_asks_nobody() -> None:
     peer = Peer(NAMES[0], CONFIG, Bench().peer.durable)
     assert every(peer.handle(PeersChanged(()), CONFIG.genesis_ms), AskSync) == []
+
+
+def test_a_voided_round_is_forgotten_and_the_one_before_it_adopted_again() -> None:
+    bench = Bench()
+    bench.join()
+    first = certified_round(bench)
+    bench.feed(SyncAnswered(NAMES[1], first))
+    bench.feed(Fetched(NEW_BASE))
+    bench.feed(SettledChanged(settled_as(0, first.proposal.root)))
+    second = certified_round(bench, Round(1))
+    second = msgspec.structs.replace(second, proposal=msgspec.structs.replace(second.proposal, new_base=SALT))
+    bench.go(Phase.TRAIN, Round(2))
+    bench.feed(SyncAnswered(NAMES[1], second))
+    bench.feed(Fetched(SALT))
+    assert bench.peer.durable.base == SALT
+    restarted = msgspec.structs.replace(ROSTER, nonce=1)
+    rewind = only(bench.feed(RosterChanged(restarted)), Rewind)
+    assert rewind.settled == settled_as(0, first.proposal.root)
+    assert every(bench.feed(SyncAnswered(NAMES[1], second)), Adopt) == [], "what is void stays void"
+    assert every(bench.go(Phase.TRAIN, Round(3)), Train) == [], "nothing is done until the base is right"
+    bench.feed(Rewound(first, BASE))
+    actions = bench.feed(Fetched(NEW_BASE))
+    assert only(actions, Adopt).base == NEW_BASE
+    assert only(actions, Train).base == NEW_BASE
+    assert bench.peer.durable.head == first
+
+
+def test_a_voided_first_round_leads_back_to_the_beginning() -> None:
+    bench = Bench()
+    bench.join()
+    first = certified_round(bench)
+    bench.feed(SyncAnswered(NAMES[1], first))
+    bench.feed(Fetched(NEW_BASE))
+    bench.feed(SettledChanged(settled_as(0, first.proposal.root)))
+    assert every(bench.feed(SettledChanged(None)), Rewind) == [], "the roster tells that it was voided, not delayed"
+    assert only(bench.feed(RosterChanged(msgspec.structs.replace(ROSTER, nonce=1))), Rewind).settled is None
+    actions = bench.feed(Rewound(None, BASE))
+    assert only(actions, Adopt).base == BASE
+    assert only(actions, Persist).durable.head is None
+
+
+def test_a_peer_that_slept_through_a_void_goes_back_when_it_wakes() -> None:
+    bench = Bench()
+    bench.join()
+    first = certified_round(bench)
+    bench.feed(SyncAnswered(NAMES[1], first))
+    bench.feed(Fetched(NEW_BASE))
+    woken = Bench(durable=bench.peer.durable, roster=msgspec.structs.replace(ROSTER, nonce=1))
+    assert only(woken.join(), Rewind).settled is None
+
+
+def test_nothing_is_signed_in_a_round_that_began_before_a_restart() -> None:
+    bench = Bench(index=0)
+    bench.join()
+    bench.go(Phase.TRAIN)
+    bench.exchange()
+    bench.reveal()
+    bench.feed(RosterChanged(msgspec.structs.replace(ROSTER, nonce=1)))
+    actions = bench.go(Phase.ATTEST)
+    actions += bench.hear(0, msgspec.structs.replace(bench.draft(), new_base=NEW_BASE))
+    assert every(actions, Merge) == []

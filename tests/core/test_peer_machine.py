@@ -5,7 +5,7 @@ import msgspec
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from peer_bench import BASE, CONFIG, NAMES, make_roster, maker_of, payload_of, reveal_of, seal
+from peer_bench import BASE, CONFIG, NAMES, make_roster, maker_of, payload_of, reveal_of, seal, settled_as
 
 from p2pfm.messages import (
     Announcement,
@@ -35,6 +35,7 @@ from p2pfm.protocol.events import (
     PeersChanged,
     Persist,
     Publish,
+    Rewound,
     RosterChanged,
     Scored,
     ScoreUpdates,
@@ -53,7 +54,7 @@ from p2pfm.protocol.history import ROOTS_MAX
 from p2pfm.protocol.peer import LOSSES_MAX, Peer, initial_durable
 from p2pfm.protocol.phases import Phase
 from p2pfm.protocol.round_state import EARLY_MAX
-from p2pfm.settlement.ledger import LeafValue, SettledRound, Sums
+from p2pfm.settlement.ledger import LeafValue
 from p2pfm.settlement.rewards import to_wire
 from p2pfm.types import Contribution, Digest, MemberIndex, Millis, PeerId, Round, Wei, compute_digest
 
@@ -187,16 +188,25 @@ class PeerMachine(RuleBasedStateMachine):
 
     @rule(round=st.integers(0, 6).map(Round), prev_root=digests, root=digests)
     def see_settled(self, round: Round, prev_root: Digest, root: Digest) -> None:
-        sums = Sums(Wei(0), Wei(0), 0)
-        self.feed(SettledChanged(SettledRound(round, 1, 0, prev_root, root, sums, root, root, is_final=False)))
+        self.feed(SettledChanged(settled_as(round, root, prev_root)))
+
+    @rule()
+    def see_nothing_settled(self) -> None:
+        self.feed(SettledChanged(None))
+
+    @rule(data=st.data(), is_found=st.booleans())
+    def be_rewound(self, data: st.DataObject, is_found: bool) -> None:
+        head = Certificate(self.make_proposal(data), (), bytes(96)) if is_found else None
+        self.feed(Rewound(head, BASE))
 
     @rule(
         committee=st.sampled_from([(), (0, 1, 2, 3), (3, 2), (1,)]),
         num_peers=st.integers(4, 5),
         epoch=st.integers(1, 3),
+        nonce=st.integers(0, 2),
     )
-    def see_roster(self, committee: tuple[int, ...], num_peers: int, epoch: int) -> None:
-        self.feed(RosterChanged(make_roster(committee, num_peers, epoch)))
+    def see_roster(self, committee: tuple[int, ...], num_peers: int, epoch: int, nonce: int) -> None:
+        self.feed(RosterChanged(msgspec.structs.replace(make_roster(committee, num_peers, epoch), nonce=nonce)))
 
     @rule(names=st.lists(st.sampled_from(NAMES[1:]), unique=True))
     def see_peers(self, names: list[PeerId]) -> None:
