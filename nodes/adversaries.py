@@ -1,16 +1,22 @@
-"""Dishonest learners for demonstrations and tests: what a free rider does instead of training.
+"""Dishonest peers for demonstrations and tests: a learner that does not train, a committee member that overpays.
 
-Each wraps an honest learner, so that everything but the update is as real as anyone's.
+Each changes one thing of an honest one, so that everything else is as real as anyone's.
 """
 
 from collections.abc import Mapping
 from typing import Literal
 
+import msgspec
 import numpy as np
 
 from p2pfm.learner import Learner, Training
 from p2pfm.lora.delta import subtract
-from p2pfm.types import Round, Tensors
+from p2pfm.messages import Proposal, ScoreReveal
+from p2pfm.protocol.peer import Peer
+from p2pfm.settlement import merkle
+from p2pfm.settlement.ledger import LeafValue
+from p2pfm.settlement.rewards import from_wire, to_wire
+from p2pfm.types import Round, Tensors, Wei
 
 
 class FreeRider:
@@ -47,3 +53,21 @@ class FreeRider:
     def evaluate(self, at: Tensors) -> float:
         """Honest."""
         return self._honest.evaluate(at)
+
+
+class Overpayer(Peer):
+    """On a committee with others of its kind: all of a round's reward goes to the proposer, and all of them sign it."""
+
+    def _draft(self, reveals: tuple[ScoreReveal, ...]) -> Proposal:
+        honest = super()._draft(reveals)
+        leaves = from_wire(honest.leaves)
+        total = sum(leaf.reward_wei for leaf in leaves)
+        false = [
+            LeafValue(
+                Wei(leaf.cumulative_wei - leaf.reward_wei + (total if index == honest.proposer else 0)),
+                Wei(total if index == honest.proposer else 0),
+                leaf.contribution,
+            )
+            for index, leaf in enumerate(leaves)
+        ]
+        return msgspec.structs.replace(honest, leaves=to_wire(false), root=merkle.compute_root(false).digest)

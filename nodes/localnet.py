@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -54,6 +54,8 @@ CHALLENGE_WINDOW_S = 2
 """On a local testnet rounds become final at once; a real network gives auditors hours."""
 PRIVACY = PrivacyConfig(enabled=True, noise_multiplier=1.0, epsilon_max=1000.0)
 """Of the role "private": a little noise, since a topic has few samples, and no end of rounds."""
+ADVERSARIES: Mapping[str, Literal["zero", "overpay"]] = {"free rider": "zero", "overpayer": "overpay"}
+"""What a role makes of its node; the others are honest, whatever their data."""
 Tell = Callable[[str], None]
 
 
@@ -128,7 +130,7 @@ def get_preset(name: str, adapter: str = "lora") -> Preset:
     return replace(preset, adapter=config, training=training)
 
 
-Role = Literal["honest", "private", "free rider", "corrupted"]
+Role = Literal["honest", "private", "free rider", "corrupted", "overpayer"]
 
 
 @dataclass(slots=True)
@@ -231,6 +233,7 @@ def localnet(
     seed: int = 0,
     gateways: frozenset[int] = frozenset(),
     chain: Literal["embedded", "anvil"] = "embedded",
+    challenge_window_s: int = CHALLENGE_WINDOW_S,
 ) -> Iterator[Localnet]:
     """Chain, contracts, shards and one started process a peer; everything ends with the block.
 
@@ -252,7 +255,7 @@ def localnet(
     tell(f"starting the chain ({chain})")
     with run_testnet(get_free_port(), chain == "anvil", folder / "chain.log") as testnet:
         tell("deploying the contracts")
-        network, ledger = create_network(testnet, preset, shards.probe)
+        network, ledger = create_network(testnet, preset, shards.probe, challenge_window_s)
         nodes = _create_nodes(folder, roles, network, testnet, shards.peers, shards.probe, gateways)
         for node in nodes:
             endow(ledger, node.account)
@@ -266,7 +269,9 @@ def localnet(
             net.stop()
 
 
-def create_network(testnet: Testnet, preset: Preset, probe: Path) -> tuple[NetworkConfig, Web3Ledger]:
+def create_network(
+    testnet: Testnet, preset: Preset, probe: Path, challenge_window_s: int = CHALLENGE_WINDOW_S
+) -> tuple[NetworkConfig, Web3Ledger]:
     """Deploy the contracts, fund the pool, and write down what peers agree on; the first round is `startup_s` away.
 
     Returns the rules, and the ledger as the first prefunded account sees it: it holds all tokens.
@@ -274,7 +279,7 @@ def create_network(testnet: Testnet, preset: Preset, probe: Path) -> tuple[Netwo
     params = FederationParams(
         committee_size=preset.scoring.committee_size,
         min_stake=Wei(STAKE_PFM * WEI_PER_PFM),
-        challenge_window_s=CHALLENGE_WINDOW_S,
+        challenge_window_s=challenge_window_s,
         pool_per_epoch=Wei(POOL_PFM * WEI_PER_PFM),
         rounds_per_epoch=1,
         response_s=RESPONSE_S,
@@ -330,7 +335,8 @@ def _create_nodes(
             http=HttpConfig(port=get_free_port()),
             serving=ServingConfig(local="avoid" if index in gateways else "prefer"),
             stake_pfm=STAKE_PFM,
-            adversary="zero" if role == "free rider" else "",
+            adversary=ADVERSARIES.get(role, ""),
+            auto_challenge=role != "overpayer",  # or it would take the bounty on itself
             privacy=PRIVACY if role == "private" else PrivacyConfig(),
         )
         keys = create_home(config, home, None, is_light=True)

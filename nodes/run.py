@@ -16,7 +16,7 @@ import torch
 import trio
 from transformers.utils import logging as transformers_logging
 
-from nodes.adversaries import FreeRider
+from nodes.adversaries import FreeRider, Overpayer
 from nodes.models import resolve
 from p2pfm.config import HttpConfig, NodeConfig
 from p2pfm.errors import OperatorError
@@ -26,6 +26,7 @@ from p2pfm.lora.layers import choose_device, load_backbone
 from p2pfm.lora.personal import split_samples
 from p2pfm.lora.samples import Sample, encode_lines, parse_probe, read_samples
 from p2pfm.lora.torch_learner import Data, TorchLearner
+from p2pfm.protocol.peer import Peer
 from p2pfm.runtime.engine import Engine
 from p2pfm.runtime.keys import Keys
 from p2pfm.runtime.node import Learners, Models, Node
@@ -55,8 +56,15 @@ def run_node(config: NodeConfig, keys: Keys) -> None:
         engine=partial(_make_engine, config, backbone),
         learners=partial(_make_learners, config, backbone, samples),
     )
-    ledger = Web3Ledger(config.rpc, config.network.chain, keys.account_private_key)
-    trio.run(_run_until_told, Node(config, keys, ledger, models))
+    ledger = Web3Ledger(
+        config.rpc,
+        config.network.chain,
+        keys.account_private_key,
+        confirmations=config.confirmations,
+        witness_url=config.rpc_witness,
+    )
+    make_peer = Overpayer if config.adversary == "overpay" else Peer
+    trio.run(_run_until_told, Node(config, keys, ledger, models, make_peer))
 
 
 def _refuse_port_in_use(http: HttpConfig) -> None:
@@ -113,7 +121,7 @@ def _make_learners(
 
 
 def _make_shared(config: NodeConfig, learner: TorchLearner, spendings: SpendingLog) -> Learner:
-    if config.adversary:
+    if config.adversary in ("zero", "replay"):
         return FreeRider(learner, config.adversary)
     if config.privacy.enabled:
         from p2pfm.lora.privacy import PrivateLearner  # opacus is an extra, and takes seconds to import

@@ -220,10 +220,17 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stake_pfm: int = 100
     """What this node locks when it joins, in whole tokens."""
     auto_claim: bool = True
+    """Draw rewards as soon as their round is final."""
+    auto_challenge: bool = True
+    """Contest what is provably false on chain, and show leaves that are asked for; costs gas, and may earn bounties."""
     confirmations: int = 1
+    """Blocks, its own included, after which a transaction of this node counts as done."""
+    rpc_witness: str = ""
+    """URL of a second endpoint, of somebody else, that must tell the same rounds as `rpc`; empty: none."""
     log_json: bool = False
-    adversary: Literal["", "zero", "replay"] = ""
-    """Tests and demonstrations only: announce a zero update, or the last aggregate again, instead of training."""
+    adversary: Literal["", "zero", "replay", "overpay"] = ""
+    """Tests and demonstrations only: announce a zero update, or the last aggregate again, instead of training; or, in
+    a committee, give all of an epoch's reward to the proposer and sign whatever does."""
 
 
 def parse_node_config(text: str) -> NodeConfig:

@@ -15,7 +15,7 @@ import msgspec
 import trio
 from prometheus_client import CollectorRegistry
 
-from p2pfm.config import WEI_PER_PFM, NodeConfig
+from p2pfm.config import WEI_PER_PFM, NetworkConfig, NodeConfig
 from p2pfm.errors import ChainError, OperatorError, PeerUnreachable, Reject
 from p2pfm.learner import Learner, SpendingLog
 from p2pfm.lora.delta import encode_tensors
@@ -31,6 +31,7 @@ from p2pfm.messages import (
 from p2pfm.protocol.events import AnyAction, AnyEvent, Durable, Evaluate, PeersChanged, SyncAsked, Tick, Trained
 from p2pfm.protocol.peer import Peer, initial_durable
 from p2pfm.runtime import exchange
+from p2pfm.runtime.auditor import Auditor
 from p2pfm.runtime.door import Door
 from p2pfm.runtime.effects import Effects
 from p2pfm.runtime.engine import Engine
@@ -68,6 +69,8 @@ BLOB_BYTES_MAX = 4 << 30
 
 log = logging.getLogger(__name__)
 
+MakePeer = Callable[[PeerId, NetworkConfig, Durable], Peer]
+
 
 @dataclass(frozen=True, slots=True)
 class Learners:
@@ -95,7 +98,10 @@ def now_ms() -> Millis:
 class Node:
     """Everything one process runs. `run` ends only when cancelled, or when an operator must mend something."""
 
-    def __init__(self, config: NodeConfig, keys: Keys, ledger: Ledger, models: Models) -> None:
+    def __init__(
+        self, config: NodeConfig, keys: Keys, ledger: Ledger, models: Models, make_peer: MakePeer = Peer
+    ) -> None:
+        """`make_peer`: the core of this node; another one than `Peer` only to demonstrate an attack."""
         self.config = config
         self.keys = keys
         self.network_id = config.network.network_id()
@@ -106,6 +112,7 @@ class Node:
         """What a person waits for: starting, loading, running."""
         self._ledger = ledger
         self._models = models
+        self._make_peer = make_peer
         self._store = Store(Path(config.home))
         self._door = Door(config.network)
         self._metrics = NodeMetrics(self.registry)
@@ -114,6 +121,7 @@ class Node:
         self._num_tokens_given = 0
         self._wake = trio.Event()
         self.settler = Settler(keys.peer, config.network, ledger, self._store, self._on_chain, config.auto_claim)
+        self.auditor = Auditor(keys.peer, ledger, self.find_public, is_contesting=config.auto_challenge)
         self.transport = Libp2pTransport(
             keys.keypair,
             config.listen,
@@ -180,6 +188,7 @@ class Node:
             self.stage = "running"
             for task in (
                 self.settler.run,
+                self.auditor.run,
                 self._gossip_loop,
                 self._peers_loop,
                 self._timer_loop,
@@ -291,7 +300,7 @@ class Node:
             # Killed between adopting and queueing, nobody else may know this certificate.
             await self.settler.queue(durable.head, 0)
         durable = await trio.to_thread.run_sync(self._make_whole, durable, learner)
-        self.peer = Peer(self.keys.peer, self.config.network, durable)
+        self.peer = self._make_peer(self.keys.peer, self.config.network, durable)
         self.effects.served |= {self._probe, durable.base}
         await self.effects.adopt(durable.base)
         if durable.head is None:  # where the story begins: people compare with it
@@ -402,6 +411,7 @@ class Node:
         durable = self.peer.durable
         needed = (durable.base, durable.residual, durable.pending_residual, durable.announced_payload)
         keep = {digest for digest in needed if digest is not None} | {self._probe, *self.settler.data_digests}
+        keep |= self.settler.bases
         freed = self._store.prune(keep, BLOB_BYTES_MAX)
         if freed:
             log.info("dropped %d bytes of old blobs", freed)

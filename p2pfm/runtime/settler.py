@@ -53,6 +53,8 @@ class Settler:
         self.head: SettledRound | None = None
         self.data_digests: set[Digest] = set()
         """Data hashes of the rounds on chain: their proposals are public."""
+        self.bases: set[Digest] = set()
+        """Bases that a void could lead back to."""
         self.chain_error = ""
         """Why the chain cannot be used right now; empty: it can."""
         self._me = me
@@ -98,7 +100,8 @@ class Settler:
             rounds = await trio.to_thread.run_sync(self._ledger.get_rounds, Round(self._data_round + 1))
             self.data_digests |= {settled.data_digest for settled in rounds}
             self._data_round = head.round
-        if head is not None and head != self.head:  # before the roster: a peer that is behind must not begin to train
+            await self._follow_contests()
+        if head != self.head:  # before the roster: a peer that is behind, or whose round is void, must not train
             self.head = head
             await self._emit(SettledChanged(head))
         roster = await trio.to_thread.run_sync(self._ledger.get_roster)
@@ -107,6 +110,13 @@ class Settler:
             self._roster_since = trio.current_time()
             if roster.committee:  # before the first draw there is nothing that a peer could do
                 await self._emit(RosterChanged(roster))
+
+    async def _follow_contests(self) -> None:
+        """Remember the bases of rounds that may still be voided, and the one that stands for sure."""
+        rounds = await trio.to_thread.run_sync(self._ledger.get_rounds, Round(0))
+        open_rounds = [settled for settled in rounds if not settled.is_final]
+        final = rounds[: len(rounds) - len(open_rounds)]
+        self.bases = {settled.base for settled in (*final[-1:], *open_rounds)}
 
     async def _rotate(self) -> None:
         """Draw the next committee when newcomers have no seat although there is room, and once an epoch.
@@ -118,10 +128,12 @@ class Settler:
         if roster is None or member is None:
             return
         size = self._config.scoring.committee_size
-        has_room = len(roster.committee) < min(size, len(roster.members))
+        has_room = len(roster.committee) < min(size, sum(m.active for m in roster.members))
         epoch = self.head.round // self._config.settlement.rounds_per_epoch if self.head else 0
-        is_due = has_room or (len(roster.members) > size and epoch > self._rotated_epoch)
-        ranks = roster.committee or tuple(m.index for m in roster.members)
+        staked = tuple(m.index for m in roster.members if m.active)
+        is_broken = not set(roster.committee) <= set(staked)  # somebody was slashed, or leaves
+        is_due = has_room or is_broken or (len(roster.members) > size and epoch > self._rotated_epoch)
+        ranks = tuple(index for index in roster.committee if index in staked) or staked
         rank = ranks.index(member.index) if member.index in ranks else len(ranks) + member.index
         quiet_s = trio.current_time() - self._roster_since
         if not is_due or quiet_s < ROTATE_AFTER_S + rank * RANK_DELAY_S:
@@ -140,7 +152,8 @@ class Settler:
         """Submit what is due, in the order of rounds: each root links to the one before."""
         for certificate in await trio.to_thread.run_sync(self._store.get_settlements):
             round = certificate.proposal.round
-            if self.head is not None and self.head.round >= round:
+            is_dead = self.roster is not None and certificate.proposal.nonce < self.roster.nonce
+            if is_dead or (self.head is not None and self.head.round >= round):
                 await trio.to_thread.run_sync(self._store.drop_settlement, round)
                 continue
             due, tries = self._due.setdefault(round, (trio.current_time(), 0))

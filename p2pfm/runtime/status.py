@@ -132,6 +132,7 @@ def _chain_status(node: "Node") -> dict[str, Any]:
         "members": len(settler.roster.members) if settler.roster else 0,
         "committee": list(settler.roster.committee) if settler.roster else [],
         "settled_round": settler.head.round if settler.head else None,
+        "findings": list(node.auditor.findings),
     }
 
 
