@@ -1,0 +1,104 @@
+"""From files and addresses to a running page."""
+
+import ipaddress
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import httpx
+import trio
+from starlette.applications import Starlette
+
+from nodes.explorer.app import Board, make_app
+from nodes.explorer.source import Place, Source, fetch_from
+from nodes.homes import read_config, read_network
+from p2pfm.config import NetworkConfig
+from p2pfm.errors import OperatorError
+from p2pfm.runtime.http_api import serve_http
+from p2pfm.runtime.web3_ledger import READ_ONLY_KEY, Web3Ledger
+
+
+@dataclass
+class Found:
+    """One network by all that the options say of it: endpoints of its chain, and nodes' HTTP addresses."""
+
+    network: NetworkConfig
+    rpcs: list[str] = field(default_factory=list)
+    nodes: list[str] = field(default_factory=list)
+
+
+def find_networks(
+    config_files: Sequence[Path], rpc: str, network_file: Path | None, node_urls: Sequence[str]
+) -> list[Found]:
+    """One entry a network id, in the order in which they were named first.
+
+    Raises:
+        OperatorError: nothing is named, options do not go together, or a file is wrong.
+    """
+    if bool(rpc) != bool(network_file):
+        raise OperatorError("--rpc and --network go together: the chain's endpoint, and the network to look for there")
+    if node_urls and not network_file:
+        raise OperatorError("--node-url belongs to --rpc and --network; a --config names its node itself")
+    found: dict[bytes, Found] = {}
+    for path in config_files:
+        config = read_config(path)
+        entry = found.setdefault(config.network.network_id(), Found(config.network))
+        entry.rpcs.append(config.rpc)
+        entry.nodes.append(f"http://{_in_url(config.http.host)}:{config.http.port}")
+    if network_file:
+        network = read_network(network_file)
+        entry = found.setdefault(network.network_id(), Found(network))
+        entry.rpcs.append(rpc)
+        entry.nodes += [url.rstrip("/") for url in node_urls]
+    if not found:
+        raise OperatorError("nothing to show: give --config alice/node.toml, or --rpc URL with --network FILE")
+    return list(found.values())
+
+
+def serve(found: Sequence[Found], host: str, port: int, host_names: Sequence[str]) -> None:
+    """Serve the page until SIGINT or SIGTERM. Raises: OperatorError if the address cannot be listened on."""
+    with httpx.Client() as client:
+        sources = [Source(_make_place(entry, client), time.time) for entry in found]
+        trio.run(partial(_run, Board(sources), host, port, host_names))
+
+
+def _make_place(entry: Found, client: httpx.Client) -> Place:
+    rpcs, nodes = dict.fromkeys(entry.rpcs), dict.fromkeys(entry.nodes)
+    ledgers = [Web3Ledger(rpc, entry.network.chain, READ_ONLY_KEY) for rpc in rpcs]
+    return Place(entry.network, ledgers, fetch_from(list(nodes), client) if nodes else None)
+
+
+async def _run(board: Board, host: str, port: int, host_names: Sequence[str]) -> None:
+    app = cast(Starlette, make_app(board, host_names))
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_cancel_on_signal, nursery.cancel_scope)
+            bound = await nursery.start(serve_http, app, host, port)
+            nursery.start_soon(board.run)
+            sys.stdout.write(f"explorer  http://{_in_url(host)}:{bound}/   (Ctrl-C ends it)\n")
+            sys.stdout.flush()
+    except* OperatorError:
+        raise OperatorError(f"cannot listen on {host}:{port}: choose another --port or --host") from None
+
+
+async def _cancel_on_signal(scope: trio.CancelScope) -> None:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for _ in signals:
+            scope.cancel()
+            return
+
+
+def _in_url(host: str) -> str:
+    """How to reach, in a URL, who listens on `host`."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host
+    if address.is_unspecified:
+        return "127.0.0.1" if address.version == 4 else "[::1]"
+    return host if address.version == 4 else f"[{host}]"
