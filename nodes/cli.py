@@ -26,6 +26,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from nodes.stakes import pool_app, stake_app
 from nodes.tied import end_with_stdin
 from p2pfm import __version__
 from p2pfm.config import WEI_PER_PFM
@@ -76,6 +77,8 @@ for name, group in (
     ("rewards", rewards_app),
 ):
     app.add_typer(group, name=name)
+app.add_typer(stake_app, name="stake")
+app.add_typer(pool_app, name="pool")
 app.add_typer(sim_app, name="sim")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]

@@ -31,7 +31,7 @@ from p2pfm.runtime.engine import Engine
 from p2pfm.runtime.keys import Keys
 from p2pfm.runtime.node import Learners, Models, Node
 from p2pfm.runtime.text import load_text_codec
-from p2pfm.runtime.web3_ledger import Web3Ledger
+from p2pfm.runtime.web3_ledger import open_ledger
 from p2pfm.types import compute_digest
 
 E = TypeVar("E", bound=Exception)
@@ -56,13 +56,7 @@ def run_node(config: NodeConfig, keys: Keys) -> None:
         engine=partial(_make_engine, config, backbone),
         learners=partial(_make_learners, config, backbone, samples),
     )
-    ledger = Web3Ledger(
-        config.rpc,
-        config.network.chain,
-        keys.account_private_key,
-        confirmations=config.confirmations,
-        witness_url=config.rpc_witness,
-    )
+    ledger = open_ledger(config, keys.account_private_key)
     make_peer = Overpayer if config.adversary == "overpay" else Peer
     trio.run(_run_until_told, Node(config, keys, ledger, models, make_peer))
 

@@ -69,8 +69,13 @@ class Chain:
     def rotate(self) -> None:
         """Draw the next committee."""
         self.ledger.rotate()
+        self.read_roster()
+
+    def read_roster(self) -> Roster:
+        """The registry and committee as they are on chain now."""
         roster = self.ledger.get_roster()
         self._rosters[roster.epoch] = roster
+        return roster
 
     def get_head(self) -> SettledRound | None:
         """The newest round that the chain has taken."""

@@ -104,6 +104,8 @@ class Checks:
         me, peer = host.me, host.peer
         assert peer is not None, "only a running peer acts"
         match action:
+            case Adopt(round=round) if round < 0:
+                pass  # back to the beginning: the chain voided all rounds
             case Adopt(round=round, base=base):
                 held = self.certificates.setdefault(round, peer.durable.head) if peer.durable.head else None
                 assert held is not None, "a base is adopted with its certificate"

@@ -536,10 +536,17 @@ class World:
         del host.unsettled[round]
         if is_new:
             self.checks.after_settlement(self.chain, certificate, self.schedule.now_ms)
-            head = self.chain.get_head()
-            assert head is not None, "a round has just been taken"
-            for other in self.hosts:
-                self._emit(other, self._rng["network"].randint(0, BLOCK_MS), SettledChanged(head))
+            self.tell_chain()
+
+    def tell_chain(self) -> None:
+        """Everybody reads the chain: its newest round, and registry and committee where they have changed."""
+        head, before = self.chain.get_head(), self.chain.roster
+        roster = self.chain.read_roster()
+        for host in self.hosts:
+            delay_ms = self._rng["network"].randint(0, BLOCK_MS)
+            self._emit(host, delay_ms, SettledChanged(head))
+            if roster != before:
+                self._emit(host, delay_ms, RosterChanged(roster))
 
     def _claim(self) -> None:
         """All draw what the newest final round owes them: one that was settled late is still open to challenge."""

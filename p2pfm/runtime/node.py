@@ -16,7 +16,7 @@ import trio
 from prometheus_client import CollectorRegistry
 
 from p2pfm.config import WEI_PER_PFM, NetworkConfig, NodeConfig
-from p2pfm.errors import ChainError, OperatorError, PeerUnreachable, Reject
+from p2pfm.errors import ChainError, OperatorError, PeerUnreachable, Reject, Reverted
 from p2pfm.learner import Learner, SpendingLog
 from p2pfm.lora.delta import encode_tensors
 from p2pfm.messages import (
@@ -48,7 +48,7 @@ from p2pfm.runtime.status import NodeMetrics, RoundFigures, make_status
 from p2pfm.runtime.store import Store
 from p2pfm.runtime.text import TextCodec
 from p2pfm.settlement import bls
-from p2pfm.settlement.ledger import Ledger
+from p2pfm.settlement.ledger import FederationParams, Ledger
 from p2pfm.types import Digest, Millis, PeerId, Round, Wei
 
 PROBE_BYTES_MAX = 64 * 1024 * 1024
@@ -93,6 +93,25 @@ class Models:
 def now_ms() -> Millis:
     """The wall clock."""
     return Millis(time.time_ns() // 1_000_000)
+
+
+def validate_rules(network: NetworkConfig, params: FederationParams) -> None:
+    """The network's peers compute what the contract takes.
+
+    Raises:
+        OperatorError: names the first key that differs.
+    """
+    pairs = (
+        ("network.scoring.committee_size", network.scoring.committee_size, params.committee_size),
+        ("network.settlement.rounds_per_epoch", network.settlement.rounds_per_epoch, params.rounds_per_epoch),
+        ("network.settlement.pool_per_epoch_pfm [wei]", network.pool_per_epoch(), params.pool_per_epoch),
+    )
+    for name, ours, theirs in pairs:
+        if ours != theirs:
+            raise OperatorError(
+                f"{name}: the network's TOML says {ours}, its contract {theirs}; get the network's own file, or "
+                "another contract (network.chain.federation)"
+            )
 
 
 class Node:
@@ -208,14 +227,24 @@ class Node:
         """Read the registry; stake and join if this peer is not in it.
 
         Raises:
-            OperatorError: the chain is unreachable at first start, or the stake is missing.
+            OperatorError: the chain is unreachable at first start, the stake is missing, or the contract has other
+                rules than the network.
         """
         try:
+            validate_rules(self.config.network, await trio.to_thread.run_sync(self._ledger.get_params))
             roster = await trio.to_thread.run_sync(self._ledger.get_roster)
-            mine = next((member for member in roster.members if member.peer == self.keys.peer), None)
-            if mine is None:
+            mine = next((member for member in reversed(roster.members) if member.peer == self.keys.peer), None)
+            if mine is None or (not mine.active and not mine.stake):
                 await trio.to_thread.run_sync(self._register)
-            elif (mine.account, mine.bls_key) != (self.keys.account_address, bls.public_key(self.keys.bls_secret)):
+            elif not mine.active:
+                raise OperatorError(
+                    "this node is leaving the network: `p2pfm stake show` tells when its stake is free, "
+                    "`p2pfm stake withdraw` takes it; then it can join anew"
+                )
+            elif (mine.account, mine.bls_key) != (
+                self.keys.account_address,
+                bls.public_key(self.keys.bls_secret),
+            ):
                 raise OperatorError(
                     f"this peer id is registered by {mine.account}, who would draw its rewards; "
                     "make a new home with `p2pfm init`"
@@ -239,6 +268,11 @@ class Node:
         try:
             index = self._ledger.register(self.keys.peer, key, possession, stake)
         except ChainError as error:
+            if isinstance(error, Reverted) and error.reason == "AlreadyRegistered":
+                raise OperatorError(
+                    f"account {self.keys.account_address} was slashed: a signature of it was proven false, and it can "
+                    "join no more. A new home (`p2pfm init`) joins with a new stake"
+                ) from error
             raise OperatorError(
                 f"could not register on chain: {error}. Account {self.keys.account_address} needs "
                 f"{self.config.stake_pfm} PFM of stake and some ether for gas (on a local testnet: "

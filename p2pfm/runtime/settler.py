@@ -106,6 +106,8 @@ class Settler:
             await self._emit(SettledChanged(head))
         roster = await trio.to_thread.run_sync(self._ledger.get_roster)
         if roster != self.roster:
+            if self.roster and get_member(self.roster, self._me) and not get_member(roster, self._me):
+                log.warning("this node is no active member any more: it is leaving, or was slashed (p2pfm stake show)")
             self.roster = roster
             self._roster_since = trio.current_time()
             if roster.committee:  # before the first draw there is nothing that a peer could do

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 from web3 import Web3
 
-from p2pfm.config import ChainConfig
+from p2pfm.config import ChainConfig, NodeConfig
 from p2pfm.errors import ChainError, Reverted
 from p2pfm.runtime.chain_rpc import NoContract, Rpc
 from p2pfm.runtime.log_follower import LogFollower
@@ -526,6 +526,17 @@ class Web3Ledger:
         finally:
             with self._lock:
                 self._state = None
+
+
+def open_ledger(config: NodeConfig, private_key: bytes) -> Web3Ledger:
+    """The ledger that a node's configuration names, for the account of this key."""
+    return Web3Ledger(
+        config.rpc,
+        config.network.chain,
+        private_key,
+        confirmations=config.confirmations,
+        witness_url=config.rpc_witness,
+    )
 
 
 def deploy(rpc_url: str, private_key: bytes, params: FederationParams, supply: Wei = TOKEN_SUPPLY) -> ChainConfig:

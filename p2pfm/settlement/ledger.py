@@ -11,6 +11,9 @@ import msgspec
 
 from p2pfm.types import Digest, MemberIndex, PeerId, Round, Wei
 
+EPOCH_LAG_MAX = 1
+"""A certificate may be of the committee before the present one: a rotation must not kill a round in flight."""
+
 
 class FederationParams(msgspec.Struct, frozen=True):
     """The contract's immutables: all that one federation's rules leave open."""

@@ -16,6 +16,7 @@ from p2pfm.config import ChainConfig
 from p2pfm.errors import Reverted
 from p2pfm.settlement import merkle
 from p2pfm.settlement.ledger import (
+    EPOCH_LAG_MAX,
     Accepted,
     Claimed,
     Closed,
@@ -51,9 +52,6 @@ PEER_BYTES_MAX = 128
 
 COMMITTEE_MAX = 256
 """Seats whose absence one word of calldata can tell."""
-
-EPOCH_LAG_MAX = 1
-"""A certificate may be of the committee before the present one: a rotation must not kill a round in flight."""
 
 BOUNTY_DIVISOR = 4
 """Whoever proves a fault gets this part of what is slashed; the rest goes to the pool. Far from all of it, or the

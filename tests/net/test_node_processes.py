@@ -1,6 +1,8 @@
 """Real nodes: four processes, libp2p on loopback, a real EVM, a small real transformer; through rounds and deaths."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -23,13 +25,14 @@ from p2pfm.lora.checkpoint import import_checkpoint
 from p2pfm.lora.delta import encode_tensors
 from p2pfm.messages import Attestation, Envelope, Presence, encode, signed_bytes
 from p2pfm.runtime.libp2p_transport import Libp2pTransport
-from p2pfm.settlement.ledger import SettledRound
+from p2pfm.settlement.ledger import Claimed, SettledRound
 from p2pfm.types import Digest, MemberIndex, PeerId, Round
 from sim.replay import replay_path
 
 pytestmark = pytest.mark.slow
 
 ROUND_S = 18
+OUTAGE_S = 60
 GATEWAY, PRIVATE, RIDER = 0, 2, 3
 PROMPT = "The state of the union is"
 
@@ -203,6 +206,41 @@ def test_stream_goes_on_when_its_replica_is_killed_and_the_node_comes_back(net: 
         return is_in and protocol["certified_round"] > before and told["base"] == protocol["base"]
 
     net.wait_until("the killed node takes part again", is_back, 6 * ROUND_S)
+
+
+def test_settlement_catches_up_after_a_minute_without_a_chain(net: Localnet) -> None:
+    """Rounds go on meanwhile; what was certified is settled in order, and nothing is paid twice."""
+    wait_for_round(net, 0, net.nodes)
+    assert net.testnet.process is not None
+    before = certified(net, net.nodes[1])
+    os.kill(net.testnet.process.pid, signal.SIGSTOP)
+    try:
+        time.sleep(OUTAGE_S)
+        during = certified(net, net.nodes[1])
+        assert during > before, "rounds go on without a chain"
+    finally:
+        os.kill(net.testnet.process.pid, signal.SIGCONT)
+    settled(net, during)
+    rounds = net.ledger.get_rounds(Round(0))
+    # Each signed by more than two thirds of four: at most one of a round, each on the root before.
+    assert [entry.prev_root for entry in rounds[1:]] == [entry.root for entry in rounds[:-1]]
+    assert len({entry.round for entry in rounds}) == len(rounds)
+    members = net.ledger.get_roster().members
+
+    def is_paid() -> bool:
+        newest = [entry for entry in net.ledger.get_rounds(Round(0)) if entry.is_final][-1]
+        drawn = sum(net.ledger.get_claimed(member.index) for member in members)
+        return newest.round >= during and drawn >= newest.sums.cumulative_wei
+
+    net.wait_until("all is claimed", is_paid, 90)
+    drawn = sum(net.ledger.get_claimed(member.index) for member in members)
+    time.sleep(1)  # the ledger's answers may be half a second old
+    entries = [entry.what for entry in net.ledger.get_entries()]
+    paid = sum(what.amount for what in entries if isinstance(what, Claimed))
+    assert drawn <= paid <= sum(net.ledger.get_claimed(member.index) for member in members)
+    head = net.ledger.get_head()
+    assert head is not None
+    assert paid <= head.sums.cumulative_wei
 
 
 def test_a_strangers_junk_ends_no_node_and_gets_no_honest_peer_blamed(net: Localnet) -> None:
