@@ -353,6 +353,7 @@ contract Federation is IFederation {
         _validateSignature(second);
         uint256 total = _slash(a.epoch, first.absent | second.absent);
         if (total == 0) revert NoFault();
+        emit Restarted(_head.nonce);
         IERC20(token).safeTransfer(msg.sender, _split(msg.sender, a.round, Fault.Equivocation, total));
     }
 
@@ -539,7 +540,6 @@ contract Federation is IFederation {
         uint128 cumulative = 0;
         head.numRounds = place.position;
         head.progressAt = uint48(block.timestamp);
-        ++head.nonce;
         if (place.position == 0) {
             (head.round, head.numLeaves, _headRoot) = (0, 0, 0);
         } else {
@@ -555,7 +555,8 @@ contract Federation is IFederation {
         return _split(account, statement.round, fault, total);
     }
 
-    /// @dev Take the stakes of a committee's present seats. Its certificates are dead, a new draw is open at once.
+    /// @dev Take the stakes of a committee's present seats. Whatever was signed and not accepted yet is dead, and so
+    /// are the committees so far; a new draw is open at once.
     function _slash(uint32 epoch, uint256 absent) private returns (uint256 total) {
         uint32[] memory seats = _committees[epoch];
         for (uint256 seat = 0; seat < seats.length; ++seat) {
@@ -567,6 +568,7 @@ contract Federation is IFederation {
             emit Slashed(seats[seat], amount);
         }
         _head.epochMin = _head.epoch + 1;
+        ++_head.nonce;
         _times.rotatableAt = 0;
     }
 

@@ -8,6 +8,7 @@ block: a driver runs them in a worker thread. Knows no federation.
 import json
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from importlib.resources import files
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 from eth_account import Account
 from eth_hash.auto import keccak
 from hexbytes import HexBytes
-from requests.exceptions import RequestException
+from requests.exceptions import HTTPError, RequestException
 from web3 import HTTPProvider, Web3
 from web3.exceptions import (
     BadFunctionCallOutput,
@@ -36,6 +37,10 @@ RESEND_S = 2.0
 """A transaction that the chain does not show is sent again, the same bytes, so often."""
 LOST_LOOKS = 5
 """A nonce that is used without our receipt must look so this often: machines behind one address may lag each other."""
+SENT_MAX = 256
+"""Signed transactions kept, to send them again when the chain forgets blocks that held them."""
+REFUSALS = range(400, 429)
+"""HTTP status codes of a request that is refused for what it asks; others may pass when tried again."""
 GAS_MARGIN = 1.25
 """Over the estimate: the state may have moved by the time the transaction runs."""
 TIP_WEI = 1
@@ -81,6 +86,8 @@ class Rpc:
         self._patience_s = patience_s
         self._lock = threading.Lock()
         self._nonce: int | None = None
+        self._sent: OrderedDict[int, HexBytes] = OrderedDict()
+        """By nonce: a reorganisation may take back what was done, and what follows waits for it."""
         self.account: str = self._signer.address
 
     # --- reads -----------------------------------------------------------------------------------------------------
@@ -158,6 +165,7 @@ class Rpc:
             "type": 2,
         }
         signed = self._signer.sign_transaction(envelope)
+        self._keep(nonce, signed.raw_transaction)
         try:
             eth.send_raw_transaction(signed.raw_transaction)
         except Web3RPCError as error:
@@ -172,24 +180,29 @@ class Rpc:
 
     def _wait(self, signed: Any, nonce: int, deadline: float) -> Any:
         """The receipt, once confirmed; None when the chain gave the nonce to another transaction."""
-        sent_at, num_lost = time.monotonic(), 0
+        sent_at, num_lost, lost_block, trouble = time.monotonic(), 0, 0, ""
         while True:
             if time.monotonic() > deadline:
                 with self._lock:
                     self._nonce = None
-                raise ChainError(f"transaction {signed.hash.to_0x_hex()} was not mined within {self._patience_s:.0f} s")
+                text = f"transaction {signed.hash.to_0x_hex()} was not mined within {self._patience_s:.0f} s"
+                raise ChainError(f"{text}: {trouble}" if trouble else text)
             try:
                 receipt, num_used, newest = self._guard(lambda: self._look(signed.hash))
-            except Unreachable:
+            except ChainError as error:  # whatever it answers: the transaction is out, and only its fate counts
+                trouble = str(error)
                 time.sleep(POLL_S)
                 continue
+            trouble = ""
             if receipt is not None and newest - receipt["blockNumber"] + 1 >= self._confirmations:
                 return receipt
             num_lost = num_lost + 1 if receipt is None and num_used > nonce else 0
-            if num_lost >= LOST_LOOKS:
+            lost_block = lost_block if num_lost > 1 else newest
+            # As sure as a receipt must be: were the other one taken back, this one could land after all.
+            if num_lost >= LOST_LOOKS and newest - lost_block + 1 >= self._confirmations:
                 return None
-            if receipt is None and time.monotonic() - sent_at > RESEND_S:
-                self._resend(signed)
+            if receipt is None and num_used <= nonce and time.monotonic() - sent_at > RESEND_S:
+                self._resend(num_used, nonce)
                 sent_at = time.monotonic()
             time.sleep(POLL_S)
 
@@ -206,12 +219,24 @@ class Rpc:
             receipt = None
         return receipt, num_used, eth.block_number
 
-    def _resend(self, signed: Any) -> None:
-        """The same bytes: what the chain knows already it refuses, and nothing happens twice."""
-        try:
-            self._web3.eth.send_raw_transaction(signed.raw_transaction)
-        except (Web3RPCError, RequestException):
-            return
+    def _keep(self, nonce: int, raw: HexBytes) -> None:
+        self._sent[nonce] = raw
+        self._sent.move_to_end(nonce)
+        while len(self._sent) > SENT_MAX:
+            self._sent.popitem(last=False)
+
+    def _resend(self, first: int, last: int) -> None:
+        """The same bytes: what the chain knows already it refuses, and nothing happens twice.
+
+        All from the chain's next nonce on: a reorganisation or a restart may have dropped some that were done.
+        """
+        with self._lock:
+            raws = [self._sent[nonce] for nonce in range(max(first, last - SENT_MAX), last + 1) if nonce in self._sent]
+        for raw in raws:
+            try:
+                self._web3.eth.send_raw_transaction(raw)
+            except (Web3Exception, RequestException, ValueError):
+                continue
 
     def _patiently(self, deadline: float, action: Callable[[], T]) -> T:
         while True:
@@ -231,6 +256,8 @@ class Rpc:
         except BadFunctionCallOutput as error:
             raise NoContract(f"no contract answers at {self._url}: has the chain begun anew?") from error
         except RequestException as error:
+            if isinstance(error, HTTPError) and error.response is not None and error.response.status_code in REFUSALS:
+                raise ChainError(f"the chain at {self._url} refused: {error}") from error
             raise Unreachable(
                 f"no answer from the chain at {self._url} ({type(error).__name__}); is it running?"
             ) from error
@@ -250,7 +277,7 @@ def read_artifact(contract: str) -> Mapping[str, Any]:
 def _is_about_nonce(error: Web3RPCError) -> bool:
     """Refusals that say that the nonce is used, or the transaction known; each node has its own words."""
     text = str(error).lower()
-    return "nonce" in text or "already known" in text or "already imported" in text or "underpriced" in text
+    return any(words in text for words in ("nonce", "already known", "already imported", "replacement"))
 
 
 def _reverted(error: ContractLogicError) -> Reverted:

@@ -64,7 +64,7 @@ class Roster(msgspec.Struct, frozen=True):
     epoch: int
     """Counts committee rotations."""
     nonce: int
-    """Counts restarts: a signature of an earlier nonce is dead."""
+    """Counts restarts and slashes: a signature of an earlier nonce is dead."""
     members: tuple[Member, ...]
     """In registry order: members[i].index == i."""
     committee: tuple[MemberIndex, ...]
@@ -344,7 +344,7 @@ class Voided(msgspec.Struct, frozen=True, tag=True):
 
 
 class Restarted(msgspec.Struct, frozen=True, tag=True):
-    """Outstanding signatures died."""
+    """Outstanding signatures died: nothing came for long, or somebody on the committee was slashed."""
 
     nonce: int
 

@@ -412,9 +412,11 @@ class InMemoryLedger:
             self._validate_absent(committee, submission.absent)
             self._validate_signature(committee, submission)
         absent = {*first.absent, *second.absent}
-        total = self._slash([index for index in committee if index not in absent])
-        if total == 0:
+        guilty = [index for index in committee if index not in absent and self._members[index].stake]
+        if not guilty:
             raise Reverted("NoFault")
+        total = self._slash(guilty)
+        self._tell(Restarted(self._nonce))
         self._pay_bounty(account, first.round, "equivocation", total)
 
     # --- rules -----------------------------------------------------------------------------------------------------
@@ -511,7 +513,6 @@ class InMemoryLedger:
         self._pool += self._allotted()
         del self._rounds[position:]
         self._pool -= self._allotted()
-        self._nonce += 1
         self._progress_s = self._now_s()
         if self._hold_from >= position:
             self._hold_until_s = 0
@@ -519,7 +520,7 @@ class InMemoryLedger:
         self._pay_bounty(account, record.round, fault, total)
 
     def _slash(self, guilty: Sequence[MemberIndex]) -> Wei:
-        """Take their stakes. Their committees are dead, and a new one may be drawn at once."""
+        """Take their stakes. All that was signed so far and not accepted is dead; a new draw is open at once."""
         total = 0
         for index in guilty:
             amount = self._members[index].stake
@@ -529,6 +530,7 @@ class InMemoryLedger:
             self._change(index, stake=Wei(0), active=False)
             self._tell(Slashed(index, amount))
         self._epoch_min = len(self._committees)
+        self._nonce += 1
         self._is_rotation_due = True
         return Wei(total)
 

@@ -18,6 +18,7 @@ from p2pfm.settlement.ledger import (
     Joined,
     LeafValue,
     Left,
+    Restarted,
     Rotated,
     Shown,
     Slashed,
@@ -324,7 +325,7 @@ def test_two_statements_about_one_round_slash_who_signed_both_and_void_nothing(w
     assert stakes == [10, 0, 0, 10], "only the intersection, and no quorum is needed for either"
     head = world.any.get_head()
     assert head is not None
-    assert (head.root, world.any.get_roster().nonce) == (one.root, 0)
+    assert (head.root, world.any.get_roster().nonce) == (one.root, 1)
     with refuses("NoFault"):
         world.any.prove_equivocation(one, other)
     world.any.rotate()
@@ -517,7 +518,7 @@ def test_everything_that_happens_is_told_in_order(world: World) -> None:
     kinds = [type(what) for what in told]
     assert kinds == [
         *(Joined, Joined, Funded, Rotated, Left, Accepted, Demanded, Shown, Accepted, Claimed, Accepted),
-        *(Demanded, Slashed, Contested, Closed, Slashed, Voided, Contested),
+        *(Demanded, Slashed, Restarted, Contested, Closed, Slashed, Voided, Contested),
     ]
     assert told[3] == Rotated(1, committee)
     assert told[5] == Accepted(msgspec.structs.replace(one, is_final=False))
@@ -525,12 +526,29 @@ def test_everything_that_happens_is_told_in_order(world: World) -> None:
     assert told[9] == Claimed(index(0), Round(1), Wei(750))
     assert told[12:] == [
         Slashed(index(1), Wei(10)),
+        Restarted(1),
         Contested(Round(0), "equivocation", ACCOUNTS[SPONSOR], Wei(2)),
         Closed(unanswered),
         Slashed(index(0), Wei(10)),
-        Voided(2, Round(3), 1),
+        Voided(2, Round(3), 2),
         Contested(Round(3), "leaf", ACCOUNTS[SPONSOR], Wei(2)),
     ]
     times = [entry.time_s for entry in world.any.get_entries()]
     assert times == sorted(times)
     assert not any(isinstance(what, Withdrawn | Sums) for what in told)
+
+
+def test_what_a_slashed_committee_had_signed_and_not_settled_is_dead(world: World) -> None:
+    """Also for a lesser fault: else a certificate that can no longer be accepted would block every later one."""
+    world.found(5)
+    one = world.settle(0)
+    pending = world.submission(1)
+    twin = world.submission(0, base=Digest(b"\x09" * 32), prev_root=one.prev_root)
+    keep = [seat for seat in world.any.get_roster().committee if seat not in one.absent][:3]
+    world.any.prove_equivocation(one, world.sign(msgspec.structs.replace(twin, absent=tuple(sorted(keep)))))
+    with refuses("BadNonce"):
+        world.any.submit_round(pending)
+    with refuses("BadEpoch"):
+        world.any.submit_round(world.submission(1))
+    world.any.rotate()
+    world.settle(1)

@@ -50,7 +50,7 @@ interface IFederation {
 
     /// @notice What a committee certifies about a round.
     /// @param epoch of the committee that signed
-    /// @param nonce restarts and voids so far
+    /// @param nonce restarts and slashes so far
     /// @param round strictly increasing; void rounds leave gaps
     /// @param prevRoot root of the accepted round before, 0 for the first
     /// @param root of the rewards tree
@@ -109,7 +109,7 @@ interface IFederation {
     /// @param time of the block [s]
     /// @param epoch committee rotations so far; 0: no committee yet
     /// @param epochMin certificates of earlier epochs are dead, because a member was slashed
-    /// @param nonce restarts and voids so far
+    /// @param nonce restarts and slashes so far
     /// @param numMembers ever registered
     /// @param numRounds accepted and not voided
     /// @param headRound round number of the newest, if any
@@ -174,7 +174,7 @@ interface IFederation {
     /// @notice A rotation, a restart or the end of a demand before its time.
     error TooEarly();
     error NoMembers();
-    /// @notice Signed under a nonce that a restart or a void has killed.
+    /// @notice Signed under a nonce that a restart or a slash has killed.
     error BadNonce();
     /// @notice Signed by a committee that is neither the present one nor the one before, or whose member was slashed.
     error BadEpoch();
@@ -265,8 +265,8 @@ interface IFederation {
         RewardTree.Proof calldata proof
     ) external;
 
-    /// @notice Slash who signed both of two different statements about one round. Voids nothing: the first valid root
-    /// stands, or a single liar could void any round.
+    /// @notice Slash who signed both of two different statements about one round. Voids no accepted round: the first
+    /// valid root stands, or a single liar could void any. What is not accepted yet dies with the committee (`Restarted`).
     function proveEquivocation(Certificate calldata first, Certificate calldata second) external;
 
     /// @notice Contest a round whose leaf nobody shows, with a bond, which the caller must have approved.
