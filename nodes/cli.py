@@ -19,25 +19,20 @@ import tempfile
 from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import httpx
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from nodes.explorer.command import explorer
+from nodes.rewards.cli import app as rewards_app
 from nodes.stakes import pool_app, stake_app
 from nodes.tied import end_with_stdin
 from p2pfm import __version__
-from p2pfm.config import WEI_PER_PFM
 from p2pfm.errors import OperatorError, P2PFMError
-from p2pfm.types import Digest
 from sim.cli import app as sim_app
-
-if TYPE_CHECKING:
-    from nodes.rewards import Fetch
-    from p2pfm.config import NodeConfig
-    from p2pfm.settlement.ledger import Ledger
 
 CONFIG_NAME = "node.toml"
 
@@ -67,7 +62,6 @@ testnet_app = typer.Typer(no_args_is_help=True, help="A local Ethereum testnet w
 localnet_app = typer.Typer(no_args_is_help=True, help="Several peers on this machine.")
 models_app = typer.Typer(no_args_is_help=True, help="Backbone models.")
 adapter_app = typer.Typer(no_args_is_help=True, help="What the network has trained, for other tools.")
-rewards_app = typer.Typer(no_args_is_help=True, help="What the chain paid, to whom, and whether it was right.")
 for name, group in (
     ("node", node_app),
     ("testnet", testnet_app),
@@ -80,6 +74,7 @@ for name, group in (
 app.add_typer(stake_app, name="stake")
 app.add_typer(pool_app, name="pool")
 app.add_typer(sim_app, name="sim")
+app.command()(explorer)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The node's TOML file.")]
@@ -402,109 +397,6 @@ def adapter_export(
     else:
         when = "from before the first round" if base.round is None else f"of round {base.round}"
         out.print(f"{folder}: base {base.digest.hex()[:16]} {when}", highlight=False, soft_wrap=True)
-
-
-# --- rewards ---
-
-
-def _open_rewards(config_file: Path) -> "tuple[NodeConfig, Ledger, Fetch]":
-    from nodes.homes import read_config
-    from p2pfm.runtime.web3_ledger import READ_ONLY_KEY, Web3Ledger
-
-    config = read_config(config_file)
-    ledger = Web3Ledger(config.rpc, config.network.chain, READ_ONLY_KEY)
-
-    def fetch(digest: Digest) -> bytes | None:
-        url = f"http://{config.http.host}:{config.http.port}/blobs/{digest.hex()}"
-        try:
-            response = httpx.get(url, timeout=10)
-        except httpx.HTTPError as error:
-            raise OperatorError(f"no node answers at {url}: {error}. Start it: p2pfm node run") from error
-        return response.content if response.status_code == 200 else None
-
-    return config, ledger, fetch
-
-
-@rewards_app.command("show")
-def rewards_show(config_file: ConfigFile, as_json: Json = False) -> None:
-    """Contributions and rewards by peer and round, read from the chain.
-
-    Example: `p2pfm rewards show --config alice/node.toml`
-    """
-    from nodes.rewards import make_rewards_table, read_rewards, rows_to_json
-
-    _, ledger, fetch = _open_rewards(config_file)
-    rows = read_rewards(ledger, fetch, is_partial=True)
-    if as_json:
-        _print_json(rows_to_json(rows))
-    elif rows:
-        out.print(make_rewards_table(rows))
-    else:
-        out.print("no round is on chain yet")
-
-
-@rewards_app.command("plot")
-def rewards_plot(
-    config_file: ConfigFile, path: Annotated[Path, typer.Option("--out", help="PNG file.")] = Path("rewards.png")
-) -> None:
-    """Draw rewards and contributions by peer and round.
-
-    Example: `p2pfm rewards plot --config alice/node.toml --out rewards.png`
-    """
-    from nodes.rewards import plot_rewards, read_rewards
-
-    _, ledger, fetch = _open_rewards(config_file)
-    rows = read_rewards(ledger, fetch, is_partial=True)
-    if not rows:
-        raise OperatorError("no round is on chain yet: nothing to draw")
-    plot_rewards(rows, path)
-    out.print(f"picture: {path}")
-
-
-@rewards_app.command("verify")
-def rewards_verify(config_file: ConfigFile, as_json: Json = False) -> None:
-    """Recompute every settled round from the revealed vectors and compare it with the chain; exit code 3 on a finding.
-
-    Example: `p2pfm rewards verify --config alice/node.toml`
-    """
-    from nodes.rewards import verify_rewards
-
-    config, ledger, fetch = _open_rewards(config_file)
-    findings = verify_rewards(ledger, fetch, config.network)
-    if as_json:
-        _print_json({str(round): found for round, found in findings.items()})
-    else:
-        for round, found in findings.items():
-            out.print(f"round {round}: {'[green]ok[/]' if not found else '[red]wrong[/]'}", highlight=False)
-            for line in found:
-                out.print(f"  {line}", highlight=False)
-        out.print(f"{len(findings)} settled rounds checked")
-    if any(findings.values()):
-        raise typer.Exit(int(Exit.FINDING))
-
-
-@rewards_app.command("claim")
-def rewards_claim(
-    config_file: ConfigFile,
-    password_file: Annotated[Path | None, typer.Option(help="File with the keys' password.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Draw all that the newest final round owes this node's account.
-
-    Example: `p2pfm rewards claim --config alice/node.toml`
-    """
-    from nodes.homes import open_keys
-    from nodes.rewards import claim_newest
-    from p2pfm.runtime.web3_ledger import Web3Ledger
-
-    config, _, fetch = _open_rewards(config_file)
-    keys = open_keys(config, password_file)
-    ledger = Web3Ledger(config.rpc, config.network.chain, keys.account_private_key)
-    paid = claim_newest(ledger, keys.peer, fetch)
-    if as_json:
-        _print_json({"paid_wei": str(paid), "account": keys.account_address})
-    else:
-        out.print(f"{paid / WEI_PER_PFM:.4f} PFM paid to {keys.account_address}", highlight=False)
 
 
 # --- demo ---

@@ -25,7 +25,8 @@ from rich.table import Table
 
 from nodes.localnet import PRESETS, Localnet, LocalNode, Role, localnet
 from nodes.models import fetch
-from nodes.rewards import Row, claim_newest, plot_rewards, read_rewards, rows_to_json, verify_rewards
+from nodes.rewards import Row, claim_newest, read_rewards, rows_to_json, verify_rewards
+from nodes.rewards.plots import plot_rewards
 from nodes.screens import format_nats, make_network_table, plot_training
 from p2pfm.config import WEI_PER_PFM
 from p2pfm.errors import WorldError

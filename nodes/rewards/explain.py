@@ -1,0 +1,307 @@
+"""One peer's reward in one round, step by step: from what each committee member measured to the proof on chain. Pure.
+
+What the update was good for is measured in `measuring`; here everything follows from a Book.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+
+from nodes.rewards.reading import Book, Fetch, Reading, list_rosters, validate_reading
+from nodes.rewards.views import Status, get_status
+from p2pfm import work
+from p2pfm.config import NetworkConfig, ScoringConfig
+from p2pfm.errors import OperatorError
+from p2pfm.messages import IncludedUpdate, Proposal
+from p2pfm.protocol.committee import MERGE_CAP
+from p2pfm.protocol.membership import compute_shares
+from p2pfm.settlement import merkle
+from p2pfm.settlement.faults import compute_pool
+from p2pfm.settlement.ledger import LeafValue, Member
+from p2pfm.settlement.rewards import compute_reward, compute_weights
+from p2pfm.types import Contribution, Digest, Epoch, MemberIndex, PeerId, Round, Wei, Weight
+
+Verdict = Literal["passed", "failed", "off", "unknown"]
+
+
+class Judgement(msgspec.Struct, frozen=True):
+    """What one committee member made of the update."""
+
+    member: MemberIndex
+    peer: PeerId
+    is_revealed: bool
+    """Its vector stands in the proposal."""
+    contribution: Contribution | None
+    """As it measured [nano-nats/token]; None: not in its vector."""
+
+
+class Gate(msgspec.Struct, frozen=True):
+    """A condition of being merged or paid, and whether this update met it, as far as the data tell."""
+
+    name: str
+    verdict: Verdict
+    text: str
+
+
+class Explanation(msgspec.Struct, frozen=True):
+    """All that can be said without measuring anything again."""
+
+    round: Round
+    epoch: Epoch
+    """Settlement epoch."""
+    member: MemberIndex
+    peer: PeerId
+    account: str
+    is_included: bool
+    payload: Digest | None
+    """Of its update; None: the proposal holds none of it."""
+    judgements: tuple[Judgement, ...]
+    """By the committee, in the order of its draw."""
+    median: Contribution | None
+    """Certified: of those that scored it [nano-nats/token]."""
+    accumulated: int
+    """Over the epoch's settled rounds, this one included [nano-nats/token]: what pays and weighs."""
+    rank: int | None
+    """By contribution among the round's updates, from 1; equals share the better one."""
+    num_updates: int
+    weight: Weight
+    """In the merge [parts per 10**9]."""
+    wanted_weight: Weight | None
+    """In proportion to the accumulated contributions, before the cap."""
+    weight_max: Weight | None
+    """MERGE_CAP times its share of the capped stakes; both None: the registry of then cannot be told."""
+    is_capped: bool
+    gates: tuple[Gate, ...]
+    pool_wei: Wei
+    """What this round divides; 0: no epoch ends with it."""
+    payout_round: Round
+    """The first one, from this one on, that ends an epoch."""
+    sum_positive: int
+    """Of all accumulated contributions [nano-nats/token], as the root holds it."""
+    share: float
+    """max(0, accumulated) / sum_positive."""
+    expected_wei: Wei
+    """By the floor rule."""
+    reward_wei: Wei
+    """As the leaf says."""
+    cumulative_wei: Wei
+    """Allotted to it up to this round."""
+    root: Digest
+    siblings: tuple[merkle.Node, ...]
+    """From the leaf up."""
+    is_proven: bool
+    """The leaf and the siblings give the root and the sums on chain."""
+    status: Status
+    until_s: int
+    """Contestable until then [s since 1970]; 0 when final."""
+    claimed_wei: Wei
+    """Drawn by the peer so far, against any round."""
+    owed_wei: Wei
+    """By this round's leaf, and not drawn."""
+
+
+def explain(
+    book: Book,
+    member: Member,
+    round: Round,
+    network: NetworkConfig,
+    committee: Sequence[MemberIndex],
+    excluded: Digest | None = None,
+) -> Explanation:
+    """Why `member` got what it got in `round`.
+
+    Args:
+        committee: that of the round's epoch.
+        excluded: the payload that this member made and that was scored, but not included, if it could be found.
+
+    Raises:
+        OperatorError: no such settled round, or the peer joined after it.
+        WorldError, Reject: the round's data are not to be had, or are a lie.
+    """
+    reading = book.get_reading(round)
+    proposal = validate_reading(reading)
+    if member.index >= len(reading.leaves):
+        raise OperatorError(f"peer {member.peer} joined after round {round}: its tree has no leaf for it")
+    leaf, update = reading.leaves[member.index], reading.get_update(member.index)
+    payload = update.payload if update else excluded
+    judgements = _list_judgements(book, proposal, payload, committee)
+    wanted, weight_max = _compute_cap(book, reading, proposal, member, network) if update else (None, None)
+    before = book.get_before(reading)
+    pool = compute_pool(book.params, round, before.settled.round if before else None)
+    settled = reading.settled
+    siblings = merkle.prove(merkle.build(reading.leaves), member.index)
+    status, until_s = get_status(book, settled)
+    per_epoch, total = book.params.rounds_per_epoch, settled.sums.contribution
+    return Explanation(
+        round=round,
+        epoch=Epoch(round // per_epoch),
+        member=member.index,
+        peer=member.peer,
+        account=member.account,
+        is_included=update is not None,
+        payload=payload,
+        judgements=judgements,
+        median=update.contribution if update else None,
+        accumulated=leaf.contribution,
+        rank=1 + sum(other.contribution > update.contribution for other in proposal.updates) if update else None,
+        num_updates=len(proposal.updates),
+        weight=update.weight if update else Weight(0),
+        wanted_weight=wanted,
+        weight_max=weight_max,
+        is_capped=wanted is not None and weight_max is not None and wanted > weight_max,
+        gates=_list_gates(proposal, update, leaf, judgements, payload, wanted, weight_max, network.scoring),
+        pool_wei=pool,
+        payout_round=round if pool else Round(-(-(round + 1) // per_epoch) * per_epoch - 1),
+        sum_positive=total,
+        share=max(0, leaf.contribution) / total if total else 0.0,
+        expected_wei=compute_reward(pool, leaf.contribution, total),
+        reward_wei=leaf.reward_wei,
+        cumulative_wei=leaf.cumulative_wei,
+        root=settled.root,
+        siblings=siblings,
+        is_proven=merkle.verify(settled.root, settled.sums, settled.num_leaves, member.index, leaf, siblings),
+        status=status,
+        until_s=until_s,
+        claimed_wei=book.claimed[member.index],
+        owed_wei=Wei(max(0, leaf.cumulative_wei - book.claimed[member.index])),
+    )
+
+
+def list_excluded(proposal: Proposal) -> tuple[Digest, ...]:
+    """Payloads that somebody scored and that were not included: half of the vectors or fewer have them. Sorted."""
+    scored = {score.payload for reveal in proposal.reveals for score in reveal.scores}
+    return tuple(sorted(scored - {update.payload for update in proposal.updates}))
+
+
+def find_makers(fetch: Fetch, payloads: Sequence[Digest]) -> dict[Digest, PeerId]:
+    """Who made payloads, as their first bytes tell; those that nobody serves are left out."""
+    held = ((payload, fetch(payload)) for payload in payloads)
+    return {payload: work.split_payload(data)[0] for payload, data in held if data is not None}
+
+
+def _list_judgements(
+    book: Book, proposal: Proposal, payload: Digest | None, committee: Sequence[MemberIndex]
+) -> tuple[Judgement, ...]:
+    vectors = {reveal.member: {s.payload: s.contribution for s in reveal.scores} for reveal in proposal.reveals}
+    # Who is no committee member cannot have revealed; if somebody did all the same, it is to be seen.
+    seats = dict.fromkeys((*committee, *sorted(vectors)))
+    return tuple(
+        Judgement(
+            member=index,
+            peer=book.roster.members[index].peer,
+            is_revealed=index in vectors,
+            contribution=vectors.get(index, {}).get(payload) if payload else None,
+        )
+        for index in seats
+        if index < len(book.roster.members)
+    )
+
+
+def _compute_cap(
+    book: Book, reading: Reading, proposal: Proposal, member: Member, network: NetworkConfig
+) -> tuple[Weight | None, Weight | None]:
+    """(wanted weight, greatest one), with the registry of then: the one with which all certified weights come out."""
+    wanted = compute_weights([reading.leaves[update.member].contribution for update in proposal.updates])
+    for roster in list_rosters(book, reading.settled.position):
+        shares = compute_shares(roster, network.stake_cap())
+        most = [Weight(MERGE_CAP * shares.get(update.peer, 0)) for update in proposal.updates]
+        if [update.weight for update in proposal.updates] == list(map(min, wanted, most)):
+            place = next(place for place, update in enumerate(proposal.updates) if update.member == member.index)
+            return wanted[place], most[place]
+    return None, None
+
+
+def _list_gates(
+    proposal: Proposal,
+    update: IncludedUpdate | None,
+    leaf: LeafValue,
+    judgements: Sequence[Judgement],
+    payload: Digest | None,
+    wanted: Weight | None,
+    weight_max: Weight | None,
+    scoring: ScoringConfig,
+) -> tuple[Gate, ...]:
+    readings = [judgement.contribution for judgement in judgements if judgement.contribution is not None]
+    gates = [_judge_scored(update, payload, len(readings), len(proposal.reveals))]
+    if update is not None:
+        gates += [_judge_duplicate(readings, scoring), _judge_work(readings, scoring)]
+        gates.append(
+            Gate(
+                "repeats of earlier rounds",
+                "unknown",
+                "what an update repeats of public work earns nothing; each member subtracts it while it measures, and "
+                "reveals only the rest (p2pfm rewards verify --deep measures again)",
+            )
+        )
+    is_worth = leaf.contribution > 0
+    gates.append(
+        Gate(
+            "positive over the epoch",
+            "passed" if is_worth else "failed",
+            "only a positive sum weighs in the merge and is paid"
+            if is_worth
+            else "its contributions of this epoch sum to nothing or less: no weight, no reward (and no debt)",
+        )
+    )
+    if update is not None:
+        gates.append(_judge_cap(wanted, weight_max))
+    return tuple(gates)
+
+
+def _judge_scored(update: IncludedUpdate | None, payload: Digest | None, num_scores: int, num_reveals: int) -> Gate:
+    name = "scored by more than half"
+    if update is not None:
+        return Gate(name, "passed", f"{num_scores} of {num_reveals} revealed vectors have it")
+    if payload is not None:
+        return Gate(name, "failed", f"only {num_scores} of {num_reveals} revealed vectors have it: it was not merged")
+    return Gate(
+        name,
+        "failed",
+        "no update of this peer was merged. The data cannot tell which of these it was: it did not train or announce "
+        "in time, announced twice, started from another base, its payload could not be fetched or is malformed, or "
+        "too few members had it",
+    )
+
+
+def _judge_duplicate(readings: Sequence[Contribution], scoring: ScoringConfig) -> Gate:
+    name, zeros = "no duplicate", sum(reading == 0 for reading in readings)
+    if scoring.duplicate_cosine >= 1 and scoring.duplicate_overlap >= 1:
+        return Gate(name, "off", "this network does not look for duplicates")
+    if not zeros:
+        return Gate(name, "passed", "no member read exactly 0, as it would of a duplicate")
+    verdict: Verdict = "failed" if 2 * zeros > len(readings) else "unknown"
+    return Gate(
+        name,
+        verdict,
+        f"{zeros} of {len(readings)} members read exactly 0: they heard a similar update earlier in the round, or it "
+        "is empty; the proposal does not tell which",
+    )
+
+
+def _judge_work(readings: Sequence[Contribution], scoring: ScoringConfig) -> Gate:
+    name = "proof of computation"
+    if not scoring.work_steps:
+        return Gate(name, "off", "this network asks for none (network.scoring.work_steps is 0)")
+    trusting = sum(reading > 0 for reading in readings)
+    if 2 * trusting > len(readings):
+        return Gate(name, "passed", f"{trusting} of {len(readings)} members credited it, which they do only on trust")
+    return Gate(
+        name,
+        "unknown",
+        f"{len(readings) - trusting} of {len(readings)} members read 0 or less: they measured that, or its proofs of "
+        "late failed with them; a vector does not tell which",
+    )
+
+
+def _judge_cap(wanted: Weight | None, weight_max: Weight | None) -> Gate:
+    name = "weight within the cap"
+    if wanted is None or weight_max is None:
+        return Gate(name, "unknown", "the certified weights do not come out with the registry of that time")
+    if wanted > weight_max:
+        return Gate(
+            name,
+            "failed",
+            f"its weight was cut to {MERGE_CAP} times its share of the stakes; the reward is not touched by that",
+        )
+    return Gate(name, "passed", f"at most {MERGE_CAP} times its share of the stakes")

@@ -1,0 +1,368 @@
+"""Measure again, on the network's own backbone and public probe: contributions, the merge, and what one update gave.
+
+The measurement is the committee's (`work.score_updates`), on samples that anybody draws alike. Loads torch.
+"""
+
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import msgspec
+import torch
+from transformers.utils import logging as transformers_logging
+
+from nodes.models import resolve
+from nodes.rewards.blobs import Blobs
+from nodes.rewards.reading import Book, Reading, validate_reading
+from p2pfm import work
+from p2pfm.config import NetworkConfig, NodeConfig
+from p2pfm.errors import OperatorError, WorldError
+from p2pfm.learner import Learner
+from p2pfm.lora.delta import decode_tensors, encode_tensors
+from p2pfm.lora.layers import choose_device, load_backbone
+from p2pfm.lora.samples import parse_probe
+from p2pfm.lora.torch_learner import TorchLearner
+from p2pfm.messages import Proposal
+from p2pfm.protocol.committee import merge_request
+from p2pfm.protocol.events import Remembered, ScoreUpdates, Weighted
+from p2pfm.protocol.membership import compute_shares
+from p2pfm.protocol.peer import EARLIER_MAX
+from p2pfm.settlement.ledger import Roster
+from p2pfm.types import Contribution, Digest, MemberIndex, PeerId, Round, Weight, compute_digest
+
+DRAWS = 8
+"""Samples that contributions are measured on again, by default."""
+
+TOLERANCE_SPREADS = 6.0
+"""PLACEHOLDER"""
+
+TOLERANCE_NANO = 20_000
+"""PLACEHOLDER"""
+
+NO_SALT = bytes(32)
+
+Tell = Callable[[int, int, str], None]
+"""(steps done, steps in all, what is being done)"""
+
+
+class Remeasured(msgspec.Struct, frozen=True):
+    """One update's certified contribution beside what an auditor measures [nano-nats/token]."""
+
+    member: MemberIndex
+    peer: PeerId
+    certified: Contribution
+    measured: int
+    """What the committee's median is expected to be."""
+    spread: int
+    """Standard deviation of the difference, were everyone honest."""
+    tolerance: int
+    """Greatest difference that is no finding."""
+    is_finding: bool
+    note: str = ""
+
+
+class DeepCheck(msgspec.Struct, frozen=True):
+    """What measuring a round again gave."""
+
+    round: Round
+    updates: tuple[Remeasured, ...]
+    findings: tuple[str, ...]
+    notes: tuple[str, ...]
+    """What could not be checked, and why."""
+
+
+class Counterfactual(msgspec.Struct, frozen=True):
+    """Held-out loss on the probe's test split [nats/token]: with the update, without it, and before the round."""
+
+    loss_before: float
+    loss_with: float
+    loss_without: float
+    """The other updates at the scale and weight that they were certified with."""
+
+    @property
+    def gain(self) -> float:
+        """By how much the update lowered the loss [nats/token]; negative: it did harm."""
+        return self.loss_without - self.loss_with
+
+
+class Meter:
+    """A learner on the network's backbone that trains nothing, and the blobs that it measures."""
+
+    def __init__(self, learner: Learner, blobs: Blobs, network: NetworkConfig) -> None:
+        self._learner = learner
+        self._blobs = blobs
+        self._network = network
+        self._shapes = dict(learner.shapes())
+        blobs.put(encode_tensors(learner.initial()))  # the first base, which everybody can make
+
+    def compare_without(self, book: Book, reading: Reading, payload: Digest) -> Counterfactual:
+        """What the round's merge would have been without one update.
+
+        Its weight becomes 0; the others keep their certified weights, and the norm that all were brought to.
+
+        Raises:
+            WorldError: a payload or the base is not served any more; says which.
+        """
+        proposal = validate_reading(reading)
+        self._validate_held(proposal)
+        base = self.find_base(book, reading)
+        merge = merge_request(proposal)
+        if merge is None:  # nobody's contribution was positive: the base stayed
+            loss = self._evaluate(base)
+            return Counterfactual(loss, loss, loss)
+        without = msgspec.structs.replace(
+            merge,
+            updates=tuple(
+                Weighted(item.payload, Weight(0) if item.payload == payload else item.weight) for item in merge.updates
+            ),
+        )
+        merged = (
+            work.merge_updates(self._blobs, self._shapes, self._network, action).new_base for action in (merge, without)
+        )
+        loss_with, loss_without = (self._evaluate(digest) for digest in merged)
+        return Counterfactual(self._evaluate(base), loss_with, loss_without)
+
+    def check_round(self, book: Book, reading: Reading, roster: Roster, num_draws: int, tell: Tell) -> DeepCheck:
+        """Measure a round's contributions again and compare them with the certified medians; recompute its merge.
+
+        Args:
+            roster: of then: stakes give the scoring game's shares.
+        """
+        round = reading.settled.round
+        try:
+            proposal = validate_reading(reading)
+            self._validate_held(proposal)
+            self.find_base(book, reading)
+        except WorldError as error:
+            return DeepCheck(round, (), (), (f"not measured: {error}",))
+        if not proposal.updates:
+            return DeepCheck(round, (), self._compare_merge(proposal), ())
+        action, notes = self._make_action(book, reading, proposal, roster)
+        draws: list[tuple[Contribution, ...]] = []
+        for number in range(num_draws):
+            tell(number, num_draws, f"round {round}")
+            seed = draw_audit_seed(reading.settled.data_digest, number)
+            scored = work.score_updates(self._learner, self._blobs, self._network, action, seed, NO_SALT)
+            draws.append(scored.contributions)
+        tell(num_draws, num_draws, f"round {round}")
+        by_payload = {item.payload: [draw[place] for draw in draws] for place, item in enumerate(action.updates)}
+        updates = tuple(
+            self._compare(proposal, update.payload, by_payload[update.payload], has_gaps=bool(notes))
+            for update in proposal.updates
+        )
+        findings = [
+            f"update of member {item.member}: certified {item.certified}, measured {item.measured} "
+            f"(tolerance {item.tolerance} nano-nats/token)"
+            for item in updates
+            if item.is_finding
+        ]
+        return DeepCheck(round, updates, (*findings, *self._compare_merge(proposal)), notes)
+
+    def find_base(self, book: Book, reading: Reading) -> Digest:
+        """The digest of a round's base, whose bytes are at hand then: fetched, or merged again from an older one.
+
+        Raises:
+            WorldError: neither is possible.
+        """
+        wanted = validate_reading(reading).base
+        missing: list[Proposal] = []
+        digest, before = wanted, book.get_before(reading)
+        while self._blobs(digest) is None:
+            proposal = before.proposal if before else None
+            if before is None or proposal is None or proposal.new_base != digest:
+                raise WorldError(f"nobody serves the base {wanted.hex()[:16]} any more")
+            missing.append(proposal)
+            digest, before = proposal.base, book.get_before(before)
+        for proposal in reversed(missing):
+            self._validate_held(proposal)
+            if self._merge(proposal) != proposal.new_base:
+                raise WorldError(
+                    f"nobody serves the base {wanted.hex()[:16]}, and the merge of round {proposal.round} gives another"
+                )
+        return wanted
+
+    def _make_action(
+        self, book: Book, reading: Reading, proposal: Proposal, roster: Roster
+    ) -> tuple[ScoreUpdates, tuple[str, ...]]:
+        """(what members were asked to score, what of it cannot be known)"""
+        shares = compute_shares(roster, self._network.stake_cap())
+        # The order of announcements is nobody's knowledge; of duplicates the one that was paid came first.
+        ordered = sorted(proposal.updates, key=lambda update: (-update.contribution, update.payload))
+        earlier: list[Remembered] = []
+        older, previous = book.get_before(reading), None
+        notes = set()
+        follows = reading.settled.round
+        while older is not None and len(earlier) < EARLIER_MAX:
+            if older.settled.round + 1 < follows:
+                notes.add("updates of void rounds are not known: what was repeated of them cannot be told")
+            if older.proposal is None:
+                notes.add("the data of an earlier round are missing: what was repeated of it cannot be told")
+                break
+            if previous is None:
+                previous = older.proposal.base
+            best = sorted(older.proposal.updates, key=lambda update: -update.contribution)
+            for update in best:
+                if self._blobs(update.payload) is None:
+                    notes.add("updates of earlier rounds are not served any more: what was repeated cannot be told")
+                else:
+                    earlier.append(Remembered(update.payload, is_paid=True))
+            follows, older = older.settled.round, book.get_before(older)
+        if previous is not None and self._blobs(previous) is None:
+            notes.add("the base before is not served any more: what was repeated of the last merge cannot be told")
+        action = ScoreUpdates(
+            round=reading.settled.round,
+            base=proposal.base,
+            previous=previous,
+            updates=tuple(Weighted(update.payload, shares.get(update.peer, Weight(0))) for update in ordered),
+            earlier=tuple(earlier[:EARLIER_MAX]),
+        )
+        return action, tuple(sorted(notes))
+
+    def _compare(self, proposal: Proposal, payload: Digest, draws: Sequence[int], *, has_gaps: bool) -> Remeasured:
+        update = next(update for update in proposal.updates if update.payload == payload)
+        num_readings = sum(score.payload == payload for reveal in proposal.reveals for score in reveal.scores)
+        measured, spread = compute_expected_median(draws, num_readings)
+        tolerance = math.ceil(TOLERANCE_SPREADS * spread + TOLERANCE_NANO)
+        is_off = abs(update.contribution - measured) > tolerance
+        note = ""
+        if is_off and update.contribution < measured:
+            if has_gaps:
+                note = "less than measured here, perhaps for what it repeats of updates that are not at hand"
+            elif self._network.scoring.work_steps and update.contribution <= 0:
+                note = "less than measured here, perhaps for failed proofs of computation"
+        return Remeasured(
+            member=update.member,
+            peer=update.peer,
+            certified=update.contribution,
+            measured=round(measured),
+            spread=round(spread),
+            tolerance=tolerance,
+            is_finding=is_off and not note,
+            note=note,
+        )
+
+    def _compare_merge(self, proposal: Proposal) -> tuple[str, ...]:
+        made = self._merge(proposal)
+        if made == proposal.new_base:
+            return ()
+        return (f"base: the certified updates merge to {made.hex()}, the chain holds {proposal.new_base.hex()}",)
+
+    def _merge(self, proposal: Proposal) -> Digest:
+        action = merge_request(proposal)
+        if action is None:
+            return proposal.base
+        return work.merge_updates(self._blobs, self._shapes, self._network, action).new_base
+
+    def _evaluate(self, base: Digest) -> float:
+        loss = self._learner.evaluate(decode_tensors(self._blobs.get(base), self._shapes))
+        if not math.isfinite(loss):
+            raise WorldError("the held-out loss is no finite number at this base")
+        return loss
+
+    def _validate_held(self, proposal: Proposal) -> None:
+        missing = [update.peer for update in proposal.updates if self._blobs(update.payload) is None]
+        if missing:
+            raise WorldError(
+                f"round {proposal.round}: the updates of {len(missing)} of {len(proposal.updates)} peers are not "
+                f"served any more ({', '.join(peer[-6:] for peer in missing)}); a peer that kept them can be named "
+                "with --node URL"
+            )
+
+
+def open_meter(config: NodeConfig, blobs: Blobs) -> Meter:
+    """Load the network's backbone and probe.
+
+    Raises:
+        OperatorError: the model is not on this machine, or nobody gives the declared probe.
+    """
+    network = config.network
+    wanted = Digest(bytes.fromhex(network.probe))
+    if config.probe:
+        try:
+            blobs.put(Path(config.probe).read_bytes())
+        except OSError as error:
+            raise OperatorError(
+                f"probe: {config.probe}: {error.strerror}. Check the path in the node's TOML"
+            ) from error
+    data = blobs(wanted)
+    if data is None:
+        raise OperatorError(
+            f"probe: nobody serves the probe set {wanted.hex()[:16]} that the network declares; start the node, or "
+            "set `probe` in its TOML to the file"
+        )
+    probe = parse_probe(data, "the probe set")
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    transformers_logging.disable_progress_bar()
+    model, tokenizer = load_backbone(resolve(network.backbone), device=choose_device())
+    public = next(iter(probe.probe.values()))  # it must have samples to train on, and never trains
+    return Meter(TorchLearner(model, tokenizer, network, public, probe), blobs, network)
+
+
+def check_rounds(
+    meter: Meter,
+    book: Book,
+    readings: Sequence[Reading],
+    get_roster: Callable[[int], Roster],
+    num_draws: int,
+    seconds: float,
+    tell: Tell,
+) -> tuple[DeepCheck, ...]:
+    """Check rounds, the newest first, for about `seconds`: those for which there was no time say so.
+
+    Returns them in the order of rounds.
+    """
+    began, checks, slowest = time.monotonic(), [], 0.0
+    for number, reading in enumerate(reversed(readings)):
+        start = time.monotonic()
+        if number and start - began + slowest > seconds:
+            note = f"not measured: no time left of {seconds / 60:g} minutes (--minutes, --round)"
+            checks.append(DeepCheck(reading.settled.round, (), (), (note,)))
+            continue
+
+        def tell_all(done: int, total: int, what: str, number: int = number) -> None:
+            tell(number * total + done, len(readings) * total, what)
+
+        roster = get_roster(reading.settled.position)
+        checks.append(meter.check_round(book, reading, roster, num_draws, tell_all))
+        slowest = max(slowest, time.monotonic() - start)
+    return tuple(reversed(checks))
+
+
+def draw_audit_seed(data_digest: Digest, number: int) -> int:
+    """The seed of an audit's sample: the same for every auditor of a round, and not known before it was certified."""
+    drawn = compute_digest(b"p2pfm audit" + data_digest + number.to_bytes(8, "big"))
+    return int.from_bytes(drawn[:8], "big") >> 1
+
+
+def compute_expected_median(draws: Sequence[int], num_readings: int) -> tuple[float, float]:
+    """(expected lower median of so many honest readings, standard deviation of its difference from the certified one).
+
+    Exactly what resampling the draws without end would give: the r-th smallest of n is at most the k-th of m draws
+    with the probability that r or more of n fall there. What is not known for having so few draws is added.
+
+    Raises:
+        ValueError: fewer than two draws, or no readings.
+    """
+    if len(draws) < 2 or num_readings < 1:
+        raise ValueError(f"expected two draws or more and a reading, got {len(draws)} and {num_readings}")
+    ordered, rank = sorted(draws), (num_readings - 1) // 2 + 1
+    below = [_at_least(rank, num_readings, place / len(ordered)) for place in range(len(ordered) + 1)]
+    chances = [right - left for left, right in pairwise(below)]
+    mean = sum(chance * value for chance, value in zip(chances, ordered, strict=True))
+    spread = statistics.stdev(draws)
+    variance = sum(chance * (value - mean) ** 2 for chance, value in zip(chances, ordered, strict=True))
+    # Resampled from m draws a variance is (m - 1) / m of what it is; the centre itself is as uncertain as a mean of m.
+    variance *= len(draws) / (len(draws) - 1)
+    return mean, math.sqrt(variance + spread**2 / len(draws))
+
+
+def _at_least(rank: int, count: int, chance: float) -> float:
+    """The probability of `rank` or more successes in `count` trials."""
+    return sum(
+        math.comb(count, hits) * chance**hits * (1 - chance) ** (count - hits) for hits in range(rank, count + 1)
+    )
