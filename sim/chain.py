@@ -93,7 +93,7 @@ class Chain:
         head = self.get_head()
         if head is not None and head.round >= certificate.proposal.round:
             return False
-        self.ledger.submit_round(make_submission(self._network.chain, certificate))
+        self.ledger.submit_round(make_submission(certificate))
         return True
 
     def claim(self, certificate: Certificate) -> None:

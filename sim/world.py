@@ -28,6 +28,7 @@ from p2pfm.messages import (
     signed_bytes,
 )
 from p2pfm.protocol.events import (
+    Accuse,
     Adopt,
     Aggregate,
     Aggregated,
@@ -64,9 +65,9 @@ from p2pfm.protocol.events import (
     Train,
 )
 from p2pfm.protocol.log import encode_header, encode_record
+from p2pfm.protocol.membership import is_outdated_for
 from p2pfm.protocol.peer import Peer, initial_durable
 from p2pfm.protocol.phases import compute_round_start
-from p2pfm.settlement.ledger import SettledRound
 from p2pfm.types import Digest, Millis, PeerId, Round
 from sim.chain import Chain
 from sim.checks import Checks
@@ -276,8 +277,8 @@ class World:
                 host.durable = durable
                 if durable.head is not None:
                     host.certificates[durable.head.proposal.round] = durable.head
-            case Rewind(settled=settled):
-                self._rewind(host, settled)
+            case Rewind():
+                self._rewind(host, action)
             case Train():
                 if action.round < self.scenario.num_rounds:
                     self._work(host, self.scenario.work.train_ms, lambda: self._train(host, action))
@@ -297,8 +298,8 @@ class World:
                 host.served.add(digest)
             case Fetch():
                 self._fetch(host, host.life, action, 0)
-            case Adopt() | Note() | Blame():
-                pass  # serving, logs and connections: a simulation has none
+            case Adopt() | Note() | Blame() | Accuse():
+                pass  # serving, logs, connections and slashing: a simulation has none
             case Settle(certificate=certificate, rank=rank):
                 host.unsettled[certificate.proposal.round] = certificate
                 self._settle(host, certificate, rank * RANK_DELAY_MS)
@@ -309,9 +310,9 @@ class World:
             case _:
                 assert_never(action)
 
-    def _rewind(self, host: Host, settled: SettledRound | None) -> None:
-        head = host.certificates.get(settled.round) if settled else None
-        if settled is None or (head is not None and head.proposal.root == settled.root):
+    def _rewind(self, host: Host, action: Rewind) -> None:
+        head = host.certificates.get(action.round)
+        if action.round < 0 or (head is not None and head.proposal.root == action.root):
             self._emit(host, 0, Rewound(head, host.genesis))
 
     def _set_timer(self, host: Host, at_ms: Millis) -> None:
@@ -519,6 +520,9 @@ class World:
         round = certificate.proposal.round
         if round not in host.unsettled:
             return
+        if is_outdated_for(self.chain.roster, certificate.proposal):
+            del host.unsettled[round]
+            return
         if min(host.unsettled) < round:
             self._settle(host, certificate, RETRY_MS, tries)
             return
@@ -567,7 +571,8 @@ class World:
             durable = host.durable
             needed |= {durable.base, durable.residual, durable.pending_residual, durable.announced_payload}
             needed.add(host.genesis)
-        needed |= {settled.base for settled in self.chain.ledger.get_rounds(Round(0)) if not settled.is_final}
+        rounds = self.chain.ledger.get_rounds(Round(0))  # a void leads back to one of these
+        needed |= {settled.base for settled in rounds if settled is rounds[-1] or not settled.is_final}
         for digest in self._pool:
             # Counted from when it was last needed: work that began then may still read it.
             if digest in needed or digest not in self._pool_rounds:

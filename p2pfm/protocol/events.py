@@ -9,7 +9,16 @@ event log is a file of MessagePack and replays anywhere.
 
 import msgspec
 
-from p2pfm.messages import Attestation, Certificate, DeclaredPrivacy, Envelope, Message, SyncReply, SyncRequest
+from p2pfm.messages import (
+    Attestation,
+    Certificate,
+    DeclaredPrivacy,
+    Envelope,
+    Message,
+    Proposal,
+    SyncReply,
+    SyncRequest,
+)
 from p2pfm.settlement.ledger import Roster, SettledRound
 from p2pfm.types import Contribution, Digest, MemberIndex, Millis, PeerId, Round, Weight
 
@@ -282,10 +291,14 @@ class Adopt(Action, frozen=True, tag="adopt"):
 
 
 class Rewind(Action, frozen=True, tag="rewind"):
-    """Look up an older certificate on disk; answer: `Rewound`, or none if it is not there (then a neighbour has it)."""
+    """Look up the certificate of the chain's newest round on disk, since another one is held.
 
-    settled: SettledRound | None
-    """The round to go back to; None: to before round 0."""
+    Answer: `Rewound`, or none if it is not there (then a neighbour has it).
+    """
+
+    round: Round
+    """The round to go to; -1: to before round 0."""
+    root: Digest
 
 
 class Evaluate(Action, frozen=True, tag="evaluate"):
@@ -321,6 +334,16 @@ class Blame(Action, frozen=True, tag="blame"):
 
     peer: PeerId
     reason: str
+
+
+class Accuse(Action, frozen=True, tag="accuse"):
+    """A member signed two proposals of one round: evidence that the chain slashes for."""
+
+    member: MemberIndex
+    first: Proposal
+    first_signature: bytes
+    second: Proposal
+    second_signature: bytes
 
 
 class Note(Action, frozen=True, tag="note"):
@@ -366,5 +389,6 @@ AnyAction = (
     | AskSync
     | AnswerSync
     | Blame
+    | Accuse
     | Note
 )

@@ -1,6 +1,7 @@
 """Who a peer id is in the registry, and what it counts for. Pure look-ups on one Roster."""
 
-from p2pfm.settlement.ledger import Member, Roster
+from p2pfm.messages import Proposal
+from p2pfm.settlement.ledger import EPOCH_LAG_MAX, Member, Roster
 from p2pfm.settlement.rewards import compute_weights
 from p2pfm.types import MemberIndex, PeerId, Round, Wei, Weight
 
@@ -13,6 +14,11 @@ def get_member(roster: Roster, peer: PeerId) -> Member | None:
 def get_peer(roster: Roster, index: MemberIndex) -> PeerId | None:
     """The peer id at a registry index."""
     return roster.members[index].peer if index < len(roster.members) else None
+
+
+def is_outdated_for(roster: Roster, proposal: Proposal) -> bool:
+    """The chain takes it no more: it has slashed or restarted since, or the committee is too old."""
+    return proposal.nonce < roster.nonce or proposal.epoch + EPOCH_LAG_MAX < roster.epoch
 
 
 def compute_shares(roster: Roster, stake_cap: Wei) -> dict[PeerId, Weight]:

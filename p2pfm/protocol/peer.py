@@ -27,6 +27,7 @@ from p2pfm.messages import (
     compute_commitment,
 )
 from p2pfm.protocol.committee import (
+    NO_DIGEST,
     draft_digest,
     draft_proposal,
     merge_request,
@@ -35,6 +36,7 @@ from p2pfm.protocol.committee import (
     validate_scores,
 )
 from p2pfm.protocol.events import (
+    Accuse,
     Adopt,
     Aggregate,
     Aggregated,
@@ -75,7 +77,7 @@ from p2pfm.protocol.events import (
     Weighted,
 )
 from p2pfm.protocol.history import History
-from p2pfm.protocol.membership import compute_ranks, compute_shares, get_member, get_peer
+from p2pfm.protocol.membership import compute_ranks, compute_shares, get_member, get_peer, is_outdated_for
 from p2pfm.protocol.phases import Phase, compute_position
 from p2pfm.protocol.proofs import Proofs
 from p2pfm.protocol.round_state import EarlyMessages, RoundState
@@ -597,7 +599,7 @@ class Peer:
             reveals = state.proposal.reveals if state.proposal else ()
             is_needed = any(compute_commitment(reveal) == message.commitment for reveal in reveals)
         else:
-            return actions if is_second else []
+            return [*actions, *self._on_second_word(author, message)] if is_second else []
         if not is_second and not is_needed:
             return []
         try:
@@ -605,6 +607,32 @@ class Peer:
         except Reject as error:
             return [Blame(author, str(error))]
         return (actions if is_second else []) + more + self._consider_proposal()
+
+    def _on_second_word(self, author: PeerId, message: Message) -> list[AnyAction]:
+        """A second proposal or attestation changes nothing here, but it is half of what the chain slashes for."""
+        state = self.state
+        if isinstance(message, Proposal) and state.proposal and state.proposal.proposer == message.proposer:
+            state.rival = message
+        elif isinstance(message, Attestation) and state.roster and get_peer(state.roster, message.member) == author:
+            state.second_attestations[message.member] = message
+        return self._accuse()
+
+    def _accuse(self) -> list[AnyAction]:
+        """Everybody of whom two signatures are held here, of two proposals that are held here too."""
+        state = self.state
+        if state.proposal is None or state.rival is None:
+            return []
+        proposals = {proposal_message(self.config.chain, told): told for told in (state.proposal, state.rival)}
+        accusations = []
+        for member, second in sorted(state.second_attestations.items()):
+            first = state.attestations.get(member)
+            if first is None or member in state.accused or first.message == second.message:
+                continue
+            if {first.message, second.message} <= proposals.keys():
+                state.accused.add(member)
+                signed = [(proposals[word.message], word.signature) for word in (first, second)]
+                accusations.append(Accuse(member, *signed[0], *signed[1]))
+        return [*accusations]
 
     def _on_message(self, author: PeerId, message: Message) -> tuple[bool, list[AnyAction]]:
         """Whether to keep (and pass on) the message, and what to do. Raises Reject for a broken rule."""
@@ -621,7 +649,7 @@ class Peer:
                 if not self._is_of_member(author, message.member):
                     return False, []
                 self.state.attestations[message.member] = message
-                return True, []
+                return True, self._accuse()
             case Certificate() | Presence():
                 raise AssertionError("sorted out before")
 
@@ -719,16 +747,18 @@ class Peer:
     def _on_settled(self, settled: SettledRound | None) -> list[AnyAction]:
         self.history.settled = settled
         actions = self._rewind_if_void()
+        if settled and self.history.is_behind() and self.wanted is None and not actions:
+            actions.append(Rewind(settled.round, settled.root))  # perhaps it was held here before a void that was none
         if settled and self.history.is_orphaned():
             text = "the chain took another root of a round held here: asking for its certificate"
             actions.append(Note(settled.round, text))
         return actions
 
     def _is_dead(self, proposal: Proposal) -> bool:
-        """Signed before the chain restarted (it voided a round, or nothing came for long), and not taken by then."""
+        """The chain can take it no more, and has not taken it by now."""
         settled = self.history.settled
-        is_old = self.roster is not None and proposal.nonce < self.roster.nonce
-        return is_old and (settled is None or settled.round < proposal.round)
+        is_outdated = self.roster is not None and is_outdated_for(self.roster, proposal)
+        return is_outdated and (settled is None or settled.round < proposal.round)
 
     def _rewind_if_void(self) -> list[AnyAction]:
         """Go back to the chain's newest round when the one held here is void."""
@@ -740,15 +770,13 @@ class Peer:
         self._rewinds_to = (roster.nonce, settled)
         self.wanted = None
         self.history.rewind()
-        target = f"round {settled.round}" if settled else "the beginning"
-        return [Note(head.proposal.round, f"the chain voided this round: going back to {target}"), Rewind(settled)]
+        note = Note(head.proposal.round, "the chain voided this round: going back to the newest that stands")
+        return [note, Rewind(settled.round, settled.root) if settled else Rewind(Round(-1), NO_DIGEST)]
 
     def _on_rewound(self, head: Certificate | None, base: Digest) -> list[AnyAction]:
-        if self._rewinds_to is None:
-            return []
         if head is not None:
             return self._on_certificate(head)
-        if self.history.settled is not None:
+        if self._rewinds_to is None or self.history.settled is not None:
             return []
         self._rewinds_to = None
         self.durable = msgspec.structs.replace(self.durable, base=base, head=None)

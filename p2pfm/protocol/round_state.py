@@ -37,11 +37,16 @@ class RoundState:
     """This peer's own proposal, while its new base is being computed."""
     proposal: Proposal | None = None
     """The first-ranked member's proposal, as received."""
+    rival: Proposal | None = None
+    """Another proposal of the same member: whoever signs both lies."""
     is_proposal_valid: bool = False
     merging: set[Digest] = field(default_factory=set)
     merged: dict[Digest, Digest] = field(default_factory=dict)
     """New bases computed here, by merge request."""
     attestations: dict[MemberIndex, Attestation] = field(default_factory=dict)
+    second_attestations: dict[MemberIndex, Attestation] = field(default_factory=dict)
+    """Another one of a member that had spoken."""
+    accused: set[MemberIndex] = field(default_factory=set)
     is_aggregating: bool = False
     is_certified: bool = False
     failure: str = ""

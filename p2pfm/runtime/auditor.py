@@ -11,12 +11,13 @@ from collections.abc import Awaitable, Callable, Sequence
 import trio
 
 from p2pfm.errors import ChainError, Reject, Reverted
-from p2pfm.messages import Proposal, decode_message
+from p2pfm.messages import Certificate, Proposal, decode_message
+from p2pfm.protocol.events import Accuse
 from p2pfm.protocol.membership import get_member
 from p2pfm.settlement import merkle
 from p2pfm.settlement.faults import Fault, FaultKind, find_faults
 from p2pfm.settlement.ledger import Demand, LeafValue, Ledger, SettledRound
-from p2pfm.settlement.rewards import from_wire
+from p2pfm.settlement.rewards import from_wire, make_submission
 from p2pfm.types import Digest, MemberIndex, PeerId, Round
 
 POLL_S = 2.0
@@ -68,6 +69,26 @@ class Auditor:
                 break  # it is void, or cannot be judged yet: what follows stands or falls with it
         if self._is_contesting:
             await self._tend_demands(rounds)
+
+    async def accuse(self, evidence: Accuse) -> None:
+        """A member signed two proposals of one round: let the chain slash it."""
+        text = f"member {evidence.member} signed two proposals of round {evidence.first.round}"
+        self._tell(text)
+        if not self._is_contesting:
+            return
+        try:
+            committee = await trio.to_thread.run_sync(self._ledger.get_committee, evidence.first.epoch)
+            absent = tuple(sorted(index for index in committee if index != evidence.member))
+            both = [
+                make_submission(Certificate(proposal, absent, signature))
+                for proposal, signature in (
+                    (evidence.first, evidence.first_signature),
+                    (evidence.second, evidence.second_signature),
+                )
+            ]
+            await self._try(f"member {evidence.member} is slashed", self._ledger.prove_equivocation, *both)
+        except (ChainError, ValueError) as error:
+            self._tell(f"not yet: {text} ({error})")
 
     async def _judge(self, settled: SettledRound, before: SettledRound | None) -> bool:
         """Whether the round was found right; what is false is contested."""

@@ -39,7 +39,7 @@ LOST_LOOKS = 5
 """A nonce that is used without our receipt must look so this often: machines behind one address may lag each other."""
 SENT_MAX = 256
 """Signed transactions kept, to send them again when the chain forgets blocks that held them."""
-REFUSALS = range(400, 429)
+REFUSALS = {*range(400, 429)} - {408}
 """HTTP status codes of a request that is refused for what it asks; others may pass when tried again."""
 GAS_MARGIN = 1.25
 """Over the estimate: the state may have moved by the time the transaction runs."""
@@ -141,8 +141,7 @@ class Rpc:
             receipt = self._wait(signed, nonce, deadline)
             if receipt is not None:
                 break
-            with self._lock:  # another program uses this key and took the nonce: this one can land no more
-                self._nonce = None
+            self._give_up(signed, nonce)  # another program uses this key and took the nonce: it can land no more
         if receipt["status"] != 1:
             self._guard(lambda: self._web3.eth.call({**transaction, "from": self.account}))
             raise ChainError(f"transaction {signed.hash.to_0x_hex()} failed but would pass now; try again")
@@ -154,7 +153,8 @@ class Rpc:
         values: Any = {**transaction, "from": self.account}
         gas = int(eth.estimate_gas(values) * GAS_MARGIN)
         base_fee = eth.get_block("latest")["baseFeePerGas"]
-        nonce = eth.get_transaction_count(self._signer.address, "pending") if self._nonce is None else self._nonce
+        # Another program with this key may have been faster; the pool of a restarted node may know less than we do.
+        nonce = max(self._nonce or 0, eth.get_transaction_count(self._signer.address, "pending"))
         envelope = {
             **transaction,
             "chainId": self._chain_id,
@@ -165,17 +165,20 @@ class Rpc:
             "type": 2,
         }
         signed = self._signer.sign_transaction(envelope)
-        self._keep(nonce, signed.raw_transaction)
         try:
             eth.send_raw_transaction(signed.raw_transaction)
         except Web3RPCError as error:
             if not _is_about_nonce(error):
                 raise  # refused for what it is (no ether, ...): the nonce is free still
             self._nonce = None  # used elsewhere, or this very one is known already: waiting tells which
+            self._sent.setdefault(nonce, signed.raw_transaction)
             return signed, nonce
         except RequestException:
             pass  # perhaps it arrived
         self._nonce = nonce + 1
+        self._sent[nonce] = signed.raw_transaction
+        while len(self._sent) > SENT_MAX:
+            self._sent.popitem(last=False)
         return signed, nonce
 
     def _wait(self, signed: Any, nonce: int, deadline: float) -> Any:
@@ -183,8 +186,7 @@ class Rpc:
         sent_at, num_lost, lost_block, trouble = time.monotonic(), 0, 0, ""
         while True:
             if time.monotonic() > deadline:
-                with self._lock:
-                    self._nonce = None
+                self._give_up(signed, nonce)
                 text = f"transaction {signed.hash.to_0x_hex()} was not mined within {self._patience_s:.0f} s"
                 raise ChainError(f"{text}: {trouble}" if trouble else text)
             try:
@@ -219,11 +221,12 @@ class Rpc:
             receipt = None
         return receipt, num_used, eth.block_number
 
-    def _keep(self, nonce: int, raw: HexBytes) -> None:
-        self._sent[nonce] = raw
-        self._sent.move_to_end(nonce)
-        while len(self._sent) > SENT_MAX:
-            self._sent.popitem(last=False)
+    def _give_up(self, signed: Any, nonce: int) -> None:
+        """Never send it again from here, and ask the chain what comes next."""
+        with self._lock:
+            self._nonce = None
+            if self._sent.get(nonce) == signed.raw_transaction:
+                del self._sent[nonce]
 
     def _resend(self, first: int, last: int) -> None:
         """The same bytes: what the chain knows already it refuses, and nothing happens twice.

@@ -21,6 +21,7 @@ from p2pfm.lora.cross_term import CROSS_TERM_MAX
 from p2pfm.lora.delta import decode_tensors, encode_tensors
 from p2pfm.messages import Envelope, Message, Presence, Proposal, SyncReply, decode_reply, encode
 from p2pfm.protocol.events import (
+    Accuse,
     Adopt,
     Aggregate,
     Aggregated,
@@ -50,6 +51,7 @@ from p2pfm.protocol.events import (
     Train,
 )
 from p2pfm.runtime import exchange
+from p2pfm.runtime.auditor import Auditor
 from p2pfm.runtime.door import Door
 from p2pfm.runtime.envelopes import seal
 from p2pfm.runtime.gateway import Gateway
@@ -58,7 +60,6 @@ from p2pfm.runtime.libp2p_transport import Libp2pTransport
 from p2pfm.runtime.settler import Settler
 from p2pfm.runtime.store import Store
 from p2pfm.settlement import bls
-from p2pfm.settlement.ledger import SettledRound
 from p2pfm.types import Digest, Millis, PeerId, Round
 
 FP32_BYTES = 4
@@ -93,6 +94,7 @@ class Effects:
         learner: Learner,
         gateway: Gateway,
         settler: Settler,
+        auditor: Auditor,
         door: Door,
         nursery: trio.Nursery,
         emit: Callable[[AnyEvent], None],
@@ -110,6 +112,7 @@ class Effects:
         self._learner = learner
         self._gateway = gateway
         self._settler = settler
+        self._auditor = auditor
         self._door = door
         self._nursery = nursery
         self._emit = emit
@@ -146,8 +149,8 @@ class Effects:
                 self._nursery.start_soon(self._aggregate, action)
             case Adopt(base=base):
                 await self.adopt(base)
-            case Rewind(settled=settled):
-                self._nursery.start_soon(self._rewind, settled)
+            case Rewind():
+                self._nursery.start_soon(self._rewind, action)
             case Settle(certificate=certificate, rank=rank):
                 data = encode(certificate.proposal)
                 self.served.add(await trio.to_thread.run_sync(self._store.put, data))
@@ -161,6 +164,8 @@ class Effects:
                     event.set()
             case Blame(peer=peer, reason=reason):
                 self.blame(peer, reason)
+            case Accuse():
+                self._nursery.start_soon(self._auditor.accuse, action)
             case Note(round=round, text=text):
                 self._note(round, text)
                 log.info("round %d: %s", round, text)
@@ -183,11 +188,11 @@ class Effects:
         tensors = await trio.to_thread.run_sync(decode_tensors, data, self._shapes)
         await self._gateway.adopt(base, tensors)
 
-    async def _rewind(self, settled: SettledRound | None) -> None:
+    async def _rewind(self, action: Rewind) -> None:
         def look() -> Rewound | None:
             base = self._store.put(encode_tensors(self._learner.initial()))
-            head = self._store.find_certificate(settled.round, settled.root) if settled else None
-            return None if settled and head is None else Rewound(head, base)
+            head = self._store.find_certificate(action.round, action.root)
+            return Rewound(head, base) if head or action.round < 0 else None
 
         found = await trio.to_thread.run_sync(look, limiter=self.model_turns)
         if found is not None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 
 from p2pfm.errors import ChainError
+from p2pfm.runtime.chain_rpc import Unreachable
 
 BLOCKS_A_CALL = 5_000
 """Public endpoints refuse longer ranges; one that refuses this too is asked for halves."""
@@ -45,6 +46,8 @@ class LogFollower(msgspec.Struct):
     first: int
     logs: list[Any] = msgspec.field(default_factory=list)
     checkpoints: deque[Checkpoint] = msgspec.field(default_factory=lambda: deque(maxlen=CHECKPOINTS_MAX))
+    num_firm: int = 0
+    """Of the logs that the last `update` left, how many stand: so that one that failed halfway is not forgotten."""
 
     def update(self) -> int:
         """Read what is new; returns how many of the logs known before still stand (all, unless blocks were replaced).
@@ -52,14 +55,15 @@ class LogFollower(msgspec.Struct):
         Raises:
             ChainError: the endpoint does not answer. What was read so far stays.
         """
-        kept = self._rewind()
-        newest, digest, _ = self.endpoint.get_block()
-        cursor = self.checkpoints[-1].number if self.checkpoints else self.first - 1
-        if newest > cursor:
-            # The hash was taken first: were blocks replaced between the two calls, the next update goes back.
-            self.logs += self._read(cursor + 1, newest)
-            self.checkpoints.append(Checkpoint(newest, digest, len(self.logs)))
+        self.num_firm = min(self.num_firm, self._rewind())
+        self._read()
+        kept, self.num_firm = self.num_firm, len(self.logs)
         return kept
+
+    def forget(self) -> None:
+        """Trust nothing that was read: the next update reads all anew."""
+        self.logs.clear()
+        self.checkpoints.clear()
 
     def _rewind(self) -> int:
         """Forget what lies after the last block that is still in the chain."""
@@ -78,17 +82,23 @@ class LogFollower(msgspec.Struct):
             return False
         return self.endpoint.get_block(checkpoint.number)[1] == checkpoint.digest
 
-    def _read(self, first: int, last: int) -> list[Any]:
-        logs: list[Any] = []
+    def _read(self) -> None:
+        newest, digest, _ = self.endpoint.get_block()
+        cursor = self.checkpoints[-1].number if self.checkpoints else self.first - 1
         size = BLOCKS_A_CALL
-        while first <= last:
-            end = min(last, first + size - 1)
+        while cursor < newest:
+            end = min(newest, cursor + size)
+            # The hash is taken first: were blocks replaced between the two calls, the next update goes back.
+            mark = digest if end == newest else self.endpoint.get_block(end)[1]
             try:
-                logs += self.endpoint.get_logs(self.address, first, end)
+                logs = self.endpoint.get_logs(self.address, cursor + 1, end)
+            except Unreachable:
+                raise
             except ChainError:
-                if end == first:
+                if end == cursor + 1:
                     raise
-                size = (end - first + 1) // 2
+                size = (end - cursor) // 2
                 continue
-            first = end + 1
-        return logs
+            self.logs += logs
+            self.checkpoints.append(Checkpoint(end, mark, len(self.logs)))
+            cursor = end

@@ -194,6 +194,7 @@ class Node:
                 learner,
                 self.gateway,
                 self.settler,
+                self.auditor,
                 self._door,
                 nursery,
                 self._emit,

@@ -13,7 +13,7 @@ from p2pfm.config import WEI_PER_PFM, NetworkConfig
 from p2pfm.errors import ChainError, Reverted
 from p2pfm.messages import Certificate, Proposal, decode_message
 from p2pfm.protocol.events import AnyEvent, RosterChanged, SettledChanged
-from p2pfm.protocol.membership import get_member
+from p2pfm.protocol.membership import get_member, is_outdated_for
 from p2pfm.runtime.store import Store
 from p2pfm.settlement.ledger import Ledger, Roster, SettledRound
 from p2pfm.settlement.rewards import from_wire, make_submission
@@ -95,6 +95,8 @@ class Settler:
         self._due[certificate.proposal.round] = (trio.current_time() + rank * RANK_DELAY_S, 0)
 
     async def _follow(self) -> None:
+        # In this order: a head that is older than the roster could look void although it is not.
+        roster = await trio.to_thread.run_sync(self._ledger.get_roster)
         head = await trio.to_thread.run_sync(self._ledger.get_head)
         if head is not None and head != self.head:
             rounds = await trio.to_thread.run_sync(self._ledger.get_rounds, Round(self._data_round + 1))
@@ -104,7 +106,6 @@ class Settler:
         if head != self.head:  # before the roster: a peer that is behind, or whose round is void, must not train
             self.head = head
             await self._emit(SettledChanged(head))
-        roster = await trio.to_thread.run_sync(self._ledger.get_roster)
         if roster != self.roster:
             if self.roster and get_member(self.roster, self._me) and not get_member(roster, self._me):
                 log.warning("this node is no active member any more: it is leaving, or was slashed (p2pfm stake show)")
@@ -154,15 +155,15 @@ class Settler:
         """Submit what is due, in the order of rounds: each root links to the one before."""
         for certificate in await trio.to_thread.run_sync(self._store.get_settlements):
             round = certificate.proposal.round
-            is_dead = self.roster is not None and certificate.proposal.nonce < self.roster.nonce
-            if is_dead or (self.head is not None and self.head.round >= round):
+            is_outdated = self.roster is not None and is_outdated_for(self.roster, certificate.proposal)
+            if is_outdated or (self.head is not None and self.head.round >= round):
                 await trio.to_thread.run_sync(self._store.drop_settlement, round)
                 continue
             due, tries = self._due.setdefault(round, (trio.current_time(), 0))
             if trio.current_time() < due:
                 return
             try:
-                submission = make_submission(self._config.chain, certificate)
+                submission = make_submission(certificate)
                 await trio.to_thread.run_sync(self._ledger.submit_round, submission)
                 log.info("round %d is on chain", round)
             except Reverted as error:

@@ -11,7 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
+from eth_abi.abi import encode
+from eth_hash.auto import keccak
 from web3 import Web3
+from web3.exceptions import Web3Exception
 
 from p2pfm.config import ChainConfig, NodeConfig
 from p2pfm.errors import ChainError, Reverted
@@ -114,6 +117,8 @@ class Web3Ledger:
         self._committees: dict[int, tuple[MemberIndex, ...]] = {}
         self._demands: list[Demand] = []
         self._times: dict[int, int] = {}
+        self._checked: Any = None
+        """The newest record that the contract's hash of it has confirmed."""
         self._decoders = self._make_decoders()
 
     @property
@@ -337,27 +342,58 @@ class Web3Ledger:
         self.check()
         if self._state is not None and time.monotonic() - self._state_at < self._fresh_s:
             return self._state
-        for _ in range(AGREE_TRIES_MAX):
-            self._follow()
+        assert self._follower is not None, "set by check"
+        for attempt in range(AGREE_TRIES_MAX):
+            if attempt > 1:  # no block came between: logs were missing or false, perhaps for a moment only
+                self._follower.forget()
+            trouble = self._follow()
             state = _state(self._rpc.call(self._federation.functions.state()))
-            head_root = self._rounds[-1].settled.root if self._rounds else EMPTY_ROOT
-            told = (len(self._rounds), bytes(head_root), max(self._committees, default=0))
-            if told == (state["numRounds"], bytes(state["headRoot"]), state["epoch"]):
+            trouble = trouble or self._find_difference(state)
+            if not trouble:
                 self._ask_witness()
                 self._state, self._state_at = state, time.monotonic()
                 return state
-        raise ChainError(
-            f"the endpoint's logs tell {told[0]} rounds up to {told[1].hex()[:10]}, its state {state['numRounds']} up "
-            f"to {bytes(state['headRoot']).hex()[:10]}: it is not to be trusted, name another as `rpc`"
-        )
+        self._follower.forget()
+        raise ChainError(f"{trouble}: the endpoint is not to be trusted, name another as `rpc`")
 
-    def _follow(self) -> None:
+    def _find_difference(self, state: Any) -> str:
+        """Where logs and state tell different stories; empty if they agree."""
+        head_root = self._rounds[-1].settled.root if self._rounds else EMPTY_ROOT
+        if (len(self._rounds), bytes(head_root)) != (state["numRounds"], bytes(state["headRoot"])):
+            return (
+                f"the endpoint's logs tell {len(self._rounds)} rounds up to root {head_root.hex()[:10]}, its state "
+                f"{state['numRounds']} up to {bytes(state['headRoot']).hex()[:10]}"
+            )
+        if max(self._committees, default=0) != state["epoch"]:
+            return f"the endpoint's logs tell {max(self._committees, default=0)} epochs, its state {state['epoch']}"
+        record = self._rounds[-1].record if self._rounds else None
+        if record is not None and record != self._checked:
+            position = len(self._rounds) - 1
+            kept = bytes(self._rpc.call(self._federation.functions.recordHash(position)))
+            if kept != keccak(encode([_RECORD_TYPE], [record])):
+                return (
+                    f"the endpoint's logs tell another record of round {self._rounds[-1].settled.round} than its state "
+                    f"{kept.hex()[:10]}"
+                )
+        self._checked = record
+        return ""
+
+    def _follow(self) -> str:
+        """Derive everything from what the logs say now; returns what makes no sense in them, if anything does."""
         assert self._follower is not None, "set by check"
         if self._follower.update() < len(self._happenings):  # blocks were replaced: all is derived anew
-            self._happenings, self._rounds, self._demands, self._committees = [], [], [], {}
-            self._num_changes = -1
-        for log in self._follower.logs[len(self._happenings) :]:
-            self._take(log)
+            self._forget_derived()
+        try:
+            for log in self._follower.logs[len(self._happenings) :]:
+                self._take(log)
+        except (ValueError, LookupError, TypeError, Web3Exception) as error:
+            self._forget_derived()
+            return f"the endpoint's logs tell what the contract's state cannot be ({error!r:.80})"
+        return ""
+
+    def _forget_derived(self) -> None:
+        self._happenings, self._rounds, self._demands, self._committees, self._times = [], [], [], {}, {}
+        self._num_changes = -1
 
     def _take(self, log: Any) -> None:
         what = self._decoders[bytes(log["topics"][0])](log)
@@ -366,8 +402,11 @@ class Web3Ledger:
             case Rotated(epoch=epoch, committee=committee):
                 self._committees[epoch] = committee
             case Accepted(settled=settled):
+                head_root = self._rounds[-1].settled.root if self._rounds else EMPTY_ROOT
+                if (settled.position, settled.prev_root) != (len(self._rounds), head_root):
+                    raise ValueError(f"round {settled.round} does not follow the one before it")
                 record = _record(self._decode("RoundAccepted", log)["record"])
-                self._rounds = [*self._rounds[: settled.position], _Kept(settled, record)]
+                self._rounds.append(_Kept(settled, record))
             case Voided(position=position):
                 del self._rounds[position:]
             case Demanded(demand=demand):
@@ -571,6 +610,8 @@ _STATEMENT = (
     *("epoch", "nonce", "round", "prevRoot", "root", "numLeaves"),
     *("cumulative", "reward", "contribution", "data", "base"),
 )
+
+_RECORD_TYPE = "((uint32,uint32,uint48,bytes32,bytes32,uint32,uint128,uint128,uint128,bytes32,bytes32),uint256,uint64)"
 
 _STATE = (
     *("time", "epoch", "epochMin", "nonce", "numMembers", "numRounds", "headRound", "headRoot"),

@@ -187,13 +187,12 @@ def submission_message(chain: ChainConfig, submission: Submission) -> Digest:
     )
 
 
-def make_submission(chain: ChainConfig, certificate: Certificate) -> Submission:
+def make_submission(certificate: Certificate) -> Submission:
     """The transaction that settles a certified round.
 
     Raises:
         ValueError: the proposal's root is not the root of its leaves, so no claim against it could ever succeed.
     """
-    del chain  # the contract knows itself; kept so that callers name the federation they mean
     proposal = certificate.proposal
     tree = merkle.compute_root(from_wire(proposal.leaves))
     if tree.digest != proposal.root:

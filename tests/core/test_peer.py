@@ -1,5 +1,7 @@
 """The core's rules, one test a rule: events in, actions out."""
 
+import itertools
+
 import msgspec
 import pytest
 from peer_bench import (
@@ -35,6 +37,7 @@ from p2pfm.messages import (
     SyncRequest,
 )
 from p2pfm.protocol.events import (
+    Accuse,
     Adopt,
     Aggregate,
     Aggregated,
@@ -976,7 +979,7 @@ def test_a_voided_round_is_forgotten_and_the_one_before_it_adopted_again() -> No
     assert bench.peer.durable.base == SALT
     restarted = msgspec.structs.replace(ROSTER, nonce=1)
     rewind = only(bench.feed(RosterChanged(restarted)), Rewind)
-    assert rewind.settled == settled_as(0, first.proposal.root)
+    assert (rewind.round, rewind.root) == (0, first.proposal.root)
     assert every(bench.feed(SyncAnswered(NAMES[1], second)), Adopt) == [], "what is void stays void"
     assert every(bench.go(Phase.TRAIN, Round(3)), Train) == [], "nothing is done until the base is right"
     bench.feed(Rewound(first, BASE))
@@ -994,7 +997,7 @@ def test_a_voided_first_round_leads_back_to_the_beginning() -> None:
     bench.feed(Fetched(NEW_BASE))
     bench.feed(SettledChanged(settled_as(0, first.proposal.root)))
     assert every(bench.feed(SettledChanged(None)), Rewind) == [], "the roster tells that it was voided, not delayed"
-    assert only(bench.feed(RosterChanged(msgspec.structs.replace(ROSTER, nonce=1))), Rewind).settled is None
+    assert only(bench.feed(RosterChanged(msgspec.structs.replace(ROSTER, nonce=1))), Rewind).round == -1
     actions = bench.feed(Rewound(None, BASE))
     assert only(actions, Adopt).base == BASE
     assert only(actions, Persist).durable.head is None
@@ -1007,7 +1010,7 @@ def test_a_peer_that_slept_through_a_void_goes_back_when_it_wakes() -> None:
     bench.feed(SyncAnswered(NAMES[1], first))
     bench.feed(Fetched(NEW_BASE))
     woken = Bench(durable=bench.peer.durable, roster=msgspec.structs.replace(ROSTER, nonce=1))
-    assert only(woken.join(), Rewind).settled is None
+    assert only(woken.join(), Rewind).round == -1
 
 
 def test_nothing_is_signed_in_a_round_that_began_before_a_restart() -> None:
@@ -1020,3 +1023,66 @@ def test_nothing_is_signed_in_a_round_that_began_before_a_restart() -> None:
     actions = bench.go(Phase.ATTEST)
     actions += bench.hear(0, msgspec.structs.replace(bench.draft(), new_base=NEW_BASE))
     assert every(actions, Merge) == []
+
+
+def test_who_signs_two_proposals_of_a_round_is_accused_once_with_both_signatures() -> None:
+    """Whatever order the four words come in: proposer 0 makes two proposals, and member 2 signs both."""
+    proposal = msgspec.structs.replace(Bench().draft(), new_base=NEW_BASE)
+    rival = msgspec.structs.replace(proposal, new_base=SALT)
+    words = [(0, proposal), (0, rival), (2, attest(proposal, 2)), (2, attest(rival, 2))]
+    for order in itertools.permutations(range(4)):
+        bench = Bench(index=1)
+        bench.join()
+        bench.go(Phase.TRAIN)
+        bench.exchange()
+        bench.reveal()
+        bench.go(Phase.ATTEST)
+        actions: list[AnyAction] = []
+        for number in order:
+            actions += bench.hear(*words[number])
+        actions += bench.hear(2, words[2][1])
+        accusation = only(actions, Accuse)
+        assert accusation.member == 2
+        assert {accusation.first.new_base, accusation.second.new_base} == {NEW_BASE, SALT}
+
+
+def test_one_word_or_two_of_one_proposal_accuse_nobody() -> None:
+    bench = Bench(index=1)
+    bench.join()
+    bench.go(Phase.TRAIN)
+    bench.exchange()
+    bench.reveal()
+    bench.go(Phase.ATTEST)
+    proposal = msgspec.structs.replace(bench.draft(), new_base=NEW_BASE)
+    rival = msgspec.structs.replace(proposal, new_base=SALT)
+    actions = bench.hear(0, proposal) + bench.hear(0, rival)
+    actions += bench.hear(2, attest(proposal, 2)) + bench.hear(3, attest(rival, 3))
+    again = msgspec.structs.replace(attest(proposal, 2), signature=bytes([1]) * 96)
+    actions += bench.hear(2, again)
+    actions += bench.hear(3, attest(msgspec.structs.replace(proposal, new_base=BASE), 3))
+    assert every(actions, Accuse) == []
+
+
+def test_a_certificate_of_a_committee_that_is_too_old_is_void() -> None:
+    bench = Bench()
+    bench.join()
+    first = certified_round(bench)
+    bench.feed(SyncAnswered(NAMES[1], first))
+    bench.feed(Fetched(NEW_BASE))
+    assert every(bench.feed(RosterChanged(make_roster(epoch=2))), Rewind) == [], "one rotation in flight is no harm"
+    assert only(bench.feed(RosterChanged(make_roster(epoch=3))), Rewind).round == -1
+
+
+def test_what_only_looked_void_is_taken_up_again_from_disk() -> None:
+    bench = Bench()
+    bench.join()
+    first = certified_round(bench)
+    bench.feed(SyncAnswered(NAMES[1], first))
+    bench.feed(Fetched(NEW_BASE))
+    bench.feed(RosterChanged(msgspec.structs.replace(ROSTER, nonce=1)))
+    bench.feed(Rewound(None, BASE))
+    assert bench.peer.durable.head is None
+    settled = settled_as(0, first.proposal.root)
+    assert only(bench.feed(SettledChanged(settled)), Rewind).root == settled.root
+    bench.feed(Rewound(first, BASE))
+    assert only(bench.feed(Fetched(NEW_BASE)), Adopt).base == NEW_BASE

@@ -4,13 +4,14 @@ import hashlib
 
 import msgspec
 import trio
-from ledger_worlds import ACCOUNTS, PARAMS, PEERS, SPONSOR, TOKENS, World, memory_world
+from ledger_worlds import ACCOUNTS, PARAMS, PEERS, SECRETS, SPONSOR, TOKENS, World, memory_world
 
 from p2pfm.messages import Proposal, encode
+from p2pfm.protocol.events import Accuse
 from p2pfm.runtime.auditor import Auditor
-from p2pfm.settlement import merkle
+from p2pfm.settlement import bls, merkle
 from p2pfm.settlement.ledger import Contested, LeafValue
-from p2pfm.settlement.rewards import to_wire
+from p2pfm.settlement.rewards import proposal_message, to_wire
 from p2pfm.types import Digest, MemberIndex, Round, Wei
 
 OVERPAID = (
@@ -116,11 +117,10 @@ def test_a_moved_sum_is_contested_by_the_leaves_before() -> None:
 def test_what_nobody_serves_is_demanded_and_void_if_nobody_answers() -> None:
     net = Net()
     net.settle(1, is_served=False)
-    params = msgspec.structs.replace(PARAMS, challenge_window_s=0)
     auditor = net.auditor(2)
     net.watch(auditor)
     assert net.world.any.get_demands() == (), "others may serve it still"
-    auditor._missing_since = {root: since - params.contest_s for root, since in auditor._missing_since.items()}
+    auditor._missing_since = dict.fromkeys(auditor._missing_since, float("-inf"))  # seen long ago
     net.watch(auditor)
     (demand,) = net.world.any.get_demands()
     assert (demand.index, demand.is_open) == (1, True)
@@ -155,3 +155,25 @@ def test_data_that_is_not_of_the_root_counts_as_not_served() -> None:
         net.watch(auditor)
         assert auditor._missing_since, "neither contested nor believed"
         assert net.world.any.get_head() is not None
+
+
+def test_who_signed_two_proposals_is_slashed_on_the_evidence() -> None:
+    net = Net()
+    chain = net.world.chain
+    proposals = [
+        msgspec.structs.replace(proposal_of(1, OVERPAID), new_base=Digest(bytes([number]) * 32)) for number in (1, 2)
+    ]
+    signatures = [bls.sign(SECRETS[3], proposal_message(chain, proposal)) for proposal in proposals]
+    evidence = Accuse(MemberIndex(2), proposals[0], signatures[0], proposals[1], signatures[1])
+    looking = net.auditor(2, is_contesting=False)
+    trio.run(looking.accuse, evidence)
+    assert net.world.any.get_roster().members[2].stake == 10
+    auditor = net.auditor(2)
+    trio.run(auditor.accuse, evidence)
+    assert [member.stake for member in net.world.any.get_roster().members] == [10, 10, 0, 10]
+    assert auditor.findings[-1] == "member 2 is slashed"
+    trio.run(auditor.accuse, evidence)
+    assert "NoFault" in auditor.findings[-1]
+    trio.run(auditor.accuse, Accuse(MemberIndex(1), proposals[0], signatures[0], proposals[1], signatures[1]))
+    assert "BadSignature" in auditor.findings[-1]
+    net.world.check_books()

@@ -1,15 +1,17 @@
 """What a network does when the chain voids rounds: it goes back to the newest that stands, and on from there."""
 
+from collections.abc import Sequence
+
 import msgspec
 
-from p2pfm.protocol.phases import compute_round_start
+from p2pfm.protocol.phases import compute_round_start, get_durations
 from p2pfm.settlement import merkle
 from p2pfm.settlement.ledger import LeafValue, Submission
 from p2pfm.settlement.memory_ledger import make_proof
 from p2pfm.settlement.rewards import compute_sums, from_wire, submission_message
-from p2pfm.types import Digest, MemberIndex, Millis, Round, Wei
+from p2pfm.types import Digest, MemberIndex, Millis, Round, Wei, compute_digest
 from sim.learners import LinearLearner, Problem
-from sim.scenarios import Scenario
+from sim.scenarios import Outage, Scenario, make_network
 from sim.world import World
 
 SCENARIO = Scenario(seed=11, num_peers=10, num_rounds=6, committee_size=7)
@@ -38,25 +40,15 @@ class Collusion:
             )
             for index in range(SCENARIO.num_peers)
         )
-        roster = chain.roster
-        unsigned = Submission(
+        false = msgspec.structs.replace(
+            chain_statement(self.world, b"false"),
             round=self.round,
-            epoch=roster.epoch,
-            nonce=roster.nonce,
             prev_root=head.root if head else merkle.EMPTY_ROOT,
             root=merkle.compute_root(self.leaves).digest,
             num_leaves=len(self.leaves),
             sums=compute_sums(self.leaves),
-            data_digest=Digest(bytes(32)),
-            base=Digest(bytes(32)),
-            absent=tuple(sorted(roster.committee[:2])),
-            signature=b"",
         )
-        message = submission_message(self.world.config.chain, unsigned)
-        signers = [index for index in roster.committee if index not in unsigned.absent]
-        signatures = self.world._signatures
-        signed = signatures.aggregate([signatures.sign(roster.members[i].bls_key, message) for i in signers])
-        chain.ledger.submit_round(msgspec.structs.replace(unsigned, signature=signed))
+        chain.ledger.submit_round(sign(self.world, false, chain.roster.committee[2:]))
         self.world.tell_chain()
 
     def prove_it(self) -> None:
@@ -67,9 +59,40 @@ class Collusion:
         self.world.tell_chain()
 
 
+def chain_statement(world: World, base: bytes) -> Submission:
+    """Some statement about round 3, signed by nobody yet."""
+    roster = world.chain.roster
+    return Submission(
+        round=Round(3),
+        epoch=roster.epoch,
+        nonce=roster.nonce,
+        prev_root=merkle.EMPTY_ROOT,
+        root=merkle.EMPTY_ROOT,
+        num_leaves=SCENARIO.num_peers,
+        sums=compute_sums(()),
+        data_digest=Digest(bytes(32)),
+        base=compute_digest(base),
+        absent=(),
+        signature=b"",
+    )
+
+
+def sign(world: World, statement: Submission, signers: Sequence[MemberIndex]) -> Submission:
+    """By these members of the committee; the others are absent."""
+    roster, signatures = world.chain.roster, world._signatures
+    message = submission_message(world.config.chain, statement)
+    signed = signatures.aggregate([signatures.sign(roster.members[i].bls_key, message) for i in signers])
+    absent = tuple(sorted(index for index in roster.committee if index not in signers))
+    return msgspec.structs.replace(statement, signature=signed, absent=absent)
+
+
+def make_world(scenario: Scenario) -> World:
+    problem = Problem(scenario.seed)
+    return World(scenario, lambda index: LinearLearner(problem, index))
+
+
 def run(void: Round) -> World:
-    problem = Problem(SCENARIO.seed)
-    world = World(SCENARIO, lambda index: LinearLearner(problem, index))
+    world = make_world(SCENARIO)
     Collusion(world, void)
     world.run()
     return world
@@ -85,6 +108,30 @@ def test_a_network_goes_on_after_its_chain_voided_a_round() -> None:
     active = [member.active for member in world.chain.roster.members]
     assert active.count(False) == 5
     assert all(host.durable.head is not None for host in world.hosts)
+
+
+def test_what_was_certified_without_a_chain_dies_with_a_slash_and_all_go_back() -> None:
+    """Rounds 2 and 3 wait for a chain that is away; meanwhile a member of their committee is slashed on it."""
+    length_s = sum(get_durations(make_network(SCENARIO))) // 1000
+    outage = Outage(Millis(2 * length_s * 1000), Millis((4 * length_s + 5) * 1000))
+    world = make_world(msgspec.structs.replace(SCENARIO, outages=(outage,)))
+
+    def slash() -> None:
+        chain = world.chain
+        liar = chain.roster.committee[0]
+        statements = [chain_statement(world, base) for base in (b"one", b"two")]
+        assert len(world.checks.certificates) == 4
+        chain.ledger.prove_equivocation("auditor", *(sign(world, told, [liar]) for told in statements))
+        chain.ledger.rotate()
+        world.tell_chain()
+
+    world.schedule.at(Millis(compute_round_start(world.config, Round(4)) + 2_000), slash)
+    world.run()
+    rounds = world.chain.ledger.get_rounds(Round(0))
+    assert [(settled.round, settled.nonce) for settled in rounds] == [(0, 0), (1, 0), (5, 1)]
+    assert rounds[2].prev_root == rounds[1].root
+    assert {host.durable.base for host in world.hosts} == {rounds[2].base}
+    assert all(host.certificates[Round(5)].proposal.base == rounds[1].base for host in world.hosts)
 
 
 def test_a_network_begins_anew_when_its_first_round_was_void() -> None:
