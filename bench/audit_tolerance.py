@@ -15,10 +15,10 @@ from pathlib import Path
 
 from nodes.homes import read_config
 from nodes.rewards.blobs import Blobs
-from nodes.rewards.measuring import DRAWS, NO_SALT, TOLERANCE_NANO, compute_expected_median, draw_audit_seed, open_meter
+from nodes.rewards.measuring import DRAWS, NO_SALT, compute_expected_median, draw_audit_seed, open_meter
 from nodes.rewards.reading import Book, Reading, decode_proposal
 from p2pfm import work
-from p2pfm.errors import Reject
+from p2pfm.errors import Reject, WorldError
 from p2pfm.messages import Proposal, proposal_digest
 from p2pfm.settlement.ledger import FederationParams, Member, Roster, SettledRound
 from p2pfm.settlement.rewards import compute_median, compute_sums, from_wire
@@ -52,17 +52,17 @@ def main() -> None:
         proposal = reading.proposal
         assert proposal is not None
         try:
-            meter._validate_held(proposal)
+            meter.validate_held(proposal)
             meter.find_base(book, reading)
-        except Exception as error:
+        except WorldError as error:
             print(f"round {proposal.round}: {error}")
             continue
-        action, notes = meter._make_action(book, reading, proposal, book.roster)
+        action, notes = meter.make_action(book, reading, proposal, book.roster)
         began = time.perf_counter()
         draws = []
         for number in range(options.draws):
             seed = draw_audit_seed(reading.settled.data_digest, number)
-            draws.append(work.score_updates(meter._learner, blobs, config.network, action, seed, NO_SALT).contributions)
+            draws.append(work.score_updates(meter.learner, blobs, config.network, action, seed, NO_SALT).contributions)
         took = (time.perf_counter() - began) / options.draws
         print(f"round {proposal.round}: {took:.2f} s a draw; {'; '.join(notes)}")
         for place, item in enumerate(action.updates):
@@ -78,7 +78,7 @@ def main() -> None:
                 f"{measured:>14,.0f} ± {spread:>10,.0f}: {abs(update.contribution - measured) / max(1, spread):.2f} spreads"
             )
         sys.stdout.flush()
-    ratios = sorted(max(0.0, off - TOLERANCE_NANO) / max(1.0, spread) for off, spread in told)
+    ratios = sorted(off / max(1.0, spread) for off, spread in told)
     print(
         f"{len(ratios)} certified medians: largest distance {ratios[-1]:.2f} spreads, median {ratios[len(ratios) // 2]:.2f}"
     )
@@ -89,7 +89,7 @@ def main() -> None:
             picked = random.sample(column, DRAWS + size)
             measured, spread = compute_expected_median(picked[:DRAWS], size)
             off = abs(compute_median(picked[DRAWS:]) - measured)  # type: ignore[arg-type]
-            beyond.append(max(0.0, off - TOLERANCE_NANO) / max(1.0, spread))
+            beyond.append(off / max(1.0, spread))
         beyond.sort()
         shares = {limit: sum(value > limit for value in beyond) / TRIALS for limit in (2, 3, 4, 5, 6, 8, 10)}
         print(
