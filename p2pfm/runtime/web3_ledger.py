@@ -64,6 +64,11 @@ PAGE = 64
 AGREE_TRIES_MAX = 5
 """Logs and state are read one after the other: a block may come between. More often than this, somebody lies."""
 
+CONFIRMED_MAX = 64
+"""So many newest records are compared with the contract's hash of them: those that anybody still acts on."""
+SPEND_TRIES_MAX = 3
+"""Another thread of this account, or a transaction that a reorganisation brought back, may spend what was approved."""
+
 FAULTS = ("reward", "transition", "leaf", "equivocation")
 """In the order of the contract's enum."""
 
@@ -117,8 +122,8 @@ class Web3Ledger:
         self._committees: dict[int, tuple[MemberIndex, ...]] = {}
         self._demands: list[Demand] = []
         self._times: dict[int, int] = {}
-        self._checked: Any = None
-        """The newest record that the contract's hash of it has confirmed."""
+        self._confirmed: set[tuple[int, Any]] = set()
+        """By position: records whose hash is the contract's."""
         self._decoders = self._make_decoders()
 
     @property
@@ -233,8 +238,7 @@ class Web3Ledger:
             key, proof = _words(bls.decompress_key(bls_key)), _words(bls.decompress_signature(possession))
         except ValueError as error:
             raise Reverted("BadPossession", str(error)) from error
-        self._approve(stake)
-        self._send(self._federation.functions.register(peer, key, proof, stake))
+        self._spend(stake, self._federation.functions.register(peer, key, proof, stake))
         index = self._find_member(peer, bls_key)
         if index is None:
             raise ChainError(f"{peer} was registered but is not in the registry: the endpoint lags, try again")
@@ -257,8 +261,7 @@ class Web3Ledger:
 
     def fund(self, amount: Wei) -> None:
         """See Ledger."""
-        self._approve(amount)
-        self._send(self._federation.functions.fund(amount))
+        self._spend(amount, self._federation.functions.fund(amount))
 
     def submit_round(self, submission: Submission) -> None:
         """See Ledger. A round that the chain holds already with this root is success: somebody was faster."""
@@ -298,9 +301,9 @@ class Web3Ledger:
     def demand_leaf(self, round: Round, index: MemberIndex) -> int:
         """See Ledger."""
         kept = self._find_round(round)
-        self._approve(self.get_params().leaf_bond)
         call = self._federation.functions.demandLeaf(kept.settled.position, kept.record, index)
-        return int(self._told(self._send(call), Demanded)[0].demand.number)
+        receipt = self._spend(self.get_params().leaf_bond, call)
+        return int(self._told(receipt, Demanded)[0].demand.number)
 
     def show_leaf(self, number: int, leaves: tuple[LeafValue, ...]) -> None:
         """See Ledger."""
@@ -366,16 +369,15 @@ class Web3Ledger:
             )
         if max(self._committees, default=0) != state["epoch"]:
             return f"the endpoint's logs tell {max(self._committees, default=0)} epochs, its state {state['epoch']}"
-        record = self._rounds[-1].record if self._rounds else None
-        if record is not None and record != self._checked:
-            position = len(self._rounds) - 1
-            kept = bytes(self._rpc.call(self._federation.functions.recordHash(position)))
-            if kept != keccak(encode([_RECORD_TYPE], [record])):
+        newest = {(kept.settled.position, kept.record) for kept in self._rounds[-CONFIRMED_MAX:]}
+        for position, record in sorted(newest - self._confirmed):
+            digest = bytes(self._rpc.call(self._federation.functions.recordHash(position)))
+            if digest != keccak(encode([_RECORD_TYPE], [record])):
                 return (
-                    f"the endpoint's logs tell another record of round {self._rounds[-1].settled.round} than its state "
-                    f"{kept.hex()[:10]}"
+                    f"the endpoint's logs tell another record of round {self._rounds[position].settled.round} than its "
+                    f"state, {digest.hex()[:10]}"
                 )
-        self._checked = record
+        self._confirmed = newest
         return ""
 
     def _follow(self) -> str:
@@ -552,6 +554,18 @@ class Web3Ledger:
 
     def _is_settled(self, submission: Submission) -> bool:
         return is_settled(self.get_rounds(submission.round), submission)
+
+    def _spend(self, amount: Wei, call: Any) -> Any:
+        """The receipt of a call that takes tokens from this account."""
+        for _ in range(SPEND_TRIES_MAX - 1):
+            self._approve(amount)
+            try:
+                return self._send(call)
+            except Reverted as error:
+                if error.reason != "ERC20InsufficientAllowance":
+                    raise
+        self._approve(amount)
+        return self._send(call)
 
     def _approve(self, amount: Wei) -> None:
         self.check()
