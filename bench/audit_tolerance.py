@@ -73,15 +73,15 @@ def main() -> None:
             readings = [s.contribution for r in proposal.reveals for s in r.scores if s.payload == item.payload]
             measured, spread = compute_expected_median(column[:DRAWS], num)
             told.append((abs(update.contribution - measured), spread))
+            off = abs(update.contribution - measured)
             print(
                 f"  member {update.member}: certified {update.contribution:>12,} (read {sorted(readings)}), measured "
-                f"{measured:>14,.0f} ± {spread:>10,.0f}: {abs(update.contribution - measured) / max(1, spread):.2f} spreads"
+                f"{measured:>14,.0f} ± {spread:>10,.0f}: {off / max(1, spread):.2f} spreads"
             )
         sys.stdout.flush()
     ratios = sorted(off / max(1.0, spread) for off, spread in told)
-    print(
-        f"{len(ratios)} certified medians: largest distance {ratios[-1]:.2f} spreads, median {ratios[len(ratios) // 2]:.2f}"
-    )
+    middle = ratios[len(ratios) // 2]
+    print(f"{len(ratios)} certified medians: largest distance {ratios[-1]:.2f} spreads, median {middle:.2f}")
     for size in (1, 3, 5, 9):
         beyond = []
         for _ in range(TRIALS):

@@ -30,7 +30,7 @@ from nodes.rewards.tables import (
     to_json,
     to_plain,
 )
-from nodes.rewards.views import view_epochs, view_peers, view_rounds, view_totals
+from nodes.rewards.views import EpochLine, PeerLine, RoundLine, view_epochs, view_peers, view_rounds, view_totals
 from p2pfm.config import NodeConfig
 from p2pfm.errors import ChainError, OperatorError, Reject, Reverted, WorldError
 from p2pfm.settlement.ledger import Ledger
@@ -97,15 +97,15 @@ def show(
         case By.PEER:
             peers = view_peers(book)
             lines, table = to_json(by, peers, totals, problems), make_peers_table(peers, totals)
-            text = to_csv(peers)
+            text = to_csv(PeerLine, peers)
         case By.ROUND:
             rounds = view_rounds(book, per_epoch)
             lines, table = to_json(by, rounds, totals, problems), make_rounds_table(rounds, totals)
-            text = to_csv(rounds)
+            text = to_csv(RoundLine, rounds)
         case By.EPOCH:
             epochs = view_epochs(book, per_epoch)
             lines, table = to_json(by, epochs, totals, problems), make_epochs_table(epochs, totals)
-            text = to_csv(epochs)
+            text = to_csv(EpochLine, epochs)
     if csv is not None:
         csv.write_text(text, encoding="utf-8")
     if as_json:

@@ -39,12 +39,12 @@ DRAWS = 8
 
 TOLERANCE_SPREADS = 6.0
 """Honest medians differ from an audit, since everyone measures on other samples. bench/audit_tolerance.py, on the
-demonstration's rounds with SmolLM2: of 17 certified medians the furthest was 1.6 spreads off; of 80,000 resampled honest
-committees of 1 to 9 members 1 in 100 was further than 3, 1 in 5,000 further than 6 (whatever the committee's size)."""
+demonstration's rounds with SmolLM2: of 17 certified medians the furthest was 1.6 spreads off; of 80,000 resampled
+honest committees of 1 to 9 members 1 in 100 was further than 3, 1 in 5,000 further than 6, whatever their size."""
 
 ROUNDING_OWN = 0.04
-"""Part of a contribution that another machine's arithmetic may change: the same sample gave up to 1.9% less in fp32, and
-1.1% less with another attention kernel, than in the backbone's bf16."""
+"""Part of a contribution that another machine may change: on the same sample fp32 gave up to 1.9% less than
+the backbone's bf16, and another attention kernel 1.1% less."""
 
 ROUNDING_ROUND = 0.005
 """The same for what is next to nothing: part of the round's largest contribution."""

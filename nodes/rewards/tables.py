@@ -166,14 +166,13 @@ def to_json(kind: str, lines: Sequence[Line], totals: Totals, problems: Sequence
     }
 
 
-def to_csv(lines: Sequence[Line]) -> str:
-    """One line each, with a header; the columns are the JSON's keys, without what is a list there."""
-    rows = [{key: value for key, value in to_plain(line).items() if not isinstance(value, list)} for line in lines]
+def to_csv(kind: type[Line], lines: Sequence[Line]) -> str:
+    """A header and one line each; the columns are the JSON's keys, without what is a list there."""
+    columns = [name for name in kind.__struct_fields__ if name != "by_round"]
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
-    if rows:
-        writer.writeheader()
-        writer.writerows(rows)
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(to_plain(line) for line in lines)
     return text.getvalue()
 
 
