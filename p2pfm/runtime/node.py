@@ -30,6 +30,7 @@ from p2pfm.messages import (
 )
 from p2pfm.protocol.events import AnyAction, AnyEvent, Durable, Evaluate, PeersChanged, SyncAsked, Tick, Trained
 from p2pfm.protocol.peer import Peer, initial_durable
+from p2pfm.protocol.phases import compute_position
 from p2pfm.runtime import exchange
 from p2pfm.runtime.auditor import Auditor
 from p2pfm.runtime.door import Door
@@ -138,6 +139,8 @@ class Node:
         self.figures = RoundFigures()
         self._events_in, self._events = trio.open_memory_channel[AnyEvent](EVENTS_MAX)
         self._num_tokens_given = 0
+        self._was_member = False
+        """Registered before this start."""
         self._wake = trio.Event()
         self.settler = Settler(keys.peer, config.network, ledger, self._store, self._on_chain, config.auto_claim)
         self.auditor = Auditor(keys.peer, ledger, self.find_public, is_contesting=config.auto_challenge)
@@ -235,6 +238,7 @@ class Node:
             validate_rules(self.config.network, await trio.to_thread.run_sync(self._ledger.get_params))
             roster = await trio.to_thread.run_sync(self._ledger.get_roster)
             mine = next((member for member in reversed(roster.members) if member.peer == self.keys.peer), None)
+            self._was_member = mine is not None and mine.active
             if mine is None or (not mine.active and not mine.stake):
                 await trio.to_thread.run_sync(self._register)
             elif not mine.active:
@@ -349,8 +353,13 @@ class Node:
         if durable is None or self._store.find(durable.base) is None:  # `find` also notices a damaged file
             # A base that was lost with the disk is fetched again with the next certificate.
             fresh = initial_durable(self._store.put(encode_tensors(learner.initial())))
-            if durable is None:
+            if durable is None and not self._was_member:
                 return fresh
+            if durable is None:
+                # A member without memory: what it said in the round that runs now it may not contradict, on pain of
+                # its stake.
+                now_in = compute_position(self.config.network, now_ms()).round
+                return msgspec.structs.replace(fresh, signed_round=now_in, announced_round=now_in)
             return msgspec.structs.replace(
                 fresh, signed_round=durable.signed_round, announced_round=durable.announced_round
             )
