@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 CONTRACTS := contracts/node_modules/.ready
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test check slither clean
 
 setup: $(READY)
 
@@ -29,6 +29,10 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Static analysis of the contracts, in an environment of its own; needs Node.js.
+slither: $(CONTRACTS)
+	PYTHON=$(PYTHON) contracts/slither.sh
 
 $(CONTRACTS): contracts/package.json
 	@if command -v npm > /dev/null; then npm install --prefix contracts --no-audit --no-fund --no-package-lock --silent; \
