@@ -144,7 +144,12 @@ def test_rewards_commands_read_the_chain(net: Localnet) -> None:
     settled(net, 0)
     config = str(net.nodes[1].home / CONFIG_NAME)
     shown = run_cli("rewards", "show", "--config", config, "--json")
-    assert {row["peer"] for row in json.loads(shown.stdout)} == {node.peer for node in net.nodes}
+    assert {row["peer"] for row in json.loads(shown.stdout)["rows"]} == {node.peer for node in net.nodes}
+    told = run_cli("rewards", "explain", net.nodes[1].peer, "--round", "0", "--config", config)
+    assert told.returncode == 0, told.stdout + told.stderr
+    assert "root on chain" in told.stdout
+    deep = run_cli("rewards", "verify", "--deep", "--config", config)
+    assert (deep.returncode, "wrong" in deep.stdout) == (0, False), deep.stdout + deep.stderr
     checked = run_cli("rewards", "verify", "--config", config)
     assert (checked.returncode, "wrong" in checked.stdout) == (0, False), checked.stdout + checked.stderr
     picture = net.folder / "rewards.png"
