@@ -71,7 +71,10 @@ class Settled:
         ]
         base = Digest(b"b" * 32)
         draft = draft_proposal(self.network, roster, self.previous, Round(round), base, reveals, announcements)
-        proposal = tamper(msgspec.structs.replace(draft, new_base=Digest(b"n" * 32)))
+        return self.accept(tamper(msgspec.structs.replace(draft, new_base=Digest(b"n" * 32))))
+
+    def accept(self, proposal: Proposal) -> Proposal:
+        """Sign a proposal by all, bring it on chain, and serve it."""
         leaves = from_wire(proposal.leaves)
         submission = Submission(
             round=proposal.round,
@@ -86,8 +89,7 @@ class Settled:
             absent=(),
             signature=bytes(96),
         )
-        submission = self.world.sign(submission)
-        self.world.any.submit_round(submission)
+        self.world.any.submit_round(self.world.sign(submission))
         self.blobs[submission.data_digest] = encode(proposal)
         self.previous = proposal
         return proposal

@@ -31,7 +31,8 @@ class Blobs:
         self._urls = [url.rstrip("/") for url in urls]
         self._silent: dict[str, str] = {}
         """Nodes that do not answer, and why; they are asked no more."""
-        self._kept: dict[Digest, bytes] = {}
+        self.kept: dict[Digest, bytes] = {}
+        """Fetched or made so far; one command's worth."""
 
     def __call__(self, digest: Digest) -> bytes | None:
         """The bytes of a digest, or None when nobody serves them.
@@ -39,9 +40,9 @@ class Blobs:
         Raises:
             OperatorError: they are not on this disk, and not one of the nodes answers.
         """
-        data = self._kept.get(digest) or self._read_folder(digest) or self._ask(digest)
+        data = self.kept.get(digest) or self._read_folder(digest) or self._ask(digest)
         if data is not None:
-            self._kept[digest] = data
+            self.kept[digest] = data
         elif self._urls and len(self._silent) == len(self._urls):
             reasons = "; ".join(f"{url}: {reason}" for url, reason in self._silent.items())
             raise OperatorError(
@@ -59,7 +60,7 @@ class Blobs:
     def put(self, data: bytes) -> Digest:
         """See work.BlobStore."""
         digest = compute_digest(data)
-        self._kept[digest] = data
+        self.kept[digest] = data
         return digest
 
     def _read_folder(self, digest: Digest) -> bytes | None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -35,6 +35,9 @@ from p2pfm.config import NodeConfig
 from p2pfm.errors import ChainError, OperatorError, Reject, Reverted, WorldError
 from p2pfm.settlement.ledger import Ledger
 from p2pfm.types import Digest, Round
+
+if TYPE_CHECKING:  # measuring loads torch
+    from nodes.rewards.measuring import Balance, DeepCheck
 
 FINDING = 3
 """Exit code: a check found something wrong (`nodes.cli.Exit`)."""
@@ -96,7 +99,7 @@ def show(
     match by:
         case By.PEER:
             peers = view_peers(book)
-            lines, table = to_json(by, peers, totals, problems), make_peers_table(peers, totals)
+            lines, table = to_json(by, peers, totals, problems), make_peers_table(peers, totals, out.width)
             text = to_csv(PeerLine, peers)
         case By.ROUND:
             rounds = view_rounds(book, per_epoch)
@@ -212,9 +215,10 @@ def verify(
         )
         for reading in wanted
     }
-    checks: dict[Round, Any] = {}
+    checks: dict[Round, DeepCheck] = {}
+    balances: tuple[Balance, ...] = ()
     if deep and wanted:
-        from nodes.rewards.measuring import check_rounds, open_meter
+        from nodes.rewards.measuring import check_rounds, compute_balances, open_meter
 
         with _progress(as_json) as progress:
             task = progress.add_task("loading the backbone", total=None)
@@ -228,21 +232,22 @@ def verify(
                 60 * minutes,
                 lambda done, total, what: progress.update(task, description=what, completed=done, total=total),
             )
-        checks = {check.round: check for check in checked}
-    if as_json:
-        _print_json(
-            {str(number): found for number, found in findings.items()}
-            if not deep
-            else {
-                str(number): {"findings": found, "deep": to_plain(checks[number])} for number, found in findings.items()
-            }
-        )
+        checks, balances = {check.round: check for check in checked}, compute_balances(checked)
+    if as_json and not deep:
+        _print_json({str(number): found for number, found in findings.items()})
+    elif as_json:
+        rounds = {
+            str(number): {"findings": found, "deep": to_plain(checks[number])} for number, found in findings.items()
+        }
+        _print_json({"rounds": rounds, "peers": [to_plain(balance) for balance in balances]})
     else:
         reports.print_findings(out, findings, checks)
+        reports.print_balances(out, balances)
         _tell_problems(world.blobs.warnings)
         if not findings:
             out.print(reports.describe_nothing(book), highlight=False)
-    if any(findings.values()) or any(check.findings for check in checks.values()):
+    is_far_off = any(check.findings for check in checks.values()) or any(balance.is_finding for balance in balances)
+    if any(findings.values()) or is_far_off:
         raise typer.Exit(FINDING)
 
 

@@ -81,6 +81,19 @@ class DeepCheck(msgspec.Struct, frozen=True):
     """What could not be checked, and why."""
 
 
+class Balance(msgspec.Struct, frozen=True):
+    """One peer over all rounds that were measured: a small lie in every round adds up, chance does not."""
+
+    member: MemberIndex
+    peer: PeerId
+    num_rounds: int
+    certified: int
+    """Sum over these rounds [nano-nats/token]."""
+    measured: int
+    tolerance: int
+    is_finding: bool
+
+
 class Counterfactual(msgspec.Struct, frozen=True):
     """Held-out loss on the probe's test split [nats/token]: with the update, without it, and before the round."""
 
@@ -146,7 +159,7 @@ class Meter:
         except WorldError as error:
             return DeepCheck(round, (), (), (f"not measured: {error}",))
         if not proposal.updates:
-            return DeepCheck(round, (), self._compare_merge(proposal), ())
+            return DeepCheck(round, (), self.compare_merge(proposal), ())
         action, notes = self.make_action(book, reading, proposal, roster)
         draws: list[tuple[Contribution, ...]] = []
         for number in range(num_draws):
@@ -158,7 +171,7 @@ class Meter:
         by_payload = {item.payload: [draw[place] for draw in draws] for place, item in enumerate(action.updates)}
         largest = max(abs(statistics.fmean(values)) for values in by_payload.values())
         updates = tuple(
-            self._compare(proposal, update.payload, by_payload[update.payload], largest, has_gaps=bool(notes))
+            self.compare(proposal, update.payload, by_payload[update.payload], largest, has_gaps=bool(notes))
             for update in proposal.updates
         )
         findings = [
@@ -167,7 +180,7 @@ class Meter:
             for item in updates
             if item.is_finding
         ]
-        return DeepCheck(round, updates, (*findings, *self._compare_merge(proposal)), notes)
+        return DeepCheck(round, updates, (*findings, *self.compare_merge(proposal)), notes)
 
     def find_base(self, book: Book, reading: Reading) -> Digest:
         """The digest of a round's base, whose bytes are at hand then: fetched, or merged again from an older one.
@@ -229,9 +242,14 @@ class Meter:
         )
         return action, tuple(sorted(notes))
 
-    def _compare(
+    def compare(
         self, proposal: Proposal, payload: Digest, draws: Sequence[int], largest: float, *, has_gaps: bool
     ) -> Remeasured:
+        """An update's certified contribution beside `draws` of an auditor, in a round whose `largest` is this.
+
+        Args:
+            has_gaps: something of earlier rounds is not known here, and may have been repeated.
+        """
         update = next(update for update in proposal.updates if update.payload == payload)
         num_readings = sum(score.payload == payload for reveal in proposal.reveals for score in reveal.scores)
         measured, spread = compute_expected_median(draws, num_readings)
@@ -255,7 +273,8 @@ class Meter:
             note=note,
         )
 
-    def _compare_merge(self, proposal: Proposal) -> tuple[str, ...]:
+    def compare_merge(self, proposal: Proposal) -> tuple[str, ...]:
+        """Whether the certified updates merge to the certified base; their bytes are at hand."""
         made = self._merge(proposal)
         if made == proposal.new_base:
             return ()
@@ -342,6 +361,24 @@ def check_rounds(
         checks.append(meter.check_round(book, reading, roster, num_draws, tell_all))
         slowest = max(slowest, time.monotonic() - start)
     return tuple(reversed(checks))
+
+
+def compute_balances(checks: Sequence[DeepCheck]) -> tuple[Balance, ...]:
+    """Each peer's sums over the rounds in which it was measured without a note, by registry index.
+
+    Spreads of different rounds add as squares, what rounding may change adds as it is.
+    """
+    by_member: dict[MemberIndex, list[Remeasured]] = {}
+    for update in (update for check in checks for update in check.updates if not update.note):
+        by_member.setdefault(update.member, []).append(update)
+    balances = []
+    for member, updates in sorted(by_member.items()):
+        certified, measured = sum(item.certified for item in updates), sum(item.measured for item in updates)
+        rounding = sum(item.tolerance - TOLERANCE_SPREADS * item.spread for item in updates)
+        tolerance = math.ceil(TOLERANCE_SPREADS * math.hypot(*(item.spread for item in updates)) + rounding)
+        is_off = abs(certified - measured) > tolerance
+        balances.append(Balance(member, updates[0].peer, len(updates), certified, measured, tolerance, is_off))
+    return tuple(balances)
 
 
 def draw_audit_seed(data_digest: Digest, number: int) -> int:

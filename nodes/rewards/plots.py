@@ -23,7 +23,11 @@ ROUNDS_IN_LEGEND_MAX = 12
 """More rounds get a colour bar: a legend of them would be higher than the picture."""
 PEERS_NAMED_MAX = 16
 """More lines cannot be told apart: the largest are named, the others stay grey."""
+COLOURS = 10
+"""That can be told apart; the next peers' lines are dashed."""
 TICKS_NAMED_MAX = 40
+INCHES_MAX = 16.0
+"""A picture's width; more peers get narrower bars."""
 Names = Mapping[PeerId, str]
 
 
@@ -64,7 +68,7 @@ def plot_rewards(rows: Sequence[Row], path: Path, names: Names | None = None) ->
     members = sorted(called, key=lambda member: (called[member], member))
     by_place = {(row.member, row.round): row for row in rows}
     colours = pyplot.get_cmap("viridis")
-    width = min(24.0, max(7.0, 1.1 * len(members)))
+    width = min(INCHES_MAX, max(7.0, 1.1 * len(members)))
     figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(width, 8.0), constrained_layout=True)
     positions = range(len(members))
     drawn = [0.0] * len(members)
@@ -101,7 +105,7 @@ def _plot_distribution(book: Book, path: Path, names: Names) -> None:
     """Who has how much of it: claimed, final, contestable; most first."""
     lines = view_peers(book)
     gini = compute_gini([line.allotted_wei for line in lines])
-    figure, axes = pyplot.subplots(figsize=(min(24.0, max(7.0, 0.9 * len(lines))), 5.0), constrained_layout=True)
+    figure, axes = pyplot.subplots(figsize=(min(INCHES_MAX, max(7.0, 0.9 * len(lines))), 5.0), constrained_layout=True)
     parts: tuple[tuple[str, str, Callable[[PeerLine], int]], ...] = (
         ("claimed", "#31688e", lambda line: line.claimed_wei),
         ("final, not claimed", "#35b779", lambda line: line.claimable_wei),
@@ -118,8 +122,7 @@ def _plot_distribution(book: Book, path: Path, names: Names) -> None:
                 f"{line.share:.1%}", (place, drawn[place]), ha="center", va="bottom", fontsize="small",
                 xytext=(0, 2), textcoords="offset points",
             )  # fmt: skip
-    axes.margins(y=0.1)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.12 * max(drawn) or 1)  # room for the shares above the bars
     axes.set_title(f"All rewards by peer (share of the total; Gini {gini:.3f})")
     axes.set_ylabel("reward [PFM]")
     _name_peers(axes, [_name(line.peer, names) for line in lines])
@@ -153,14 +156,15 @@ def _plot_history(book: Book, path: Path, names: Names) -> None:
     rounds, histories = compute_histories(book)
     ranked = [line for line in view_peers(book) if line.allotted_wei or len(book.roster.members) <= PEERS_NAMED_MAX]
     figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(9.0, 8.0), sharex=True, sharey=True, constrained_layout=True)
-    colours = pyplot.get_cmap("tab20")
+    colours = pyplot.get_cmap("tab10")
     for rank, line in reversed(list(enumerate(ranked))):
         is_named = rank < PEERS_NAMED_MAX
         for axes, series in zip((top, bottom), histories[MemberIndex(line.member)], strict=True):
             axes.plot(
                 rounds,
                 [amount / WEI_PER_PFM for amount in series],
-                color=colours(rank % 20) if is_named else "lightgrey",
+                color=colours(rank % COLOURS) if is_named else "lightgrey",
+                linestyle="-" if rank < COLOURS or not is_named else "--",
                 marker="o" if len(rounds) <= 30 else None,
                 markersize=4,
                 drawstyle="steps-post" if len(rounds) > 1 else None,

@@ -15,7 +15,7 @@ from p2pfm.settlement.faults import FaultKind
 from p2pfm.types import WEIGHT_ONE, Round
 
 if TYPE_CHECKING:  # measuring loads torch
-    from nodes.rewards.measuring import Counterfactual, DeepCheck
+    from nodes.rewards.measuring import Balance, Counterfactual, DeepCheck
 
 MARKS = {"passed": "[green]yes[/]", "failed": "[red]no[/]", "off": "[dim]off[/]", "unknown": "[yellow]?[/]"}
 FAULTS_TOLD_MAX = 10
@@ -82,6 +82,23 @@ def print_findings(out: Console, findings: Mapping[Round, Sequence[str]], checks
             _print_check(out, check)
     if findings:
         out.print(f"{len(findings)} settled rounds checked", highlight=False)
+
+
+def print_balances(out: Console, balances: "Sequence[Balance]") -> None:
+    """`verify --deep`: each peer over all measured rounds; nothing for a single round."""
+    told = [balance for balance in balances if balance.num_rounds > 1]
+    if told:
+        out.print("over all measured rounds:", highlight=False)
+    for balance in told:
+        off, most = abs(balance.certified - balance.measured), balance.tolerance
+        verdict = "[red]too far[/]" if balance.is_finding else "within"
+        out.print(
+            f"  member {balance.member} ({balance.num_rounds} rounds): certified {format_nats(balance.certified)}, "
+            f"measured again {format_nats(balance.measured)} mnat/token; off by {format_nats(off)[1:]}, tolerated "
+            f"{format_nats(most)[1:]}: {verdict}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def print_contest(out: Console, contest: Contest, unprovable: Sequence[str], book: Book) -> None:

@@ -19,8 +19,8 @@ from p2pfm.types import NANO, Wei
 
 Line = PeerLine | RoundLine | EpochLine
 
-ROUND_COLUMNS_MAX = 5
-"""Newest rounds that the table by peer has a column for: more do not fit a screen of 120 characters."""
+FIXED_WIDTH, ROUND_WIDTH = 100, 10
+"""Characters that the table by peer takes without rounds, and for each of the newest rounds that fits beside them."""
 
 PEER_CHARACTERS = 10
 SMALL_PFM = 1e-4
@@ -58,10 +58,11 @@ def format_peer(peer: str) -> str:
     return peer if len(peer) <= PEER_CHARACTERS + 2 else f"…{peer[-PEER_CHARACTERS:]}"
 
 
-def make_peers_table(lines: Sequence[PeerLine], totals: Totals) -> Table:
-    """By peer: contributions of the newest rounds, and the money."""
+def make_peers_table(lines: Sequence[PeerLine], totals: Totals, width: int) -> Table:
+    """By peer: contributions of the newest rounds, as many as fit `width` characters, and the money."""
     table = Table(title="Rewards by peer, as the chain has them", show_footer=bool(lines))
-    rounds = sorted({round for line in lines for round, _ in line.by_round})[-ROUND_COLUMNS_MAX:]
+    num_columns = max(0, (width - FIXED_WIDTH) // ROUND_WIDTH)
+    rounds = sorted({round for line in lines for round, _ in line.by_round}, reverse=True)[:num_columns][::-1]
     table.add_column("#", "", justify="right")
     table.add_column("peer", f"{totals.num_members} peers", no_wrap=True)
     table.add_column("rounds", str(totals.num_rounds), justify="right")
@@ -69,7 +70,7 @@ def make_peers_table(lines: Sequence[PeerLine], totals: Totals) -> Table:
         table.add_column(f"round {round}\n(mnat)", justify="right")
     table.add_column("sum\n(mnat)", justify="right")
     _add_money(table, ("allotted", totals.allotted_wei))
-    table.add_column("share", "" if totals.gini is None else f"Gini {totals.gini:.3f}", justify="right")
+    table.add_column("share", justify="right")
     _add_money(
         table,
         ("claimed", totals.claimed_wei),

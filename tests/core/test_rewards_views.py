@@ -73,7 +73,7 @@ def test_a_peer_worth_nothing_for_ever_is_shown_with_nothing(settled: Settled) -
     assert (negative.contribution, negative.num_rounds, negative.allotted_wei, negative.share) == (-80, 4, 0, 0.0)
     assert (idle.contribution, idle.num_rounds, idle.allotted_wei) == (0, 0, 0)
     assert view_totals(settled.book()).gini == pytest.approx((2 * (3 * 100 + 4 * 180) / (4 * 280)) - 5 / 4, abs=1e-12)
-    assert "-0.000" in render(make_peers_table(lines, view_totals(settled.book())))
+    assert "-0.000" in render(make_peers_table(lines, view_totals(settled.book()), 200))
 
 
 def test_rounds_tell_until_when_they_can_be_contested(settled: Settled) -> None:
@@ -181,10 +181,11 @@ def test_tables_have_a_line_each_and_the_totals() -> None:
         settled.settle(round)
     book = settled.book()
     totals = view_totals(book)
-    peers = render(make_peers_table(view_peers(book), totals))
-    assert f"Gini {totals.gini:.3f}" in peers
-    assert "round 7" in peers
-    assert "round 2" not in peers  # only the newest rounds fit
+    wide, narrow = (render(make_peers_table(view_peers(book), totals, width)) for width in (200, 120))
+    assert "round 0" in wide
+    assert max(map(len, narrow.rstrip().splitlines())) <= 120
+    middle = render(make_peers_table(view_peers(book), totals, 125))
+    assert [round for round in range(8) if f"round {round}" in middle] == [6, 7]  # the newest that fit
     assert all(
         str(line.round) in render(make_rounds_table(view_rounds(book, 2), totals)) for line in view_rounds(book, 2)
     )
