@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 CONTRACTS := contracts/node_modules/.ready
 
-.PHONY: setup demo test check slither clean
+.PHONY: setup demo test mutate check slither clean
 
 setup: $(READY)
 
@@ -23,6 +23,10 @@ demo: $(READY) $(if $(filter anvil,$(CHAIN)),$(CONTRACTS))
 # The tests that compile contracts or use anvil need Node.js; without it they say so and are skipped.
 test: $(READY) $(CONTRACTS)
 	$(BIN)/python -m pytest $(TESTS)
+
+# Breaks the contract's rules one by one: each must be noticed by a test. Needs Node.js; about half an hour.
+mutate: $(READY) $(CONTRACTS)
+	$(BIN)/python contracts/mutate.py $(MUTATE)
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -3,12 +3,15 @@
 A `World` is what a test of rules needs: accounts with tokens, time that passes on demand, and members who sign.
 """
 
+import json
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,6 +22,7 @@ from eth_account import Account
 from nodes.testnet import account_keys, find_anvil, serve_embedded, start_anvil
 from p2pfm.config import ChainConfig
 from p2pfm.errors import Reverted
+from p2pfm.runtime import chain_rpc
 from p2pfm.runtime.web3_ledger import Web3Ledger, deploy
 from p2pfm.settlement import bls, merkle
 from p2pfm.settlement.ledger import FederationParams, LeafValue, Ledger, Submission
@@ -147,6 +151,10 @@ class World:
         message = submission_message(self.chain, submission)
         signature = bls.aggregate([bls.sign(SECRETS[index + 1], message) for index in chosen])
         return msgspec.structs.replace(submission, signature=signature)
+
+
+if ARTIFACTS := os.environ.get("P2PFM_TEST_ARTIFACTS"):  # contracts/mutate.py: other contracts under the same tests
+    chain_rpc.read_artifact = lambda name: json.loads(Path(ARTIFACTS, f"{name}.json").read_text())
 
 
 def memory_world(params: FederationParams = PARAMS, tokens: Wei = TOKENS) -> World:
