@@ -6,6 +6,7 @@ that resolves here (the Host header is checked), and what peers said cannot beco
 
 import ipaddress
 import logging
+import re
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -39,6 +40,8 @@ RECONNECT_MS = 2000
 STREAMS_MAX = 64
 """Event streams at once; one more gets 503."""
 
+HOST = re.compile(r"(?P<name>\[[0-9a-fA-F:.]+\]|[^:\[\]@/\s]+)(:\d+)?")
+
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
@@ -68,7 +71,9 @@ class Board:
 
     async def _watch(self, name: str, poll_s: float) -> None:
         while True:
-            self._put(name, await trio.to_thread.run_sync(self._sources[name].read, abandon_on_cancel=True))
+            read = self._sources[name].read
+            view = await trio.to_thread.run_sync(read, abandon_on_cancel=True)  # type: ignore[call-arg]  # older stubs
+            self._put(name, view)
             await trio.sleep(poll_s)
 
     def _put(self, name: str, view: NetworkView) -> None:
@@ -201,7 +206,10 @@ class Guard:
 
 def _is_own(host: str, names: Sequence[str]) -> bool:
     """DNS rebinding needs a name: an address in the Host header is what the browser really connected to."""
-    name = host.rpartition(":")[0] if ":" in host.rpartition("]")[2] else host
+    parts = HOST.fullmatch(host)
+    if parts is None:
+        return False
+    name = parts["name"]
     try:
         ipaddress.ip_address(name.strip("[]"))
     except ValueError:

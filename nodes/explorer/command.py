@@ -17,7 +17,7 @@ def explorer(
         Path | None, typer.Option("--network", help="Without a node: TOML with the [network] table.")
     ] = None,
     node_urls: Annotated[
-        list[str] | None, typer.Option("--node-url", help="A node that serves --network's data; repeat it for more.")
+        list[str] | None, typer.Option("--node-url", "--node", help="A node to ask for data too; repeat it for more.")
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")] = PORT,

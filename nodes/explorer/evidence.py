@@ -1,21 +1,21 @@
 """What peers serve beside the chain about a round, and whether it may be believed. Knows no socket and no page."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
 
-from nodes.rewards import PROPOSAL_BYTES_MAX, verify_round
+from nodes.rewards.checking import verify_proposal
+from nodes.rewards.reading import read_round
 from p2pfm.config import NetworkConfig
-from p2pfm.errors import Reject
-from p2pfm.messages import Proposal, decode_message
+from p2pfm.messages import Proposal
 from p2pfm.settlement import merkle
 from p2pfm.settlement.ledger import Roster, SettledRound
-from p2pfm.settlement.rewards import from_wire
-from p2pfm.types import compute_digest
 
 State = Literal["verified", "matched", "wrong", "missing"]
 """verified: medians, weights, leaves and root recompute from the revealed vectors. matched: the leaves are those of the
-root on chain, but the round before is not at hand, so that nothing can be recomputed. wrong: see the findings."""
+root on chain, but the round before is not at hand, so that nothing can be recomputed. wrong: what the committee signed
+is not what the rules give; see the findings. missing: nobody serves it."""
 
 FINDINGS_MAX = 20
 """So many are shown; a proposal has thousands of places to be wrong in."""
@@ -34,40 +34,38 @@ MISSING = Evidence("missing")
 
 
 def judge(
-    settled: SettledRound, data: bytes | None, roster: Roster, previous: Proposal | None, network: NetworkConfig
+    settled: SettledRound,
+    data: bytes | None,
+    rosters: Sequence[Roster],
+    previous: Proposal | None,
+    network: NetworkConfig,
 ) -> Evidence:
     """What `data`, served by whomever under the round's data hash, is worth.
 
     Args:
+        rosters: as the registry may have been when the round was signed (`nodes.rewards.reading.list_rosters`); one by
+            which all recomputes is enough.
         previous: the believed proposal of the settled round before; None: not at hand, or there is none.
     """
-    if data is None:
+    reading = read_round(settled, data)
+    if reading.is_lie:
+        return Evidence("wrong", findings=(reading.problem,))
+    if reading.proposal is None:
         return MISSING
-    try:
-        proposal = _open(settled, data)
-    except Reject as error:
-        return Evidence("wrong", findings=(str(error),))
     if previous is None and settled.prev_root != merkle.EMPTY_ROOT:
-        return Evidence("matched", proposal)
+        return Evidence("matched", reading.proposal)
+    findings: list[str] = []
+    for roster in rosters:
+        findings = _verify(settled, reading.proposal, roster, previous, network)
+        if not findings:
+            return Evidence("verified", reading.proposal)
+    return Evidence("wrong", reading.proposal, tuple(findings[:FINDINGS_MAX]))
+
+
+def _verify(
+    settled: SettledRound, proposal: Proposal, roster: Roster, previous: Proposal | None, network: NetworkConfig
+) -> list[str]:
     try:
-        findings = tuple(verify_round(settled, data, roster, previous, network)[:FINDINGS_MAX])
+        return verify_proposal(settled, proposal, roster, previous, network)
     except (ValueError, LookupError) as error:  # what a committee signed may be any nonsense that has the right root
-        findings = (f"it cannot be recomputed: {error}",)
-    return Evidence("wrong" if findings else "verified", proposal, findings)
-
-
-def _open(settled: SettledRound, data: bytes) -> Proposal:
-    if compute_digest(data) != settled.data_digest:
-        raise Reject(
-            f"expected data with SHA-256 {settled.data_digest.hex()}, a node gave {compute_digest(data).hex()}"
-        )
-    proposal = decode_message(data, PROPOSAL_BYTES_MAX)
-    if not isinstance(proposal, Proposal):
-        raise Reject(f"expected a proposal under the data hash, got a {type(proposal).__name__}")
-    try:
-        tree = merkle.compute_root(from_wire(proposal.leaves))
-    except ValueError as error:
-        raise Reject(f"the leaves make no tree: {error}") from error
-    if (tree.digest, tree.sums, len(proposal.leaves)) != (settled.root, settled.sums, settled.num_leaves):
-        raise Reject(f"the leaves' root is {tree.digest.hex()}, the chain holds {settled.root.hex()}")
-    return proposal
+        return [f"it cannot be recomputed: {error}"]

@@ -10,26 +10,31 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
-import httpx
 import trio
 from starlette.applications import Starlette
 
 from nodes.explorer.app import Board, make_app
-from nodes.explorer.source import Place, Source, fetch_from
+from nodes.explorer.source import Place, Source
 from nodes.homes import read_config, read_network
+from nodes.rewards.blobs import Blobs
 from p2pfm.config import NetworkConfig
 from p2pfm.errors import OperatorError
 from p2pfm.runtime.http_api import serve_http
+from p2pfm.runtime.store import BLOB_FOLDER
 from p2pfm.runtime.web3_ledger import READ_ONLY_KEY, Web3Ledger
 
 
 @dataclass
 class Found:
-    """One network by all that the options say of it: endpoints of its chain, and nodes' HTTP addresses."""
+    """One network by all that the options say of it."""
 
     network: NetworkConfig
-    rpcs: list[str] = field(default_factory=list)
+    rpcs: list[tuple[str, str]] = field(default_factory=list)
+    """Endpoints of its chain, each with its witness (empty: none)."""
     nodes: list[str] = field(default_factory=list)
+    """HTTP addresses."""
+    folder: Path | None = None
+    """A node's blobs on this disk: they are there when it does not run."""
 
 
 def find_networks(
@@ -42,35 +47,36 @@ def find_networks(
     """
     if bool(rpc) != bool(network_file):
         raise OperatorError("--rpc and --network go together: the chain's endpoint, and the network to look for there")
-    if node_urls and not network_file:
-        raise OperatorError("--node-url belongs to --rpc and --network; a --config names its node itself")
     found: dict[bytes, Found] = {}
     for path in config_files:
         config = read_config(path)
         entry = found.setdefault(config.network.network_id(), Found(config.network))
-        entry.rpcs.append(config.rpc)
+        entry.rpcs.append((config.rpc, config.rpc_witness))
         entry.nodes.append(f"http://{_in_url(config.http.host)}:{config.http.port}")
+        entry.folder = entry.folder or Path(config.home) / BLOB_FOLDER
     if network_file:
         network = read_network(network_file)
-        entry = found.setdefault(network.network_id(), Found(network))
-        entry.rpcs.append(rpc)
-        entry.nodes += [url.rstrip("/") for url in node_urls]
+        found.setdefault(network.network_id(), Found(network)).rpcs.append((rpc, ""))
     if not found:
         raise OperatorError("nothing to show: give --config alice/node.toml, or --rpc URL with --network FILE")
+    for entry in found.values():
+        entry.nodes += [url.rstrip("/") for url in node_urls]
     return list(found.values())
 
 
 def serve(found: Sequence[Found], host: str, port: int, host_names: Sequence[str]) -> None:
     """Serve the page until SIGINT or SIGTERM. Raises: OperatorError if the address cannot be listened on."""
-    with httpx.Client() as client:
-        sources = [Source(_make_place(entry, client), time.time) for entry in found]
-        trio.run(partial(_run, Board(sources), host, port, host_names))
+    sources = [Source(_make_place(entry), time.time) for entry in found]
+    trio.run(partial(_run, Board(sources), host, port, host_names))
 
 
-def _make_place(entry: Found, client: httpx.Client) -> Place:
-    rpcs, nodes = dict.fromkeys(entry.rpcs), dict.fromkeys(entry.nodes)
-    ledgers = [Web3Ledger(rpc, entry.network.chain, READ_ONLY_KEY) for rpc in rpcs]
-    return Place(entry.network, ledgers, fetch_from(list(nodes), client) if nodes else None)
+def _make_place(entry: Found) -> Place:
+    ledgers = [
+        Web3Ledger(rpc, entry.network.chain, READ_ONLY_KEY, witness_url=witness)
+        for rpc, witness in dict.fromkeys(entry.rpcs)
+    ]
+    nodes = list(dict.fromkeys(entry.nodes))
+    return Place(entry.network, ledgers, partial(Blobs, entry.folder, nodes) if nodes else None)
 
 
 async def _run(board: Board, host: str, port: int, host_names: Sequence[str]) -> None:

@@ -4,40 +4,32 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-import httpx
 import msgspec
 
 from nodes.explorer.evidence import MISSING, Evidence, judge
 from nodes.explorer.view import ROUNDS_MAX, Facts, NetworkView, build_unknown, build_view, read_facts
-from nodes.rewards import PROPOSAL_BYTES_MAX
+from nodes.rewards.reading import Book, Fetch, Reading, list_rosters
 from p2pfm.config import NetworkConfig
-from p2pfm.errors import ChainError
+from p2pfm.errors import ChainError, OperatorError
 from p2pfm.messages import Proposal
-from p2pfm.settlement.ledger import Accepted, Ledger, SettledRound
+from p2pfm.settlement.ledger import Accepted, Ledger, Roster, SettledRound
 from p2pfm.types import Digest, Round
-
-FETCH_S = 5.0
-"""How long a node may take to begin with a blob, or to go on with it [s]."""
 
 RETRY_S = 10
 """What nobody served is asked for again after so long [s]; a chain that changed asks at once."""
 
 NO_NODE = "This explorer knows no node to ask: start it with --config of a node, or with --node-url."
 
-FetchBlob = Callable[[Digest], bytes | None]
-"""Raises OSError if no node answers at all."""
-
 
 @dataclass(frozen=True)
 class Place:
-    """Where to look for one network: several of each, the first that answers is believed as far as it can be checked.
-
-    `fetch` is None where no node is known.
-    """
+    """Where to look for one network."""
 
     network: NetworkConfig
     ledgers: Sequence[Ledger]
-    fetch: FetchBlob | None
+    """The first that answers is asked."""
+    open_blobs: Callable[[], Fetch] | None
+    """A new way to fetch, which raises OperatorError if no node answers; None: no node is known."""
 
 
 class Source:
@@ -86,58 +78,34 @@ class Source:
         judged: dict[tuple[Round, int, Digest], Evidence] = {}
         by_root: dict[Digest, Proposal] = {}
         if is_asking:
-            self._asked_s, self._problem = self._now_s(), "" if self._place.fetch else NO_NODE
+            self._asked_s, self._problem = self._now_s(), "" if self._place.open_blobs else NO_NODE
+        fetch = self._place.open_blobs() if self._place.open_blobs and is_asking else None
         for settled in shown:
             key = (settled.round, settled.nonce, settled.data_digest)
             previous = by_root.get(settled.prev_root)
             known = self._judged.get(key, MISSING)
             is_open = known.state == "missing" or (known.state == "matched" and previous is not None)
             if is_open and is_asking:
-                known = judge(settled, self._fetch(settled), facts.roster, previous, self.network)
+                rosters = _list_rosters(facts, settled)
+                known = judge(settled, self._get(fetch, settled.data_digest), rosters, previous, self.network)
             judged[key] = known
             if known.proposal is not None:
                 by_root[settled.root] = known.proposal
         self._judged = judged
         return {data_digest: known for (_, _, data_digest), known in judged.items()}
 
-    def _fetch(self, settled: SettledRound) -> bytes | None:
-        if self._place.fetch is None or self._problem:
+    def _get(self, fetch: Fetch | None, digest: Digest) -> bytes | None:
+        if fetch is None or self._problem:
             return None
         try:
-            return self._place.fetch(settled.data_digest)
-        except OSError as error:
+            return fetch(digest)
+        except OperatorError as error:
             self._problem = str(error)  # the others are not asked for: each would wait as long
             return None
 
 
-def fetch_from(urls: Sequence[str], client: httpx.Client) -> FetchBlob:
-    """Blobs from the first of these nodes that serves them."""
-
-    def fetch(digest: Digest) -> bytes | None:
-        problems = []
-        for url in urls:
-            try:
-                data = _get(client, f"{url}/blobs/{digest.hex()}")
-            except httpx.HTTPError as error:
-                problems.append(f"No node answers at {url} ({error}); start it: p2pfm node run --config FILE")
-                continue
-            if data is not None:
-                return data
-        if len(problems) == len(urls):
-            raise OSError("; ".join(problems))
-        return None
-
-    return fetch
-
-
-def _get(client: httpx.Client, url: str) -> bytes | None:
-    """None: not served there, or larger than any proposal."""
-    data = bytearray()
-    with client.stream("GET", url, timeout=FETCH_S) as response:
-        if response.status_code != 200:
-            return None
-        for chunk in response.iter_bytes():
-            data += chunk
-            if len(data) > PROPOSAL_BYTES_MAX:
-                return None
-    return bytes(data)
+def _list_rosters(facts: Facts, settled: SettledRound) -> tuple[Roster, ...]:
+    """The registry of then; also for a round that was voided since."""
+    readings = (Reading(settled, None),) * (settled.position + 1)  # nothing but its own place is looked at
+    book = Book(facts.params, facts.roster, (), facts.pool, facts.demands, facts.entries, readings)
+    return list_rosters(book, settled.position)

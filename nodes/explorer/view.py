@@ -9,6 +9,7 @@ from typing import Literal
 import msgspec
 
 from nodes.explorer.evidence import MISSING, Evidence, State
+from nodes.rewards.inequality import compute_gini, compute_lorenz
 from p2pfm.config import NetworkConfig
 from p2pfm.settlement.ledger import (
     Accepted,
@@ -272,28 +273,6 @@ def build_view(
     )
 
 
-def compute_lorenz(amounts: Sequence[int]) -> tuple[float, ...]:
-    """Share of the sum that the k lowest amounts have together, for k of 0 to n; the last is 1.
-
-    Raises:
-        ValueError: the amounts sum to 0, or one is negative.
-    """
-    if sum(amounts) <= 0 or min(amounts) < 0:
-        raise ValueError("expected amounts of at least 0 with a positive sum")
-    below, shares = 0, [0.0]
-    for amount in sorted(amounts):
-        below += amount
-        shares.append(below / sum(amounts))
-    return tuple(shares)
-
-
-def compute_gini(lorenz: Sequence[float]) -> float:
-    """Twice the area between the Lorenz curve (by straight lines) and that of equal parts: 0 to 1 - 1/n."""
-    num_parts = len(lorenz) - 1
-    area = sum((lorenz[k] + lorenz[k + 1]) / 2 for k in range(num_parts)) / num_parts
-    return max(0.0, 1 - 2 * area)
-
-
 def _make_rounds(facts: Facts, evidence: Mapping[Digest, Evidence]) -> list[RoundView]:
     accepted = [entry for entry in facts.entries if isinstance(entry.what, Accepted)][-ROUNDS_MAX:]
     committees = {entry.what.epoch: entry.what.committee for entry in facts.entries if isinstance(entry.what, Rotated)}
@@ -452,8 +431,8 @@ def _make_distribution(members: Sequence[Member], standing: Sequence[RoundView])
         return None
     amounts = [int(share.cumulative_wei) for share in newest.shares]
     amounts += [0] * (len(members) - len(amounts))
-    lorenz = compute_lorenz(amounts)
-    return Distribution(round(compute_gini(lorenz), 6), tuple(round(share, 6) for share in lorenz), newest.round)
+    lorenz = tuple(round(share, 6) for _, share in compute_lorenz(amounts))
+    return Distribution(round(compute_gini(amounts), 6), lorenz, newest.round)
 
 
 def _make_claim(entry: Entry) -> ClaimView:
@@ -483,9 +462,11 @@ def _make_contests(facts: Facts) -> list[ContestView]:
                     ContestView("demand", *place, round, demand.index, account, until_s=until_s, is_open=is_open)
                 )
             case Shown(number=number, account=account):
-                steps.append(ContestView("shown", *place, *asked.get(number, (None, None)), account))
+                round, member = asked.get(number, (None, None))
+                steps.append(ContestView("shown", *place, round, member, account))
             case Closed(number=number):
-                steps.append(ContestView("unanswered", *place, *asked.get(number, (None, None))))
+                round, member = asked.get(number, (None, None))
+                steps.append(ContestView("unanswered", *place, round, member))
             case Contested(round=contested, fault=fault, account=account, bounty=bounty):
                 steps.append(
                     ContestView("fault", *place, contested, None, account, amount_wei=str(bounty), fault=fault)

@@ -58,8 +58,8 @@ class Federation:
 
     def __init__(self, peers: Sequence[PeerId], start_s: int = 1_790_000_000) -> None:
         self.now = [start_s]
-        self.accounts = ["0x" + sha256(b"account %d" % i).hexdigest()[:40] for i in range(len(peers))]
-        self.secrets = [bls.key_from_seed(sha256(b"secret %d" % i).digest()) for i in range(len(peers))]
+        self.accounts = ["0x" + sha256(b"account %d" % i).hexdigest()[:40] for i in range(len(peers) + 4)]
+        self.secrets = [bls.key_from_seed(sha256(b"secret %d" % i).digest()) for i in range(len(peers) + 4)]
         balances = {account: Wei(2000 * PFM) for account in (*self.accounts, SPONSOR)}
         self.ledger = InMemoryLedger(CHAIN, PARAMS, bls.BlsVerifier(), lambda: self.now[0], balances)
         self.network = NetworkConfig(
@@ -73,10 +73,15 @@ class Federation:
         self.blobs: dict[Digest, bytes] = {}
         self.history: list[Proposal] = []
         self.draw = np.random.default_rng(7)
-        for index, (account, secret, peer) in enumerate(zip(self.accounts, self.secrets, peers, strict=True)):
-            proof = bls.prove_possession(secret, CHAIN, account, peer)
-            stake = Wei((100 + 25 * (index % 5)) * PFM)
-            self.ledger.register(account, peer, bls.public_key(secret), proof, stake)
+        for peer in peers:
+            self.join(peer)
+
+    def join(self, peer: PeerId) -> None:
+        """A member more."""
+        index = len(self.ledger.get_roster().members)
+        account, secret = self.accounts[index], self.secrets[index]
+        proof = bls.prove_possession(secret, CHAIN, account, peer)
+        self.ledger.register(account, peer, bls.public_key(secret), proof, Wei((100 + 25 * (index % 5)) * PFM))
 
     @property
     def any(self) -> Any:

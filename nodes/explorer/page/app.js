@@ -202,8 +202,8 @@ function banner() {
 
 function network() {
   const view = state.view;
-  if (!view) return h("h2", { id: "network-title" }, state.isReachable ? "Loading\u2026" : "No network");
-  const title = h("h2", { id: "network-title" }, h("bdi", {}, plain(view.name)));
+  if (!view) return h("h1", { id: "network-title" }, state.isReachable ? "Loading\u2026" : "No network");
+  const title = h("h1", { id: "network-title" }, h("bdi", {}, plain(view.name)));
   const fixed = [
     fact("Contract", copyable("contract", "contract address", view.contract, ends(view.contract))),
     fact("Chain id", String(view.chain_id)),
@@ -318,14 +318,15 @@ function evidence(it) {
   }
   if (it.evidence === "wrong") {
     return h("div", { class: "wrong" }, h("p", {}, mark("bad", "Does not recompute"),
-      it.shares.length ? ": the root is of these rewards, but they are not what the rules give." : ": the data is not believed."),
+      it.shares.length ? ": the root is of these rewards, but they are not what the rules give." : ": what its committee signed is not what its root is of."),
     h("ul", {}, it.findings.map((finding) => h("li", {}, plain(finding)))));
   }
   return h("div", { class: "empty" },
     h("p", {}, h("strong", {}, "Nobody serves this round\u2019s data."),
       " The chain alone tells the sums and the certificate; who got what stands in the data. ", plain(state.view.evidence_problem)),
     h("p", {}, "It appears here when a node that you named has it. If nobody ever serves it: ",
-      h("code", {}, "p2pfm rewards challenge"), " demands a leaf on chain, which its signers must show or be slashed."));
+      h("code", {}, `p2pfm rewards challenge --round ${it.round} --demand PEER`),
+      " demands a peer\u2019s leaf on chain, with a bond, while the round is open; shown by nobody, it voids the round."));
 }
 
 function shares(it) {
@@ -339,7 +340,6 @@ function shares(it) {
   const order = [...it.shares].sort((a, b) =>
     rewards.toNumber(b.reward_wei) - rewards.toNumber(a.reward_wei) || (b.contribution ?? -Infinity) - (a.contribution ?? -Infinity) || a.member - b.member);
   const rows = order.map((share) => ({
-    attributes: { class: share.contribution === null ? "absent" : null },
     cells: [
       peer(share.member),
       measured.write(share.contribution),
@@ -411,9 +411,9 @@ function charts() {
         label: `Line chart of rewards allotted so far by peer, rounds ${told[0].round} to ${told.at(-1).round}; most has ${top.label} with ${top.told}.`,
       })),
     h("figure", {},
-      h("figcaption", {}, h("strong", {}, `Gini ${gini}`), ` among ${plural(view.members.length, "peer")}. The diagonal is equal pay.`),
+      h("figcaption", {}, h("strong", {}, `Gini ${gini}`), ` among ${plural(view.members.length, "peer")}; dotted: all alike`),
       lorenz(chartWidth("lorenz"), view.distribution.lorenz,
-        `Lorenz curve of rewards after round ${view.distribution.round}: Gini coefficient ${gini}; the best paid tenth of peers and more stand to the right.`)),
+        `Lorenz curve of rewards after round ${view.distribution.round}: Gini coefficient ${gini}; the best paid peer has ${percent(1 - view.distribution.lorenz.at(-2))} of all.`)),
   ];
 }
 
@@ -457,11 +457,12 @@ function peers() {
   const measured = contributions(view.members.map((member) => member.contribution));
   const money = (wei) => (wei === null ? "\u2013" : h("span", { title: exact(wei) }, paid.write(wei)));
   const units = { stake: stakes.unit, contribution: "mnat/token", allotted: paid.unit, claimed: paid.unit, unclaimed: paid.unit };
+  const arrow = (one) => (one.key === key ? h("span", { class: "arrow", "aria-hidden": "true" }, down ? " \u2193 " : " \u2191 ") : null);
   const columns = PEER_COLUMNS.map((one) => ({
     ...one,
     sorted: one.key === key ? (down ? "descending" : "ascending") : "none",
     head: h("button", { type: "button", id: `sort-${one.key}`, class: "sort", on: { click: () => sortBy(one.key) } },
-      h("span", {}, one.name, h("span", { class: "arrow", "aria-hidden": "true" }, one.key === key ? (down ? "\u2193" : "\u2191") : "")),
+      h("span", {}, one.num ? [arrow(one), one.name] : [one.name, arrow(one)]),
       units[one.key] ? h("span", { class: "unit" }, units[one.key]) : null),
   }));
   const rows = order.map((member) => ({
@@ -485,7 +486,7 @@ function claims() {
   const paid = amounts(view.claims.map((claim) => claim.amount_wei));
   return [
     table("claim-rows", "Claims, newest first", [
-      { name: "Time" }, { name: "Peer" }, { name: "Against round", num: true }, { name: `Amount, ${paid.unit}`, num: true },
+      { name: "Time" }, { name: "Peer" }, { name: "Round", num: true, title: "Against whose root" }, { name: `Amount, ${paid.unit}`, num: true },
     ], view.claims.map((claim) => ({
       attributes: { title: claim.transaction || null },
       cells: [when(claim.time_s), peer(claim.member), String(claim.round), h("span", { title: exact(claim.amount_wei) }, paid.write(claim.amount_wei))],
