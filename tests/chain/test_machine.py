@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import msgspec
+import pytest
 from hypothesis import HealthCheck, Phase, event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -399,6 +400,7 @@ def what_of(what: Happening) -> Happening:
     return Demanded(msgspec.structs.replace(what.demand, deadline_s=0)) if isinstance(what, Demanded) else what
 
 
+@pytest.mark.slow
 def test_specification_and_contract_agree_whatever_happens() -> None:
     with ExitStack() as stack:
         url = stack.enter_context(running_chain("embedded"))

@@ -552,3 +552,53 @@ def test_what_a_slashed_committee_had_signed_and_not_settled_is_dead(world: Worl
         world.any.submit_round(world.submission(1))
     world.any.rotate()
     world.settle(1)
+
+
+# --- what a void leaves behind ----------------------------------------------------------------------------------------
+
+
+def test_a_demand_is_not_answered_with_what_took_its_rounds_place(world: World) -> None:
+    world.found(5, pool=2000)
+    spared = world.any.get_roster().committee[0]
+    world.cheat(1, (*OVERPAID, leaf(0, 0, 0)), absent=[spared])
+    number = world.ledgers[6].demand_leaf(Round(1), index(3))
+    world.any.prove_reward(Round(1), index(0), world.leaves)
+    world.any.rotate()
+    world.leaves = ()
+    world.settle(1, [1, 1, 0, 0, 0])
+    before = world.any.get_balance(ACCOUNTS[2])
+    with refuses("UnknownRound"):
+        world.ledgers[2].show_leaf(number, world.leaves)
+    assert world.any.get_balance(ACCOUNTS[2]) == before
+    world.advance(RESPONSE)
+    world.ledgers[6].close_demand(number)  # a refund: the round that stands there now is not the one in question
+    assert [settled.round for settled in world.any.get_rounds(Round(0))] == [1]
+    assert world.any.get_balance(ACCOUNTS[6]) == TOKENS
+
+
+def test_a_void_ends_the_hold_of_the_demands_it_settles(make_world: Callable[[FederationParams], World]) -> None:
+    rules = msgspec.structs.replace(PARAMS, response_s=4 * WINDOW, unbonding_s=10 * WINDOW, restart_s=10 * WINDOW)
+    world = make_world(rules).found(5, pool=1900)
+    spared = world.any.get_roster().committee[0]
+    world.cheat(1, (*OVERPAID, leaf(0, 0, 0)), absent=[spared])
+    world.any.demand_leaf(Round(1), index(3))
+    world.any.prove_reward(Round(1), index(0), world.leaves)
+    world.any.rotate()
+    world.leaves = ()
+    world.settle(1, [1, 1, 0, 0, 0])
+    world.advance(WINDOW)
+    assert [settled.is_final for settled in world.any.get_rounds(Round(0))] == [True]
+    assert world.any.claim(Round(1), index(0), world.leaves) == 500
+    world.check_books()
+
+
+def test_a_void_gives_the_federation_its_time_to_go_on(world: World) -> None:
+    world.found(4)
+    world.cheat(1, OVERPAID)
+    world.advance(WINDOW - 60)
+    world.any.prove_reward(Round(1), index(0), world.leaves)
+    world.advance(PARAMS.restart_s - 100)
+    with refuses("TooEarly"):
+        world.any.restart()
+    world.advance(100)
+    world.any.restart()
