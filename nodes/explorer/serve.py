@@ -66,11 +66,12 @@ def find_networks(
 
 def serve(found: Sequence[Found], host: str, port: int, host_names: Sequence[str]) -> None:
     """Serve the page until SIGINT or SIGTERM. Raises: OperatorError if the address cannot be listened on."""
-    sources = [Source(_make_place(entry), time.time) for entry in found]
+    sources = [Source(make_place(entry), time.time) for entry in found]
     trio.run(partial(_run, Board(sources), host, port, host_names))
 
 
-def _make_place(entry: Found) -> Place:
+def make_place(entry: Found) -> Place:
+    """How to read a network that was found."""
     ledgers = [
         Web3Ledger(rpc, entry.network.chain, READ_ONLY_KEY, witness_url=witness)
         for rpc, witness in dict.fromkeys(entry.rpcs)

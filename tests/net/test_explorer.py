@@ -22,7 +22,7 @@ from selenium.webdriver.common.keys import Keys
 
 from nodes.explorer.app import HEADERS, STREAMS_MAX
 from nodes.explorer.evidence import judge
-from nodes.explorer.serve import _make_place, find_networks
+from nodes.explorer.serve import find_networks, make_place
 from nodes.explorer.source import Place, Source
 from nodes.homes import get_free_port, write_config, write_network
 from nodes.testnet import run_testnet
@@ -250,7 +250,7 @@ def test_data_come_from_any_node_that_has_them_and_a_liar_is_passed_over(tmp_pat
 
     def read(*urls: str) -> Any:
         (found,) = find_networks([], "http://127.0.0.1:1", tmp_path / "network.toml", urls)
-        place = _make_place(found)
+        place = make_place(found)
         return Source(Place(place.network, [world.any], place.open_blobs), lambda: 0.0).read()
 
     with blob_server({}) as empty, blob_server(lies) as liar, blob_server(world.blobs) as honest:
@@ -604,6 +604,32 @@ def test_rounds_come_live_and_the_chosen_one_stays(browser: Browser) -> None:
         world.any.claim(Round(1), MemberIndex(0), from_wire(world.history[1].leaves))
         browser.until("return document.querySelectorAll('#claim-rows tbody tr').length === 1")
         assert browser.run("return window.isSamePage")
+        assert browser.complaints() == []
+
+
+@needs_chromium
+def test_a_page_in_the_background_asks_for_nothing_and_catches_up_when_it_is_seen(browser: Browser) -> None:
+    world = Federation([make_peer(index) for index in range(4)]).found()
+    with explored(place(world)) as url:
+        browser.open(url)
+        browser.until("return document.querySelector('#round .empty')")
+        first = browser.driver.current_window_handle
+        browser.run(
+            "window.turns = []; addEventListener('visibilitychange', () => turns.push(performance.now()), true)"
+        )
+        browser.driver.switch_to.new_window("tab")
+        world.settle(0)
+        name = world.network.network_id().hex()
+        wait_for(lambda: len(httpx.get(f"{url}/api/networks/{name}").json()["rounds"]) == 1)
+        browser.driver.close()
+        browser.driver.switch_to.window(first)
+        browser.until("return document.querySelector('#round-title').innerText.startsWith('Round 0')")
+        assert browser.run("return turns.length") == 2
+        asked = "return performance.getEntriesByType('resource').map((one) => [one.name, one.startTime])"
+        hidden, seen = browser.run("return turns")
+        times = [time for address, time in browser.run(asked) if "/api/" in address]
+        assert not [time for time in times if hidden < time < seen]
+        assert [time for time in times if time >= seen]
         assert browser.complaints() == []
 
 

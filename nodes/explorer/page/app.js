@@ -127,8 +127,9 @@ function onRoundKey(event) {
 
 // --- small parts ----------------------------------------------------------------------------------------------------
 
-function when(seconds) {
-  return h("time", { datetime: iso(seconds), title: iso(seconds) }, clock(seconds));
+// Local time; the day only where it is another than that of `beside` (seconds since 1970), or than today.
+function when(seconds, beside = Date.now() / 1000) {
+  return h("time", { datetime: iso(seconds), title: iso(seconds) }, clock(seconds, new Date(beside * 1000)));
 }
 
 function peerName(index, member) {
@@ -217,8 +218,8 @@ function network() {
     h("dl", { class: "facts" },
       fixed,
       fact("Committee epoch", count(view.epoch), view.nonce ? ` \u00B7 restart ${view.nonce}` : ""),
-      fact("Committee", seated ? `${plural(seated, "member")}, ${view.quorum} must sign` : "not drawn yet"),
-      fact("Members", `${count(view.members.length)}, ${count(view.num_active)} active`),
+      fact("Committee", seated ? `${plural(seated, "member")} \u00B7 ${view.quorum} must sign` : "not drawn yet"),
+      fact("Members", `${count(view.members.length)} \u00B7 ${count(view.num_active)} active`),
       fact("Stakes", h("span", { title: exact(view.stakes_wei) }, amount(view.stakes_wei))),
       fact("Pool left", h("span", { title: exact(view.pool_wei) }, amount(view.pool_wei)),
         ` \u00B7 ${plural(Number(epochsLeft), "full payment")}`),
@@ -232,7 +233,7 @@ function network() {
 function standing(round) {
   if (round.standing === "final") return mark("good", "final");
   if (round.standing === "void") return mark("bad", "void");
-  return h("span", {}, mark("wait", round.is_held ? "held" : "open"), h("span", { class: "until" }, " until ", when(round.contestable_until_s)));
+  return h("span", {}, mark("wait", round.is_held ? "held" : "open"), h("span", { class: "until" }, " until ", when(round.contestable_until_s, round.accepted_s)));
 }
 
 function roundList() {
@@ -395,7 +396,9 @@ function charts() {
   const all = told.flatMap((round) => round.shares.map((share) => share.cumulative_wei));
   const { unit, toNumber, write } = amounts(all);
   const series = view.members.map((member) => {
-    const values = told.map((round) => (round.shares[member.index] ? toNumber(round.shares[member.index].cumulative_wei) : null));
+    const own = told.map((round) => round.shares[member.index]);
+    const begin = own[0] ? toNumber(String(BigInt(own[0].cumulative_wei) - BigInt(own[0].reward_wei))) : null;
+    const values = [begin, ...own.map((share) => (share ? toNumber(share.cumulative_wei) : null))];
     return { label: `#${member.index} ${tail(member.peer, 6)}`, values, last: values.at(-1) ?? 0,
       told: `${write(told.at(-1).shares[member.index]?.cumulative_wei ?? "0")} ${unit}` };
   }).filter((one) => one.last > 0).sort((a, b) => b.last - a.last);
@@ -405,13 +408,13 @@ function charts() {
   return [
     h("figure", {},
       h("figcaption", {}, h("strong", {}, `Allotted so far, ${unit}`), ` by peer and round.${rest}`),
-      steps(chartWidth("steps"), series, told.map((round) => String(round.round)), {
+      steps(chartWidth("steps"), series, ["", ...told.map((round) => String(round.round))], {
         write: (value) => Number(value.toPrecision(3)).toLocaleString("en-GB"),
         xName: "round",
         label: `Line chart of rewards allotted so far by peer, rounds ${told[0].round} to ${told.at(-1).round}; most has ${top.label} with ${top.told}.`,
       })),
     h("figure", {},
-      h("figcaption", {}, h("strong", {}, `Gini ${gini}`), ` among ${plural(view.members.length, "peer")}; dotted: all alike`),
+      h("figcaption", {}, h("strong", {}, `Gini ${gini}`), `, ${plural(view.members.length, "peer")}; dotted: all alike`),
       lorenz(chartWidth("lorenz"), view.distribution.lorenz,
         `Lorenz curve of rewards after round ${view.distribution.round}: Gini coefficient ${gini}; the best paid peer has ${percent(1 - view.distribution.lorenz.at(-2))} of all.`)),
   ];
@@ -553,6 +556,11 @@ function render() {
   document.title = view ? `${plain(view.name)} \u00B7 p2pfm explorer` : "p2pfm explorer";
 }
 
+// A browser opens six connections to a host: a page that nobody sees gives its own back.
+document.addEventListener("visibilitychange", () => {
+  if (document.hidden) stream?.close();
+  else start();
+});
 new ResizeObserver(render).observe(document.getElementById("charts"));
 render();
 start();

@@ -28,7 +28,7 @@ export function ticks(high, about = 4) {
   return marks;
 }
 
-// Lines that rise in steps: series [{label, values: [number|null]}], highest first; names: one a step.
+// Lines that rise in steps: series [{label, told, values: [number|null]}], highest first; names: one a value.
 export function steps(width, series, names, options) {
   const height = 260, left = 52, right = width < 480 ? 84 : 112, top = 12, bottom = 34;
   const high = Math.max(...series.flatMap((one) => one.values.map((value) => value ?? 0)), 0);
@@ -43,7 +43,7 @@ export function steps(width, series, names, options) {
   ]);
   const every = Math.ceil((names.length * 34) / Math.max(1, width - left - right));
   const axis = names.map((name, i) =>
-    i % every === 0 || (i === names.length - 1 && i % every > every / 2)
+    (names.length - 1 - i) % every === 0
       ? s("text", { class: "tick middle", x: x(i), y: height - bottom + 16 }, name) : null);
   const lines = series.map((one, rank) => ({ one, rank, ...path(one.values, x, y) })).filter((line) => line.d);
   const labelled = lines.slice(0, SERIES_MAX);

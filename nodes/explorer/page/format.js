@@ -79,12 +79,15 @@ export function duration(seconds) {
   return name === "day" ? plural(value, "day") : `${count(value)} ${name}`;
 }
 
-// The day is left out when it is today.
-export function clock(seconds, now = new Date()) {
+// The day is told if it is another than that of `beside`; the seconds only of today.
+export function clock(seconds, beside = new Date()) {
   const date = new Date(seconds * 1000);
-  const time = date.toLocaleTimeString("en-GB", { hour12: false });
-  if (date.toDateString() === now.toDateString()) return time;
-  const year = date.getFullYear() === now.getFullYear() ? {} : { year: "numeric" };
+  const today = new Date();
+  const isToday = date.toDateString() === today.toDateString();
+  const parts = { hour: "2-digit", minute: "2-digit", ...(isToday ? { second: "2-digit" } : {}) };
+  const time = date.toLocaleTimeString("en-GB", parts);
+  if (date.toDateString() === beside.toDateString()) return time;
+  const year = date.getFullYear() === today.getFullYear() ? {} : { year: "numeric" };
   return `${date.toLocaleDateString("en-GB", { day: "numeric", month: "short", ...year })} ${time}`;
 }
 
