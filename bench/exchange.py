@@ -1,8 +1,8 @@
 """Payloads between processes: our exchange beside a raw libp2p stream and a raw TCP socket, on loopback.
 
 MB/s and CPU seconds a MB (asker and provider together), for payloads of 60 KB, 1 MB, 5 MB and 64 MB; from one provider
-and from three at once; and what a provider costs that is killed at half way. Rates of one run, one after the other, best
-of several: the ratios are what counts, machines are noisy.
+and from three at once; and what a provider costs that is killed at half way. Rates of one run, one after the other, the
+best of several: the ratios are what counts, machines are noisy.
 """
 
 import json

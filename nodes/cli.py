@@ -250,6 +250,39 @@ def node_status(
         out.print(make_status_table(status))
 
 
+@node_app.command("doctor")
+def node_doctor(
+    config_file: ConfigFile,
+    password_file: Annotated[Path | None, typer.Option(help="File with the keys' password.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Look at everything a node needs: keys, disk, data, model, chain, clock, stake, peers; exit code 3 on a failure.
+
+    The node may be running or not. Example: `p2pfm node doctor --config alice/node.toml`
+    """
+    from nodes.doctor import examine
+    from nodes.homes import open_keys, read_config
+
+    config = read_config(config_file)
+    try:
+        account = open_keys(config, password_file).account_address
+    except OperatorError:
+        account = ""
+    colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+    checks = []
+    for check in examine(config, account):
+        checks.append(check)
+        if not as_json:
+            line = f"[{colours[check.verdict]}]{check.verdict:4}[/] {check.name:13}"
+            out.print(line, check.found, highlight=False, soft_wrap=True)
+            if check.step:
+                out.print(f"{'':19}{check.step}", style="dim", highlight=False, soft_wrap=True)
+    if as_json:
+        _print_json([{f: getattr(check, f) for f in check.__struct_fields__} for check in checks])
+    if any(check.verdict == "fail" for check in checks):
+        raise typer.Exit(int(Exit.FINDING))
+
+
 def _get_url(url: str, config_file: Path | None) -> str:
     if config_file is None:
         return url.rstrip("/")

@@ -113,6 +113,10 @@ class Rpc:
         block: Any = self._guard(lambda: self._web3.eth.get_block("latest" if number is None else number))
         return int(block["number"]), HexBytes(block["hash"]).to_0x_hex(), int(block["timestamp"])
 
+    def get_ether(self, account: str) -> int:
+        """What an account holds [wei]. Raises: ChainError."""
+        return int(self._guard(lambda: self._web3.eth.get_balance(Web3.to_checksum_address(account))))
+
     def get_logs(self, address: str, first: int, last: int) -> list[Any]:
         """Raw logs of a contract in these blocks, both included. Raises: ChainError."""
         filters: Any = {"address": Web3.to_checksum_address(address), "fromBlock": first, "toBlock": last}

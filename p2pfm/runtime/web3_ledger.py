@@ -222,6 +222,16 @@ class Web3Ledger:
         self.check()
         return Wei(self._rpc.call(self._token.functions.balanceOf(account)))
 
+    def get_ether(self, account: str) -> int:
+        """What an account holds to pay gas with [wei of ether]."""
+        self.check()
+        return self._rpc.get_ether(account)
+
+    def get_time(self) -> int:
+        """The newest block's time [s since 1970]."""
+        self.check()
+        return self._rpc.get_block()[2]
+
     def get_pool(self) -> Wei:
         """See Ledger."""
         with self._lock:
