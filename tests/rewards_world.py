@@ -27,9 +27,16 @@ Tamper = Callable[[Proposal], Proposal]
 class Settled:
     """A federation of four members and three judges."""
 
-    def __init__(self, num_members: int = 4, pool: int = POOL_WEI, scoring: ScoringConfig | None = None) -> None:
+    def __init__(
+        self,
+        num_members: int = 4,
+        pool: int = POOL_WEI,
+        scoring: ScoringConfig | None = None,
+        world: World | None = None,
+    ) -> None:
+        """`world`: a founded one whose epochs have two rounds; without it: in memory, with two pools paid in."""
         params = msgspec.structs.replace(PARAMS, pool_per_epoch=Wei(pool))
-        self.world: World = memory_world(params, tokens=Wei(3 * POOL_WEI)).found(num_members, pool=2 * POOL_WEI)
+        self.world = world or memory_world(params, tokens=Wei(3 * POOL_WEI)).found(num_members, pool=2 * POOL_WEI)
         self.network = NetworkConfig(
             name="test",
             genesis_ms=Millis(0),

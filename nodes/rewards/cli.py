@@ -42,6 +42,8 @@ if TYPE_CHECKING:  # measuring loads torch
 FINDING = 3
 """Exit code: a check found something wrong (`nodes.cli.Exit`)."""
 
+NOTHING_VOIDED = "nothing was voided by it (the round is final, or was void already)"
+
 app = typer.Typer(no_args_is_help=True, help="What the chain paid, to whom, why, and whether it was right.")
 out = Console()
 err = Console(stderr=True)
@@ -394,7 +396,7 @@ def close_demand(
     if as_json:
         _print_json({"number": number, "is_round_void": is_void})
         return
-    what = "nobody showed the leaf: the round and all after it are void" if is_void else "the round stands"
+    what = "nobody showed the leaf: the round and all after it are void" if is_void else NOTHING_VOIDED
     out.print(f"{what}; the bond went back", highlight=False)
 
 

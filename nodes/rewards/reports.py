@@ -10,7 +10,7 @@ from rich.table import Table
 from nodes.rewards.contests import Contest
 from nodes.rewards.explain import Explanation
 from nodes.rewards.reading import Book
-from nodes.rewards.tables import format_amount, format_nats, format_peer, format_time
+from nodes.rewards.tables import format_amount, format_nats, format_peer, format_time, make_table
 from p2pfm.settlement.faults import FaultKind
 from p2pfm.types import WEIGHT_ONE, Round
 
@@ -130,7 +130,7 @@ def print_contest(out: Console, contest: Contest, unprovable: Sequence[str], boo
 
 def make_demands_table(book: Book) -> Table:
     """Every demand, answered or not."""
-    table = Table(title="Demands for leaves")
+    table = make_table("Demands for leaves")
     for name in ("number", "round", "member", "deadline", "state", "by"):
         table.add_column(name)
     for demand in book.demands:

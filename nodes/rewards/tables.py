@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from nodes.rewards.reading import Row
@@ -19,10 +20,11 @@ from p2pfm.types import NANO, Wei
 
 Line = PeerLine | RoundLine | EpochLine
 
-FIXED_WIDTH, ROUND_WIDTH = 100, 10
+FIXED_WIDTH, ROUND_WIDTH = 80, 10
 """Characters that the table by peer takes without rounds, and for each of the newest rounds that fits beside them."""
 
-PEER_CHARACTERS = 10
+PEER_CHARACTERS = 8
+STATUS_WORDS = {"final": "final", "contestable": "open", "held": "held"}
 SMALL_PFM = 1e-4
 """Below this an amount is written in wei: 0.0000 PFM would look like nothing."""
 
@@ -58,9 +60,16 @@ def format_peer(peer: str) -> str:
     return peer if len(peer) <= PEER_CHARACTERS + 2 else f"…{peer[-PEER_CHARACTERS:]}"
 
 
+def make_table(title: str) -> Table:
+    """Without lines between columns: the widest of ours fits 80 characters."""
+    return Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, show_footer=True, padding=(0, 1, 0, 0), pad_edge=False
+    )
+
+
 def make_peers_table(lines: Sequence[PeerLine], totals: Totals, width: int) -> Table:
     """By peer: contributions of the newest rounds, as many as fit `width` characters, and the money."""
-    table = Table(title="Rewards by peer, as the chain has them", show_footer=bool(lines))
+    table = make_table("Rewards by peer, as the chain has them")
     num_columns = max(0, (width - FIXED_WIDTH) // ROUND_WIDTH)
     rounds = sorted({round for line in lines for round, _ in line.by_round}, reverse=True)[:num_columns][::-1]
     table.add_column("#", "", justify="right")
@@ -75,7 +84,7 @@ def make_peers_table(lines: Sequence[PeerLine], totals: Totals, width: int) -> T
         table,
         ("claimed", totals.claimed_wei),
         ("claimable", totals.claimable_wei),
-        ("contestable", totals.contestable_wei),
+        ("open", totals.contestable_wei),
     )
     for line in lines:
         known = dict(line.by_round)
@@ -96,21 +105,23 @@ def make_peers_table(lines: Sequence[PeerLine], totals: Totals, width: int) -> T
 
 def make_rounds_table(lines: Sequence[RoundLine], totals: Totals) -> Table:
     """By round: what was paid, and whether it stands for good."""
-    table = Table(title="Settled rounds", show_footer=bool(lines))
-    table.add_column("round", f"{totals.num_rounds} rounds", justify="right")
-    table.add_column("epoch", justify="right")
-    table.add_column("status", f"{totals.num_final} final", overflow="fold")
-    table.add_column("updates\n(worth > 0)", justify="right")
-    table.add_column("contribution\n(mnat, sum > 0)", justify="right")
+    table = make_table("Settled rounds")
+    has_open = any(line.until_s for line in lines)
+    table.add_column("round", str(totals.num_rounds), justify="right")
+    table.add_column("status")
+    if has_open:
+        table.add_column("open until\n(UTC)", no_wrap=True)
+    table.add_column("updates\n(> 0)", justify="right")
+    table.add_column("worth\n(mnat)", justify="right")
     _add_money(table, ("allotted", totals.allotted_wei))
     table.add_column("Gini", format_gini(totals.gini), justify="right")
-    table.add_column("absent\nsigners", justify="right")
+    table.add_column("absent", justify="right")
     for line in lines:
         has_data = line.num_updates is not None
         table.add_row(
             str(line.round),
-            str(line.epoch),
-            _format_status(line),
+            STATUS_WORDS[line.status],
+            *([_format_until(line.until_s)] if has_open else []),
             f"{line.num_updates} ({line.num_positive})" if has_data else "no data",
             format_nats(line.contribution),
             format_pfm(line.allotted_wei),
@@ -122,12 +133,12 @@ def make_rounds_table(lines: Sequence[RoundLine], totals: Totals) -> Table:
 
 def make_epochs_table(lines: Sequence[EpochLine], totals: Totals) -> Table:
     """By settlement epoch."""
-    table = Table(title="Settlement epochs", show_footer=bool(lines))
+    table = make_table("Settlement epochs")
     table.add_column("epoch", f"{len(lines)} epochs", justify="right")
     table.add_column("rounds", f"{totals.num_rounds} settled")
     table.add_column("status", f"{totals.num_final} rounds final")
     table.add_column("updates", justify="right")
-    table.add_column("contribution\n(mnat, sum > 0)", justify="right")
+    table.add_column("worth\n(mnat)", justify="right")
     _add_money(table, ("allotted", totals.allotted_wei))
     table.add_column("Gini", format_gini(totals.gini), justify="right")
     for line in lines:
@@ -135,7 +146,7 @@ def make_epochs_table(lines: Sequence[EpochLine], totals: Totals) -> Table:
         table.add_row(
             str(line.epoch),
             f"{span} ({line.num_rounds})",
-            line.status,
+            STATUS_WORDS[line.status],
             "no data" if line.num_updates is None else str(line.num_updates),
             format_nats(line.contribution),
             format_pfm(line.allotted_wei),
@@ -149,7 +160,8 @@ def describe_totals(totals: Totals) -> str:
     parts = [
         f"allotted {format_amount(totals.allotted_wei)}",
         f"claimed {format_amount(totals.claimed_wei)}",
-        f"unclaimed {format_amount(totals.claimable_wei)} final, {format_amount(totals.contestable_wei)} contestable",
+        f"claimable {format_amount(totals.claimable_wei)}",
+        f"open (contestable) {format_amount(totals.contestable_wei)}",
         f"pool {format_amount(totals.pool_wei)}",
     ]
     if totals.gini is not None:
@@ -204,8 +216,5 @@ def _add_money(table: Table, *columns: tuple[str, Wei]) -> None:
         table.add_column(f"{name}\n(PFM)", format_pfm(total), justify="right")
 
 
-def _format_status(line: RoundLine) -> str:
-    if line.status == "final":
-        return "final"
-    what = "contestable" if line.status == "contestable" else "held by a demand"
-    return f"{what} until {format_time(line.until_s)}"
+def _format_until(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%m-%d %H:%M:%S") if seconds else "-"
