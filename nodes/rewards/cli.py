@@ -5,7 +5,7 @@ Files and the environment end here. Exit codes are those of `nodes.cli`; 3: a ch
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -34,7 +34,7 @@ from nodes.rewards.views import EpochLine, PeerLine, RoundLine, view_epochs, vie
 from p2pfm.config import NodeConfig
 from p2pfm.errors import ChainError, OperatorError, Reject, Reverted, WorldError
 from p2pfm.settlement.ledger import Ledger
-from p2pfm.types import Digest, Round
+from p2pfm.types import Digest, PeerId, Round
 
 if TYPE_CHECKING:  # measuring loads torch
     from nodes.rewards.measuring import Balance, DeepCheck
@@ -166,8 +166,7 @@ def explain_reward(
     member = find_member(book.roster, peer)
     reading = book.get_reading(Round(round))
     excluded = list_excluded(validate_reading(reading))
-    makers = find_makers(world.blobs, excluded)
-    mine: Digest | None = next((payload for payload in excluded if makers.get(payload) == member.peer), None)
+    mine = _find_excluded(world.blobs, excluded, member.peer)
     committee = world.ledger.get_committee(reading.settled.epoch)
     told = explain(book, member, Round(round), world.config.network, committee, mine)
     effect, why_not = None, "not measured (--no-measure)" if told.is_included else "no update of it was merged"
@@ -458,6 +457,15 @@ def _progress(is_quiet: bool) -> Iterator[Progress]:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=err, disable=is_quiet, transient=True) as progress:
         yield progress
+
+
+def _find_excluded(blobs: Blobs, payloads: Sequence[Digest], peer: PeerId) -> Digest | None:
+    """Which of these the peer made; None where nobody serves them any more, or answers."""
+    try:
+        makers = find_makers(blobs, payloads)
+    except OperatorError:
+        return None
+    return next((payload for payload in payloads if makers.get(payload) == peer), None)
 
 
 def _list_problems(book: Book, blobs: Blobs) -> list[str]:

@@ -20,7 +20,7 @@ from nodes.rewards.blobs import Blobs
 from nodes.rewards.reading import Book, Reading, validate_reading
 from p2pfm import work
 from p2pfm.config import NetworkConfig, NodeConfig
-from p2pfm.errors import OperatorError, WorldError
+from p2pfm.errors import OperatorError, Reject, WorldError
 from p2pfm.learner import Learner
 from p2pfm.lora.delta import decode_tensors, encode_tensors
 from p2pfm.lora.layers import choose_device, load_backbone
@@ -156,18 +156,12 @@ class Meter:
             proposal = validate_reading(reading)
             self.validate_held(proposal)
             self.find_base(book, reading)
-        except WorldError as error:
+            if not proposal.updates:
+                return DeepCheck(round, (), self.compare_merge(proposal), ())
+            action, notes = self.make_action(book, reading, proposal, roster)
+            draws = self._draw(action, reading.settled.data_digest, num_draws, tell)
+        except (WorldError, Reject) as error:
             return DeepCheck(round, (), (), (f"not measured: {error}",))
-        if not proposal.updates:
-            return DeepCheck(round, (), self.compare_merge(proposal), ())
-        action, notes = self.make_action(book, reading, proposal, roster)
-        draws: list[tuple[Contribution, ...]] = []
-        for number in range(num_draws):
-            tell(number, num_draws, f"round {round}")
-            seed = draw_audit_seed(reading.settled.data_digest, number)
-            scored = work.score_updates(self.learner, self._blobs, self._network, action, seed, NO_SALT)
-            draws.append(scored.contributions)
-        tell(num_draws, num_draws, f"round {round}")
         by_payload = {item.payload: [draw[place] for draw in draws] for place, item in enumerate(action.updates)}
         largest = max(abs(statistics.fmean(values)) for values in by_payload.values())
         updates = tuple(
@@ -181,6 +175,19 @@ class Meter:
             if item.is_finding
         ]
         return DeepCheck(round, updates, (*findings, *self.compare_merge(proposal)), notes)
+
+    def _draw(
+        self, action: ScoreUpdates, data_digest: Digest, num_draws: int, tell: Tell
+    ) -> list[tuple[Contribution, ...]]:
+        """Contributions by draw, in the order of `action.updates`."""
+        draws = []
+        for number in range(num_draws):
+            tell(number, num_draws, f"round {action.round}")
+            seed = draw_audit_seed(data_digest, number)
+            scored = work.score_updates(self.learner, self._blobs, self._network, action, seed, NO_SALT)
+            draws.append(scored.contributions)
+        tell(num_draws, num_draws, f"round {action.round}")
+        return draws
 
     def find_base(self, book: Book, reading: Reading) -> Digest:
         """The digest of a round's base, whose bytes are at hand then: fetched, or merged again from an older one.

@@ -93,7 +93,7 @@ def plot_rewards(rows: Sequence[Row], path: Path, names: Names | None = None) ->
     else:
         scale = pyplot.Normalize(rounds[0], rounds[0] + (rounds[-1] - rounds[0]) / 0.85)
         mappable = matplotlib.cm.ScalarMappable(scale, colours)
-        figure.colorbar(mappable, ax=(top, bottom), label="round", boundaries=None)
+        figure.colorbar(mappable, ax=(top, bottom), label="round").ax.set_ylim(rounds[0], rounds[-1])
     _save(figure, path)
 
 
@@ -122,6 +122,7 @@ def _plot_distribution(book: Book, path: Path, names: Names) -> None:
                 f"{line.share:.1%}", (place, drawn[place]), ha="center", va="bottom", fontsize="small",
                 xytext=(0, 2), textcoords="offset points",
             )  # fmt: skip
+    axes.margins(x=0.02)
     axes.set_ylim(0, 1.12 * max(drawn) or 1)  # room for the shares above the bars
     axes.set_title(f"All rewards by peer (share of the total; Gini {gini:.3f})")
     axes.set_ylabel("reward [PFM]")

@@ -222,13 +222,16 @@ def compute_histories(book: Book) -> tuple[tuple[Round, ...], dict[MemberIndex, 
     """(rounds with data, by member: allotted up to each, drawn against roots up to each) [wei]."""
     readings = [reading for reading in book.readings if reading.proposal]
     rounds = tuple(reading.settled.round for reading in readings)
-    draws = [entry.what for entry in book.entries if isinstance(entry.what, Claimed)]
+    by_round = [_cumulative(reading, len(book.roster.members)) for reading in readings]
+    draws: dict[MemberIndex, list[Claimed]] = {}
+    for entry in book.entries:
+        if isinstance(entry.what, Claimed):
+            draws.setdefault(entry.what.index, []).append(entry.what)
     histories: dict[MemberIndex, tuple[list[int], list[int]]] = {}
     for member in book.roster.members:
-        allotted = [_cumulative(reading, len(book.roster.members))[member.index] for reading in readings]
-        mine = [draw for draw in draws if draw.index == member.index]
+        mine = draws.get(member.index, [])
         drawn: list[int] = [sum(draw.amount for draw in mine if draw.round <= round) for round in rounds]
-        histories[member.index] = (allotted, drawn)
+        histories[member.index] = ([sums[member.index] for sums in by_round], drawn)
     return rounds, histories
 
 

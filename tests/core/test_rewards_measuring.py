@@ -245,6 +245,19 @@ def test_missing_payloads_are_named_and_nothing_is_invented(honest: Trained) -> 
         early.find_base(book, book.readings[1])
 
 
+@pytest.mark.parametrize("is_lie", [True, False])
+def test_a_round_without_data_is_not_measured_and_the_others_are(honest: Trained, is_lie: bool) -> None:
+    book = honest.settled.book()
+    lost = msgspec.structs.replace(book.readings[0], proposal=None, problem="round 0: no data", is_lie=is_lie)
+    partial = msgspec.structs.replace(book, readings=(lost, book.readings[1]))
+    first, second = check_rounds(
+        honest.meter, partial, partial.readings, lambda at: list_rosters(book, at)[0], 3, 600, lambda *_: None
+    )
+    assert (first.updates, first.notes[0][:30]) == ((), "not measured: round 0: no data")
+    assert len(second.updates) == NUM_PEERS
+    assert any("data of an earlier round are missing" in note for note in second.notes)
+
+
 def test_unknown_history_excuses_less_but_never_more_than_measured(honest: Trained) -> None:
     book = honest.settled.book()
     meter = Meter(honest.meter.learner, without(honest.blobs, honest.payloads[0][1]), honest.settled.network)
