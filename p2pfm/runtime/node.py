@@ -341,12 +341,21 @@ class Node:
         durable = await trio.to_thread.run_sync(self._make_whole, durable, learner)
         self.peer = self._make_peer(self.keys.peer, self.config.network, durable)
         self.effects.served |= {self._probe, durable.base}
+        self.effects.served |= await trio.to_thread.run_sync(self._find_released)
         await self.effects.adopt(durable.base)
         if durable.head is None:  # where the story begins: people compare with it
             await self.effects.carry_out(Evaluate(Round(-1), durable.base))
         self._event_log: EventLogWriter | None = EventLogWriter(
             Path(self.config.home) / "events", self.config.network, self.keys.peer, durable
         )
+
+    def _find_released(self) -> set[Digest]:
+        """What certified rounds have made public: auditors ask for it long after."""
+        released: set[Digest] = set()
+        for certificate in self._store.get_certificates(-1):
+            proposal = certificate.proposal
+            released |= {proposal.new_base, *(update.payload for update in proposal.updates)}
+        return released
 
     def _make_whole(self, durable: Durable | None, learner: Learner) -> Durable:
         """The durable state without what its blobs were lost of; what was signed and announced is never forgotten."""

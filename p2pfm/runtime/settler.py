@@ -103,6 +103,8 @@ class Settler:
             self.data_digests |= {settled.data_digest for settled in rounds}
             self._data_round = head.round
             await self._follow_contests()
+        if self.head is not None and (head is None or head.round < self.head.round):
+            await self._queue_again(head)
         if head != self.head:  # before the roster: a peer that is behind, or whose round is void, must not train
             self.head = head
             await self._emit(SettledChanged(head))
@@ -113,6 +115,13 @@ class Settler:
             self._roster_since = trio.current_time()
             if roster.committee:  # before the first draw there is nothing that a peer could do
                 await self._emit(RosterChanged(roster))
+
+    async def _queue_again(self, head: SettledRound | None) -> None:
+        """Rounds are gone from the chain: what was not voided stood in blocks that were replaced, and is owed again."""
+        after = head.round if head else -1
+        member = get_member(self.roster, self._me) if self.roster else None
+        for certificate in await trio.to_thread.run_sync(self._store.get_certificates, after):
+            await self.queue(certificate, member.index if member else 0)
 
     async def _follow_contests(self) -> None:
         """Remember the bases of rounds that may still be voided, and the one that stands for sure."""

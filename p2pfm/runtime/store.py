@@ -221,6 +221,14 @@ class Store:
         certificate = msgspec.msgpack.decode(row[0], type=Certificate) if row else None
         return certificate if certificate and certificate.proposal.root == root else None
 
+    def get_certificates(self, after: int) -> tuple[Certificate, ...]:
+        """Certificates on record of rounds after this one, by round."""
+        with self._lock:
+            rows = self._database.execute(
+                "SELECT certificate FROM certificates WHERE round > ? ORDER BY round", (after,)
+            ).fetchall()
+        return tuple(msgspec.msgpack.decode(row[0], type=Certificate) for row in rows)
+
     def queue_settlement(self, certificate: Certificate) -> None:
         """Remember a certificate until `drop_settlement`; the oldest go beyond SETTLEMENTS_MAX."""
         with self._lock:
