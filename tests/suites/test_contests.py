@@ -602,3 +602,18 @@ def test_a_void_gives_the_federation_its_time_to_go_on(world: World) -> None:
         world.any.restart()
     world.advance(100)
     world.any.restart()
+
+
+def test_what_follows_a_held_round_is_held_with_it(world: World) -> None:
+    world.found(4, pool=1900)
+    world.settle(0)
+    world.settle(1, [1, 1, 0, 0])
+    world.settle(2)
+    world.advance(WINDOW - 60)
+    world.any.demand_leaf(Round(1), index(0))
+    world.advance(60)
+    assert [settled.is_final for settled in world.any.get_rounds(Round(0))] == [True, False, False]
+    with refuses("NotFinal"):
+        world.any.claim(Round(2), index(0), world.leaves)
+    world.advance(2 * RESPONSE)
+    assert world.any.claim(Round(2), index(0), world.leaves) == 500
