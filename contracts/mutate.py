@@ -267,7 +267,7 @@ MUTANTS = (
         FEDERATION,
         "if (_isPayout(statement.round, last) && statement.contribution > 0) {",
         "if (statement.contribution > 0) {",
-        "pays_nothing or framed or specification",
+        "between_payouts",
     ),
     Mutant(
         "transition without the previous leaf",
@@ -348,14 +348,14 @@ MUTANTS = (
         FEDERATION,
         "(head.round, head.numLeaves, _headRoot) = (previous.round, previous.numLeaves, previous.root);",
         "(head.numLeaves, _headRoot) = (previous.numLeaves, previous.root);",
-        "void or moved or specification",
+        "void or moved",
     ),
     Mutant(
         "a void does not restore the leaves",
         FEDERATION,
         "(head.round, head.numLeaves, _headRoot) = (previous.round, previous.numLeaves, previous.root);",
         "(head.round, _headRoot) = (previous.round, previous.root);",
-        "void or moved or specification",
+        "void or moved",
     ),
     Mutant(
         "a void keeps what follows",

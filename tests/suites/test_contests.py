@@ -617,3 +617,11 @@ def test_what_follows_a_held_round_is_held_with_it(world: World) -> None:
         world.any.claim(Round(2), index(0), world.leaves)
     world.advance(2 * RESPONSE)
     assert world.any.claim(Round(2), index(0), world.leaves) == 500
+
+
+def test_a_round_between_payouts_owes_nothing_for_its_contributions(world: World) -> None:
+    world.found(4)
+    world.cheat(0, (leaf(0, 0, 5), leaf(0, 0, 3), leaf(0, 0, -1), leaf(0, 0, 0)))
+    for position in range(4):
+        with refuses("NoFault"):
+            world.any.prove_reward(Round(0), index(position), world.leaves)
