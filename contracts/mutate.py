@@ -217,7 +217,7 @@ MUTANTS = (
         FEDERATION,
         "(isHeld ? 2 * RESPONSE_PERIOD : 0)",
         "(isHeld ? 200 * RESPONSE_PERIOD : 0)",
-        "holds",
+        "chain_of_demands",
     ),
     Mutant(
         "a leaf shown after the deadline",

@@ -625,3 +625,17 @@ def test_a_round_between_payouts_owes_nothing_for_its_contributions(world: World
     for position in range(4):
         with refuses("NoFault"):
             world.any.prove_reward(Round(0), index(position), world.leaves)
+
+
+def test_no_chain_of_demands_holds_a_round_longer_than_one_contest(world: World) -> None:
+    world.found(4, pool=1900)
+    world.settle(1, [1, 1, 0, 0])
+    leaves = world.leaves
+    world.advance(WINDOW - 60)
+    world.any.demand_leaf(Round(1), index(0))
+    world.settle(2)
+    world.advance(RESPONSE)
+    world.any.demand_leaf(Round(2), index(0))  # holds rounds 1 and 2 for two more response periods
+    world.advance(RESPONSE + 90)
+    assert [settled.is_final for settled in world.any.get_rounds(Round(1))] == [True, False]
+    assert world.any.claim(Round(1), index(0), leaves) == 500
