@@ -3,7 +3,7 @@
 What a member revealed may be wrong all the same: `measuring` measures it again. Knows no model.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
@@ -13,7 +13,7 @@ from p2pfm.errors import Reject
 from p2pfm.messages import Announcement, IncludedUpdate, Proposal
 from p2pfm.protocol.committee import draft_proposal
 from p2pfm.settlement import merkle
-from p2pfm.settlement.ledger import Ledger, Roster, SettledRound
+from p2pfm.settlement.ledger import LeafValue, Ledger, Roster, SettledRound
 from p2pfm.settlement.rewards import from_wire
 from p2pfm.settlement.sampling import compute_quorum
 from p2pfm.types import WEIGHT_ONE, Digest, MemberIndex, Round, compute_digest
@@ -124,11 +124,20 @@ def _compare_content(
     if right.leaves != proposal.leaves:
         pairs = zip(from_wire(right.leaves), from_wire(proposal.leaves), strict=False)
         findings += [
-            f"leaf of member {index}: recomputed {computed}, the proposal says {given}"
+            f"leaf of member {index}: {', '.join(_describe_difference(computed, given))}"
             for index, (computed, given) in enumerate(pairs)
             if computed != given
         ]
     return findings
+
+
+def _describe_difference(computed: LeafValue, given: LeafValue) -> Iterator[str]:
+    """Each value of a leaf that is not what the rules give."""
+    units = {"cumulative_wei": "sum [wei]", "reward_wei": "reward [wei]", "contribution": "contribution [nano-nats]"}
+    for name, called in units.items():
+        right, told = getattr(computed, name), getattr(given, name)
+        if right != told:
+            yield f"{called} should be {right:,}, the proposal says {told:,}"
 
 
 def _compare_updates(right: Proposal, told: Mapping[Digest, IncludedUpdate]) -> list[str]:

@@ -24,6 +24,7 @@ from p2pfm.settlement.ledger import (
     Roster,
     SettledRound,
     Slashed,
+    Sums,
     Withdrawn,
 )
 from p2pfm.settlement.rewards import from_wire
@@ -308,8 +309,12 @@ def compare_root(settled: SettledRound, leaves: Sequence[LeafValue]) -> list[str
     if tree.digest != settled.root:
         findings.append(f"leaves: their root is {tree.digest.hex()}, the chain holds {settled.root.hex()}")
     if tree.sums != settled.sums:
-        findings.append(f"leaves: they sum to {tree.sums}, the chain holds {settled.sums}")
+        findings.append(f"leaves: they sum to {_name_sums(tree.sums)}, the chain holds {_name_sums(settled.sums)}")
     return findings
+
+
+def _name_sums(sums: Sums) -> str:
+    return f"{sums.cumulative_wei:,} wei ({sums.reward_wei:,} of this round; contributions {sums.contribution:,})"
 
 
 def _change(members: tuple[Member, ...], index: MemberIndex, **changes: object) -> tuple[Member, ...]:
