@@ -42,9 +42,9 @@ library RewardTree {
         uint256 height = numLeaves < 2 ? 0 : Math.log2(numLeaves - 1) + 1;
         if (index >= numLeaves || proof.siblings.length != height) revert BadProof();
         node = leafNode(proof.leaf);
+        Node[] calldata siblings = proof.siblings;
         for (uint256 i = 0; i < height; ++i) {
-            Node memory sibling = proof.siblings[i];
-            node = (index >> i) & 1 == 1 ? parent(sibling, node) : parent(node, sibling);
+            step(node, siblings[i], (index >> i) & 1);
         }
     }
 
@@ -57,23 +57,29 @@ library RewardTree {
         return contribution > 0 ? uint128(contribution) : 0;
     }
 
-    function parent(Node memory left, Node memory right) internal pure returns (Node memory) {
-        bytes32 digest = keccak256(
-            abi.encodePacked(
-                left.digest,
-                left.cumulative,
-                left.reward,
-                uint256(left.contribution),
-                right.digest,
-                right.cumulative,
-                right.reward,
-                uint256(right.contribution)
-            )
-        );
-        uint256 cumulative = uint256(left.cumulative) + right.cumulative;
-        uint256 reward = uint256(left.reward) + right.reward;
-        uint256 contribution = uint256(left.contribution) + right.contribution;
+    /// @dev From a node to the one above it, in place. `side` is 1 if the node is the right child. By hand, because a
+    /// claim in a tree of 10,000 leaves does it 14 times.
+    function step(Node memory node, Node calldata sibling, uint256 side) internal pure {
+        (uint256 cumulative, uint256 reward, uint256 contribution) =
+            (sibling.cumulative, sibling.reward, sibling.contribution);
+        assembly ("memory-safe") {
+            // Two nodes of 96 bytes beside each other: digest, both amounts, contribution.
+            let buffer := mload(0x40)
+            let mine := add(buffer, mul(96, side))
+            let other := add(buffer, mul(96, iszero(side)))
+            mstore(mine, mload(node))
+            mstore(add(mine, 32), or(shl(128, mload(add(node, 32))), mload(add(node, 64))))
+            mstore(add(mine, 64), mload(add(node, 96)))
+            mstore(other, calldataload(sibling))
+            mstore(add(other, 32), or(shl(128, cumulative), reward))
+            mstore(add(other, 64), contribution)
+            mstore(node, keccak256(buffer, 192))
+            cumulative := add(cumulative, mload(add(node, 32)))
+            reward := add(reward, mload(add(node, 64)))
+            contribution := add(contribution, mload(add(node, 96)))
+        }
         if ((cumulative | reward | contribution) >> 128 != 0) revert BadProof();
-        return Node(digest, uint128(cumulative), uint128(reward), uint128(contribution));
+        (node.cumulative, node.reward, node.contribution) =
+            (uint128(cumulative), uint128(reward), uint128(contribution));
     }
 }
