@@ -328,7 +328,7 @@ MUTANTS = (
         "overpaid",
     ),
     Mutant("a slash keeps the nonce", FEDERATION, "        ++_head.nonce;\n", "", "overpaid"),
-    Mutant("a slash by equivocation is told by halves", FEDERATION, "emit Restarted(_head.nonce);", "", "statements"),
+    Mutant("a slash by equivocation is told by halves", FEDERATION, "emit Restarted(_head.nonce);", "", "everything_that"),
     Mutant(
         "a void does not restore the pool",
         FEDERATION,
@@ -355,7 +355,7 @@ MUTANTS = (
         FEDERATION,
         "(head.round, head.numLeaves, _headRoot) = (previous.round, previous.numLeaves, previous.root);",
         "(head.round, _headRoot) = (previous.round, previous.root);",
-        "void or moved",
+        "number_of_leaves_too",
     ),
     Mutant(
         "a void keeps what follows",

@@ -639,3 +639,18 @@ def test_no_chain_of_demands_holds_a_round_longer_than_one_contest(world: World)
     world.advance(RESPONSE + 90)
     assert [settled.is_final for settled in world.any.get_rounds(Round(1))] == [True, False]
     assert world.any.claim(Round(1), index(0), leaves) == 500
+
+
+def test_a_void_takes_back_the_number_of_leaves_too(world: World) -> None:
+    world.found(4, pool=2000)
+    world.settle(1, [1, 1, 0, 0])
+    before, spared = world.leaves, world.any.get_roster().committee[0]
+    world.join(5)
+    gift = (leaf(500, 0, 0), leaf(0, 0, 0), leaf(0, 0, 0), leaf(0, 0, 0), leaf(500, 0, 0))
+    world.cheat(2, gift, absent=[spared])
+    world.any.prove_transition(Round(2), index(4), before, gift)
+    world.any.rotate()
+    world.cheat(2, (leaf(500, 0, 0), leaf(500, 0, 0), leaf(0, 0, 0), leaf(0, 0, 0)))
+    head = world.any.get_head()
+    assert head is not None
+    assert (head.round, head.num_leaves) == (2, 4)
