@@ -53,7 +53,12 @@ class Deployed:
         """Send it as a transaction whatever a dry run says; whether it passed."""
         nonce = self.web3.eth.get_transaction_count(self.web3.to_checksum_address(ACCOUNTS[account]), "latest")
         transaction = function.build_transaction(
-            {"from": ACCOUNTS[account], "nonce": nonce, "gas": ATTACK_GAS, "gasPrice": 2 * self.web3.eth.gas_price}
+            {
+                "from": ACCOUNTS[account],
+                "nonce": nonce,
+                "gas": ATTACK_GAS,
+                "gasPrice": 10 * self.web3.eth.get_block("latest")["baseFeePerGas"] + 1,
+            }
         )
         signed = Account.sign_transaction(transaction, KEYS[account])
         digest = self.web3.eth.send_raw_transaction(signed.raw_transaction)
