@@ -66,7 +66,8 @@ indices = st.integers(0, 6).map(MemberIndex)
 rounds = st.integers(0, 2)
 """Counted from the newest back."""
 contributions = st.lists(st.integers(-3, 9), max_size=6)
-seats = st.sets(st.integers(0, 3), max_size=2)
+seats = st.sampled_from([set(), set(), {0}, {1}, {3}, {0, 1}])
+most_seats = st.sets(st.integers(0, 3), min_size=1, max_size=3)
 FALSE_TREES = ("reward", "transition", "garbage")
 WRONG_FIELDS = ("nonce", "epoch", "early epoch", "round", "prev_root", "num_leaves", "sums", "budget", "signature")
 
@@ -105,9 +106,9 @@ class Ledgers(RuleBasedStateMachine):
         return self.in_memory[SPONSOR]
 
     def pick(self, back: int) -> Round:
-        """A round that stands, counted from the newest; one that does not, if there are not as many."""
+        """A round that stands, counted from the newest; one that does not, if there is none."""
         known = self.any.get_rounds(Round(0))
-        return known[-1 - back].round if back < len(known) else Round(999)
+        return known[-1 - back % len(known)].round if known else Round(999)
 
     def tree_of(self, round: Round) -> tuple[LeafValue, ...]:
         known = {settled.round: settled.root for settled in self.any.get_rounds(Round(0))}
@@ -202,16 +203,23 @@ class Ledgers(RuleBasedStateMachine):
         roster = self.any.get_roster()
         secrets = dict(zip(BLS_KEYS, SECRETS, strict=True))
         committee = self.any.get_committee(submission.epoch) or roster.committee
-        signers = [roster.members[index].bls_key for index in committee if index not in submission.absent]
+        present = [roster.members[index].bls_key for index in committee if index not in submission.absent]
+        signers = present or BLS_KEYS[:1]  # where nobody is left to sign, a stranger does
         message = submission_message(self.chain, submission)
         signatures = [bls.sign(secrets[key], message) for key in signers]
-        return msgspec.structs.replace(submission, signature=bls.aggregate(signatures)) if signatures else submission
+        return msgspec.structs.replace(submission, signature=bls.aggregate(signatures))
+
+    def revive(self) -> None:
+        """Draw a committee if the present one is dead: else nothing would ever be settled again."""
+        if self.spec._epoch_min >= len(self.spec._committees):
+            self.rotate()
 
     def submit(self, submission: Submission) -> None:
         self.both(SPONSOR, lambda ledger: ledger.submit_round(submission))
 
     @rule(step=st.integers(1, 3), shares=contributions, absent=seats)
     def settle(self, step: int, shares: list[int], absent: set[int]) -> None:
+        self.revive()
         self.submit(self.sign(self.make_round(step, shares, absent)))
 
     @rule(step=st.integers(1, 2), wrong=st.sampled_from(WRONG_FIELDS), shares=contributions)
@@ -240,6 +248,7 @@ class Ledgers(RuleBasedStateMachine):
         self, kind: str, absent: set[int], first: MemberIndex, second: MemberIndex, back: int, demander: int
     ) -> None:
         """A certified round whose sums are right and whose tree is not; contested at once, or not."""
+        self.revive()
         good = self.make_round(2, [4, 4, 1, 1], absent)
         leaves = list(self.trees[good.root])
         i, j = (position % max(1, len(leaves)) for position in (first, second))
@@ -280,8 +289,10 @@ class Ledgers(RuleBasedStateMachine):
         for index in range(len(self.any.get_roster().members)):
             self.claim(SPONSOR, back, MemberIndex(index), is_wrong=False)
 
-    @rule()
-    def restart(self) -> None:
+    @rule(is_late=st.booleans())
+    def restart(self, is_late: bool) -> None:
+        if is_late:
+            self.pass_time(7)
         self.both(SPONSOR, lambda ledger: ledger.restart())
 
     # --- contests -----------------------------------------------------------------------------------------------------
@@ -323,7 +334,7 @@ class Ledgers(RuleBasedStateMachine):
         number = len(self.any.get_demands()) - 1 - back
         self.both(account, lambda ledger: ledger.close_demand(number))
 
-    @rule(account=accounts, one=seats, other=seats, is_same=st.booleans())
+    @rule(account=accounts, one=most_seats, other=most_seats, is_same=st.booleans())
     def equivocate(self, account: int, one: set[int], other: set[int], is_same: bool) -> None:
         first = self.make_round(1, [], one)
         base = first.base if is_same else Digest(b"\x09" * 32)
