@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 CONTRACTS := contracts/node_modules/.ready
+JS_PEER := tests/net/js/node_modules/.ready
 
 .PHONY: setup demo test mutate check slither clean
 
@@ -20,8 +21,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) $(if $(filter anvil,$(CHAIN)),$(CONTRACTS))
 	@$(BIN)/p2pfm demo $(if $(JSON),--json '$(JSON)')
 
-# The tests that compile contracts or use anvil need Node.js; without it they say so and are skipped.
-test: $(READY) $(CONTRACTS)
+# The tests that compile contracts, use anvil or start a js-libp2p peer need Node.js; without it they are skipped.
+test: $(READY) $(CONTRACTS) $(JS_PEER)
 	$(BIN)/python -m pytest $(TESTS)
 
 # Breaks the contract's rules one by one: each must be noticed by a test. Needs Node.js; about half an hour.
@@ -43,5 +44,11 @@ $(CONTRACTS): contracts/package.json
 	else echo 'no npm: contracts are not recompiled, anvil is not used'; mkdir -p contracts/node_modules; fi
 	@touch $@
 
+# Where the registry is not reached, the one test that needs these packages says so and is skipped.
+$(JS_PEER): tests/net/js/package.json
+	@if command -v npm > /dev/null; then npm install --prefix tests/net/js --no-audit --no-fund --no-package-lock --silent \
+	|| echo 'npm failed: no js-libp2p peer is tested'; else echo 'no npm: no js-libp2p peer is tested'; fi
+	@mkdir -p tests/net/js/node_modules && touch $@
+
 clean:
-	rm -rf .venv contracts/node_modules demo-out
+	rm -rf .venv contracts/node_modules tests/net/js/node_modules demo-out
