@@ -507,10 +507,20 @@ MUTANTS = (
     Mutant(
         "sums are not hashed",
         TREE,
-        "                left.digest,\n                left.cumulative,",
-        "                left.digest,\n                uint128(0),",
+        "or(shl(128, mload(add(node, 32))), mload(add(node, 64)))",
+        "mload(add(node, 64))",
         "claim",
     ),
+    Mutant("a sibling's sums are not hashed", TREE, "or(shl(128, cumulative), reward)", "reward", "claim"),
+    Mutant("left and right are the same", TREE, "mul(96, side)", "0", "claim"),
+    Mutant(
+        "a rotation may outgrow a transaction",
+        FEDERATION,
+        " || rotation > ROTATION_GAS_MAX",
+        "",
+        "rules_that_cannot",
+    ),
+    Mutant("a contest may overflow", FEDERATION, "contest > CONTEST_MAX || ", "", "rules_that_cannot"),
     Mutant(
         "infinity signs",
         BLS,

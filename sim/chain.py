@@ -48,6 +48,7 @@ class Chain:
                 challenge_window_s=CHALLENGE_WINDOW_S,
                 pool_per_epoch=network.pool_per_epoch(),
                 rounds_per_epoch=network.settlement.rounds_per_epoch,
+                members_max=max(len(peers), network.scoring.committee_size),
             ),
             signatures,
             lambda: clock() // 1000,

@@ -60,6 +60,11 @@ contract Federation is IFederation {
     uint256 public constant VERSION = 2;
     uint256 private constant PEER_BYTES_MAX = 128;
     uint256 private constant COMMITTEE_MAX = 256;
+    /// @dev Longer than anyone waits, and far from where 64-bit times overflow [s].
+    uint256 private constant CONTEST_MAX = 3650 days;
+    /// @dev What a rotation may cost: below the cap of one transaction (EIP-7825), or nobody could draw any more. It reads
+    /// every stake, and goes through all of them once a seat (measured in bench/gas.py).
+    uint256 private constant ROTATION_GAS_MAX = 15_500_000;
     /// @dev A rotation must not kill a round in flight.
     uint32 private constant EPOCH_LAG_MAX = 1;
     /// @dev Part of what is slashed that goes to who proved the fault; the rest goes to the pool.
@@ -115,10 +120,13 @@ contract Federation is IFederation {
 
     constructor(address token_, Params memory p) {
         uint256 contest = uint256(p.challengeWindow) + 2 * uint256(p.responsePeriod);
+        uint256 seats = p.committeeSize;
+        uint256 rotation = uint256(p.membersMax) * (3000 + 170 * seats) + 25_000 * seats;
         if (
             p.committeeSize == 0 || p.minStake == 0 || p.roundsPerEpoch == 0 || p.responsePeriod == 0
                 || p.leafBond == 0 || p.committeeSize > COMMITTEE_MAX || p.membersMax < p.committeeSize
                 || p.restartPeriod < contest || p.unbondingPeriod < contest || token_ == address(0)
+                || contest > CONTEST_MAX || rotation > ROTATION_GAS_MAX
         ) revert BadParameter();
         token = token_;
         COMMITTEE_SIZE = p.committeeSize;

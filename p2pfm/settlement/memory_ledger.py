@@ -50,6 +50,12 @@ from p2pfm.types import Digest, MemberIndex, PeerId, Round, Wei
 PEER_BYTES_MAX = 128
 """Longest peer id the registry takes (the wire's bound)."""
 
+CONTEST_S_MAX = 3650 * 86_400
+"""Longer than anyone waits, and far from where the contract's 64-bit times overflow [s]."""
+
+ROTATION_GAS_MAX = 15_500_000
+"""What a rotation may cost: below the cap of one transaction, or nobody could draw any more (bench/gas.py) [gas]."""
+
 COMMITTEE_MAX = 256
 """Seats whose absence one word of calldata can tell."""
 
@@ -70,6 +76,12 @@ class Verifier(Protocol):
     def verify_round(self, bls_keys: Sequence[bytes], message: Digest, signature: bytes) -> bool:
         """Whether `signature` is the aggregate of all these keys' signatures of `message`."""
         ...
+
+
+def compute_rotation_gas(params: FederationParams) -> int:
+    """At most what a rotation costs: it reads every stake, and goes through all of them once a seat [gas]."""
+    seats = params.committee_size
+    return params.members_max * (3000 + 170 * seats) + 25_000 * seats
 
 
 class Proof(msgspec.Struct, frozen=True):
@@ -114,6 +126,8 @@ class InMemoryLedger:
             min(positive) <= 0
             or not params.committee_size <= min(COMMITTEE_MAX, params.members_max)
             or min(params.restart_s, params.unbonding_s) < params.contest_s
+            or params.contest_s > CONTEST_S_MAX
+            or compute_rotation_gas(params) > ROTATION_GAS_MAX
         ):
             raise Reverted("BadParameter")
         self.chain = chain

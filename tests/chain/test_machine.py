@@ -252,6 +252,10 @@ class Ledgers(RuleBasedStateMachine):
         good = self.make_round(2, [4, 4, 1, 1], absent)
         leaves = list(self.trees[good.root])
         i, j = (position % max(1, len(leaves)) for position in (first, second))
+        if back < 2 and leaves:  # where it hurts: else most have nothing to lose
+            worth = [one.reward_wei if kind == "reward" else one.cumulative_wei - one.reward_wei for one in leaves]
+            j = max(range(len(leaves)), key=worth.__getitem__)
+            i = (j + 1) % len(leaves)
         if kind == "garbage" or not leaves:
             good = msgspec.structs.replace(good, root=Digest(b"\x07" * 31 + bytes([len(self.trees) % 256])))
         elif kind == "reward":  # j's goes to i, the sums with it
@@ -266,12 +270,12 @@ class Ledgers(RuleBasedStateMachine):
             tree = self.keep(leaves)
             good = msgspec.structs.replace(good, root=tree.digest, sums=tree.sums)
         self.submit(self.sign(good))
-        if back == 0:
+        if back < 2:
             contest = {"reward": self.prove_reward, "transition": self.prove_transition}.get(kind)
             if contest:
-                contest(0, first, demander)
+                contest(0, MemberIndex(j), demander)
             else:
-                self.demand(demander, 0, first, is_default=True)
+                self.demand(demander, 0, MemberIndex(j), is_default=True)
 
     @rule(account=accounts, back=rounds, index=indices, is_wrong=st.booleans())
     def claim(self, account: int, back: int, index: MemberIndex, is_wrong: bool) -> None:

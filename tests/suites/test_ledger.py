@@ -299,6 +299,8 @@ def test_rules_that_cannot_work_together_are_refused(make_world: Callable[[Feder
         {"leaf_bond": Wei(0)},
         {"restart_s": PARAMS.contest_s - 1},
         {"unbonding_s": PARAMS.contest_s - 1},
+        {"challenge_window_s": 2**63, "restart_s": 2**64 - 1, "unbonding_s": 2**64 - 1},
+        {"committee_size": 64, "members_max": 1002},  # a rotation would not fit into a transaction
     ):
         with refuses("BadParameter"):
             make_world(msgspec.structs.replace(PARAMS, **changes))
