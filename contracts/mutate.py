@@ -328,7 +328,7 @@ MUTANTS = (
         "overpaid",
     ),
     Mutant("a slash keeps the nonce", FEDERATION, "        ++_head.nonce;\n", "", "overpaid"),
-    Mutant("a slash by equivocation is told by halves", FEDERATION, "emit Restarted(_head.nonce);", "", "everything_that"),
+    Mutant("a slash by equivocation is told by halves", FEDERATION, "emit Restarted(_head.nonce);", "", "everything"),
     Mutant(
         "a void does not restore the pool",
         FEDERATION,

@@ -288,6 +288,17 @@ def test_a_restart_kills_outstanding_signatures_and_keeps_what_is_final(world: W
     assert world.any.get_pool() == 500
 
 
+def test_a_restart_waits_from_the_newest_round_on(world: World) -> None:
+    world.found(4)
+    world.advance(PARAMS.restart_s - 500)
+    world.settle(0)
+    world.advance(1000)
+    with refuses("TooEarly"):
+        world.any.restart()
+    world.advance(PARAMS.restart_s)
+    world.any.restart()
+
+
 def test_rules_that_cannot_work_together_are_refused(make_world: Callable[[FederationParams], World]) -> None:
     for changes in (
         {"committee_size": 0},
