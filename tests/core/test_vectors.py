@@ -20,8 +20,9 @@ from py_ecc.bls import G2ProofOfPossession
 from py_ecc.bls.g2_primitives import pubkey_to_G1
 from py_ecc.optimized_bls12_381 import normalize
 from vectors.make_vectors import COMPRESSION, HERE, KINDS, make_base, make_files, to_plain
+from vectors.plain_payload import read_update
 
-from p2pfm.config import ChainConfig
+from p2pfm.config import ChainConfig, CompressionConfig
 from p2pfm.errors import Reject
 from p2pfm.lora.compress import compress, decode_payload
 from p2pfm.lora.delta import decode_tensors, flatten, unflatten
@@ -192,6 +193,33 @@ def test_a_payload_decodes_to_exactly_its_values(name: str) -> None:
     flat[vector["positions"]] = vector["values"]
     again, _ = compress(unflatten(flat, update.layout), COMPRESSION)
     assert join_payload(maker, again) == data, CHANGED.format(name=vector["file"])
+
+
+@pytest.mark.parametrize("name", sorted(TENSORS["payloads"]))
+def test_a_payload_is_read_independently(name: str) -> None:
+    vector = TENSORS["payloads"][name]
+    data = (HERE / vector["file"]).read_bytes()
+    found = read_update(data[1 + data[0] :], TENSORS["shapes"], TENSORS["chunk"], TENSORS["keep"])
+    assert list(found) == vector["positions"]
+    assert list(found.values()) == vector["values"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_payloads_of_many_shapes_are_read_independently(seed: int) -> None:
+    """Clustered and scattered places, chunks of all kinds, tilts, far levels."""
+    rng = np.random.default_rng(seed)
+    chunk = int(rng.integers(16, 700))
+    config = CompressionConfig(chunk=chunk, keep=int(rng.integers(1, chunk + 1)))
+    shapes = {f"t{i}": tuple(int(n) for n in rng.integers(1, 60, rng.integers(1, 4))) for i in range(6)}
+    scale = {name: 2.0 ** rng.integers(-60, 30) for name in shapes}
+    delta = {
+        name: (scale[name] * rng.normal(size=shape) * (rng.random(shape[-1:]) < rng.random())).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+    coded, decoded = compress(delta, config)
+    found = read_update(coded, list(shapes.items()), config.chunk, config.keep)
+    flat = flatten(decoded)
+    assert found == {int(place): float(flat[place]) for place in np.flatnonzero(flat)}
 
 
 def test_a_changed_bit_of_a_payload_is_rejected_or_another_update() -> None:
