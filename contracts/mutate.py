@@ -26,7 +26,7 @@ ARTIFACTS = "P2PFM_TEST_ARTIFACTS"
 COMPILE_SECONDS_MAX = 120
 TEST_SECONDS_MAX = 600
 SUITES = (
-    *("tests/suites", "tests/chain/test_attacks.py", "tests/chain/test_contract.py"),
+    *("tests/suites", "tests/chain/test_contract_attacks.py", "tests/chain/test_contract.py"),
     "tests/chain/test_machine.py",  # the longest last
 )
 

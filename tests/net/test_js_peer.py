@@ -135,6 +135,7 @@ async def speak(ours: Libp2pTransport, js: JsPeer, announcement: Announcement) -
     heard = await js.expect("announcement")
     assert heard["from"] == heard["author"] == ours.peer_id
     assert heard["isSigned"] is True
+    assert ours._pubsub.seen_messages.has(bytes.fromhex(heard["id"])), "both sides name a message alike"
     assert announcement.privacy is not None
     assert heard["fields"] == {
         "tag": "announcement",

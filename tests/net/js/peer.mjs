@@ -40,6 +40,13 @@ async function openEnvelope (data) {
   return { author, isSigned, body }
 }
 
+// Not js-libp2p's own choice, which takes the key in place of the peer id: in IHAVE and IWANT all must name a message alike.
+function messageId (message) {
+  const number = Buffer.alloc(8)
+  number.writeBigUInt64BE(message.sequenceNumber)
+  return Buffer.concat([message.from.toMultihash().bytes, number])
+}
+
 // Frames of one stream: 4 bytes of length, big endian, then so many bytes.
 async function * readFrames (stream) {
   let buffer = Buffer.alloc(0)
@@ -92,7 +99,7 @@ const node = await createLibp2p({
   transports: [tcp()],
   connectionEncrypters: [noise()],
   streamMuxers: [yamux()],
-  services: { identify: identify(), ping: ping(), pubsub: gossipsub({ globalSignaturePolicy: 'StrictSign' }) }
+  services: { identify: identify(), ping: ping(), pubsub: gossipsub({ globalSignaturePolicy: 'StrictSign', msgIdFn: messageId }) }
 })
 
 try {
@@ -104,12 +111,15 @@ try {
   })
   node.services.pubsub.subscribe(topic)
 
+  const identified = new Promise((resolve) => {
+    node.addEventListener('peer:identify', (event) => resolve(event.detail), { once: true })
+  })
   const connection = await node.dial(multiaddr(address))
   const remote = connection.remotePeer
-  const told = await node.services.identify.identify(connection)
+  const told = await identified
   say('identified', {
     me,
-    peer: remote.toString(),
+    peer: told.peerId.toString(),
     protocols: told.protocols,
     encryption: connection.encryption,
     multiplexer: connection.multiplexer
@@ -124,6 +134,7 @@ try {
   const [tag, round, peer, base, payload, payloadBytes, numTokens, privacy] = decode(body)
   say('announcement', {
     from: message.from.toString(),
+    id: hex(messageId(message)),
     author,
     isSigned,
     fields: { tag, round, peer, base: hex(base), payload: hex(payload), payloadBytes, numTokens, privacy }
