@@ -502,7 +502,7 @@ MUTANTS = (
         TREE,
         "if ((cumulative | reward | contribution) >> 128 != 0) revert BadProof();",
         "",
-        "overflow",
+        "come_round",
     ),
     Mutant(
         "sums are not hashed",

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 from eth_account import Account
+from eth_hash.auto import keccak
 from ledger_worlds import (
     ACCOUNTS,
     BLS_KEYS,
@@ -26,6 +27,7 @@ from raw_chain import (
     key_outside_the_subgroup,
     padded,
     raw_certificate,
+    raw_node,
     raw_proof,
     raw_statement,
     signature_outside_the_subgroup,
@@ -35,10 +37,11 @@ from raw_chain import (
 from p2pfm.errors import ChainError, Reverted
 from p2pfm.runtime.chain_rpc import read_artifact
 from p2pfm.runtime.web3_ledger import Web3Ledger, deploy
-from p2pfm.settlement import bls
+from p2pfm.settlement import bls, merkle
+from p2pfm.settlement.ledger import LeafValue, Sums
 from p2pfm.settlement.rewards import submission_message
 from p2pfm.settlement.sampling import draw_committee
-from p2pfm.types import MemberIndex, Round, Wei
+from p2pfm.types import Digest, MemberIndex, Round, Wei
 
 SUBMIT_GAS_MAX = 260_000
 """Settling with all signing: 227k for the signature, the rest storage; must not grow with members."""
@@ -212,6 +215,19 @@ def test_a_proof_longer_than_the_tree_is_refused(deployed: Deployed) -> None:
         assert deployed.revert_of(claim(0, record, 0, (values, wrong))) == "BadProof"
     assert deployed.revert_of(claim(0, record, 4, (values, siblings))) == "BadProof"
     assert deployed.revert_of(claim(1, record, 0, (values, siblings))) == "UnknownRound"
+
+
+def test_sums_that_come_round_to_the_announced_ones_prove_nothing(deployed: Deployed) -> None:
+    """Two leaves of 2**127 and more, announced as the little that is left of their sum: no client builds such a tree."""
+    world = deployed.world.found(2)
+    half = LeafValue(Wei(2**127 + 500), Wei(500), 1)
+    node = merkle.compute_leaf_node(half)
+    digest = Digest(keccak(merkle._encode(node) * 2))
+    world.settle(1, root=digest, sums=Sums(Wei(1000), Wei(1000), 2), num_leaves=2)
+    world.advance(PARAMS.challenge_window_s)
+    proof = (half.cumulative_wei, half.reward_wei, half.contribution), [raw_node(node)]
+    claim = deployed.contract.functions.claim(0, deployed.record(0), 0, proof)
+    assert deployed.revert_of(claim) == "BadProof"
 
 
 def test_the_constructor_refuses_rules_that_cannot_work(url: str) -> None:
