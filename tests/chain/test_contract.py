@@ -218,7 +218,7 @@ def test_a_proof_longer_than_the_tree_is_refused(deployed: Deployed) -> None:
 
 
 def test_sums_that_come_round_to_the_announced_ones_prove_nothing(deployed: Deployed) -> None:
-    """Two leaves of 2**127 and more, announced as the little that is left of their sum: no client builds such a tree."""
+    """Two leaves of 2**127 and more, announced as what is left of their sum. No client builds such a tree."""
     world = deployed.world.found(2)
     half = LeafValue(Wei(2**127 + 500), Wei(500), 1)
     node = merkle.compute_leaf_node(half)
