@@ -182,6 +182,13 @@ def test_stream_goes_on_when_its_replica_is_killed_and_the_node_comes_back(net: 
     client = openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", timeout=60, max_retries=0)
     model = f"tiny+base@{net.get_status(gateway)['protocol']['base'][:16]}"
     ask = {"model": model, "prompt": PROMPT, "max_tokens": 200, "temperature": 0}
+
+    def is_answered_elsewhere() -> bool:
+        """A base that was adopted just now is announced by the other replicas within seconds."""
+        answer = list(client.completions.create(**{**ask, "max_tokens": 1}, stream=True))
+        return bool(answer[0].model_extra["p2pfm"]["replica"] != gateway.peer)
+
+    net.wait_until("another replica answers", is_answered_elsewhere, 30)
     calm = client.completions.create(**ask)
     text, victim = "", None
     usage = None
