@@ -3,6 +3,7 @@
 Knows files and the command line's environment; nothing of the network.
 """
 
+import contextlib
 import os
 import secrets
 import socket
@@ -20,6 +21,8 @@ from p2pfm.runtime.keys import Keys, create_keys, load_keys
 CONFIG_NAME = "node.toml"
 PASSWORD_NAME = "password"
 PASSWORD_VARIABLE = "P2PFM_PASSWORD"
+PORTS = range(20_000, 32_000)
+"""Below those that systems give to outgoing connections: one of these would be gone before its server binds it."""
 
 
 def create_home(config: NodeConfig, home: Path, password: str | None, *, is_light: bool = False) -> Keys:
@@ -119,8 +122,9 @@ def open_keys(config: NodeConfig, password_file: Path | None) -> Keys:
 
 
 def get_free_port() -> int:
-    """A TCP port of this machine's loopback that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port of this machine's loopback that is free now, and that no outgoing connection takes meanwhile."""
+    while True:
+        port = secrets.choice(PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

@@ -5,7 +5,6 @@ A `World` is what a test of rules needs: accounts with tokens, time that passes 
 
 import json
 import os
-import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ import pytest
 from eth.vm.forks.spurious_dragon import computation
 from eth_account import Account
 
+from nodes.homes import get_free_port
 from nodes.testnet import account_keys, find_anvil, serve_embedded, start_anvil
 from p2pfm.config import ChainConfig
 from p2pfm.errors import Reverted
@@ -220,9 +220,7 @@ def refuses(reason: str) -> "pytest.RaisesExc[Reverted]":
 
 def free_port() -> int:
     """A TCP port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return get_free_port()
 
 
 _ids = count(1)
