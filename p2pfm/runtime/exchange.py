@@ -141,13 +141,14 @@ class _Download:
             if not self._missing:
                 await self._changed.wait()  # another's chunk may fail, and be ours then
                 continue
-            start = self._missing.popleft()
+            start, has_come = self._missing.popleft(), False
             try:
                 await self._take_chunk(provider, start)
-            except BaseException:
-                self._missing.append(start)
-                self._tell()
-                raise
+                has_come = True
+            finally:
+                if not has_come:  # failed or cancelled: another's now
+                    self._missing.append(start)
+                    self._tell()
 
     async def _take_chunk(self, provider: PeerId, start: int) -> None:
         request = encode(BlobRequest(self._digest, start, CHUNK_BYTES))

@@ -47,8 +47,8 @@ from p2pfm.settlement.ledger import (
     Voided,
     Withdrawn,
 )
-from p2pfm.settlement.memory_ledger import get_demand, is_settled, make_proof
 from p2pfm.settlement.merkle import EMPTY_ROOT
+from p2pfm.settlement.proofs import get_demand, is_settled, make_proof
 from p2pfm.types import Digest, MemberIndex, PeerId, Round, Wei
 
 VERSION = 2

@@ -29,7 +29,6 @@ from p2pfm.settlement.ledger import (
     Happening,
     Joined,
     LeafValue,
-    Ledger,
     Left,
     Member,
     Restarted,
@@ -43,6 +42,7 @@ from p2pfm.settlement.ledger import (
     Withdrawn,
 )
 from p2pfm.settlement.merkle import EMPTY_ROOT
+from p2pfm.settlement.proofs import Proof, get_demand, is_settled, make_proof
 from p2pfm.settlement.rewards import compute_reward, is_payout_round, submission_message
 from p2pfm.settlement.sampling import compute_quorum, draw_committee
 from p2pfm.types import Digest, MemberIndex, PeerId, Round, Wei
@@ -82,13 +82,6 @@ def compute_rotation_gas(params: FederationParams) -> int:
     """At most what a rotation costs: it reads every stake, and goes through all of them once a seat [gas]."""
     seats = params.committee_size
     return params.members_max * (3000 + 170 * seats) + 25_000 * seats
-
-
-class Proof(msgspec.Struct, frozen=True):
-    """A leaf and the siblings from it up to the root."""
-
-    leaf: LeafValue
-    siblings: tuple[merkle.Node, ...]
 
 
 class _Record(msgspec.Struct, frozen=True):
@@ -699,31 +692,3 @@ class AccountLedger:
     def get_pool(self) -> Wei:
         """See Ledger."""
         return self._ledger.get_pool()
-
-
-def make_proof(leaves: tuple[LeafValue, ...], index: MemberIndex) -> Proof:
-    """The leaf at `index` of the tree with these leaves, with its siblings.
-
-    Raises:
-        Reverted: BadProof, as the contract would say: there is no such leaf, or the leaves make no tree.
-    """
-    try:
-        return Proof(leaves[index], merkle.prove(merkle.build(leaves), index))
-    except (IndexError, ValueError) as error:
-        raise Reverted("BadProof", f"the tree has no leaf {index}") from error
-
-
-def get_demand(ledger: Ledger, number: int) -> Demand:
-    """The demand with this number. Raises: Reverted (UnknownDemand)."""
-    demands = ledger.get_demands()
-    if not 0 <= number < len(demands):
-        raise Reverted("UnknownDemand")
-    return demands[number]
-
-
-def is_settled(rounds: Sequence[SettledRound], submission: Submission) -> bool:
-    """Whether the first of `rounds` is this submission's round with the same root, data and base."""
-    if not rounds or rounds[0].round != submission.round:
-        return False
-    held = rounds[0]
-    return (held.root, held.data_digest, held.base) == (submission.root, submission.data_digest, submission.base)

@@ -14,7 +14,8 @@ from p2pfm.errors import Reverted
 from p2pfm.settlement import merkle
 from p2pfm.settlement.faults import Fault, FaultKind, find_faults
 from p2pfm.settlement.ledger import FederationParams, LeafValue, SettledRound, Submission
-from p2pfm.settlement.memory_ledger import InMemoryLedger, make_proof
+from p2pfm.settlement.memory_ledger import InMemoryLedger
+from p2pfm.settlement.proofs import make_proof
 from p2pfm.settlement.rewards import compute_leaves, submission_message
 from p2pfm.types import Digest, MemberIndex, PeerId, Round, Wei
 from sim.signatures import Signatures

@@ -7,7 +7,7 @@ import msgspec
 from p2pfm.protocol.phases import compute_round_start, get_durations
 from p2pfm.settlement import merkle
 from p2pfm.settlement.ledger import LeafValue, Submission
-from p2pfm.settlement.memory_ledger import make_proof
+from p2pfm.settlement.proofs import make_proof
 from p2pfm.settlement.rewards import compute_sums, from_wire, submission_message
 from p2pfm.types import Digest, MemberIndex, Millis, Round, Wei, compute_digest
 from sim.learners import LinearLearner, Problem

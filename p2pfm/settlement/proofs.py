@@ -1,0 +1,48 @@
+"""What every implementation of the Ledger does alike: proofs made of leaves, demands by number, rounds held already.
+
+Knows no chain and no storage.
+"""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from p2pfm.errors import Reverted
+from p2pfm.settlement import merkle
+from p2pfm.settlement.ledger import Demand, LeafValue, Ledger, SettledRound, Submission
+from p2pfm.types import MemberIndex
+
+
+class Proof(msgspec.Struct, frozen=True):
+    """A leaf and the siblings from it up to the root."""
+
+    leaf: LeafValue
+    siblings: tuple[merkle.Node, ...]
+
+
+def make_proof(leaves: tuple[LeafValue, ...], index: MemberIndex) -> Proof:
+    """The leaf at `index` of the tree with these leaves, with its siblings.
+
+    Raises:
+        Reverted: BadProof, as the contract would say: there is no such leaf, or the leaves make no tree.
+    """
+    try:
+        return Proof(leaves[index], merkle.prove(merkle.build(leaves), index))
+    except (IndexError, ValueError) as error:
+        raise Reverted("BadProof", f"the tree has no leaf {index}") from error
+
+
+def get_demand(ledger: Ledger, number: int) -> Demand:
+    """The demand with this number. Raises: Reverted (UnknownDemand)."""
+    demands = ledger.get_demands()
+    if not 0 <= number < len(demands):
+        raise Reverted("UnknownDemand")
+    return demands[number]
+
+
+def is_settled(rounds: Sequence[SettledRound], submission: Submission) -> bool:
+    """Whether the first of `rounds` is this submission's round with the same root, data and base."""
+    if not rounds or rounds[0].round != submission.round:
+        return False
+    held = rounds[0]
+    return (held.root, held.data_digest, held.base) == (submission.root, submission.data_digest, submission.base)
