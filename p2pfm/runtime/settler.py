@@ -102,7 +102,7 @@ class Settler:
             rounds = await trio.to_thread.run_sync(self._ledger.get_rounds, Round(self._data_round + 1))
             self.data_digests |= {settled.data_digest for settled in rounds}
             self._data_round = head.round
-            await self._follow_contests()
+            await self._remember_bases()
         if self.head is not None and (head is None or head.round < self.head.round):
             await self._queue_again(head)
         if head != self.head:  # before the roster: a peer that is behind, or whose round is void, must not train
@@ -123,7 +123,7 @@ class Settler:
         for certificate in await trio.to_thread.run_sync(self._store.get_certificates, after):
             await self.queue(certificate, member.index if member else 0)
 
-    async def _follow_contests(self) -> None:
+    async def _remember_bases(self) -> None:
         """Remember the bases of rounds that may still be voided, and the one that stands for sure."""
         rounds = await trio.to_thread.run_sync(self._ledger.get_rounds, Round(0))
         open_rounds = [settled for settled in rounds if not settled.is_final]

@@ -311,7 +311,7 @@ class InMemoryLedger:
 
     def claim(self, round: Round, index: MemberIndex, proof: Proof) -> Wei:
         """Pay the member at `index` what its leaf says, less what it has drawn already; 0 if nothing is left."""
-        position = self._find(round)
+        position = self.find_position(round)
         if not self._is_final(position):
             raise Reverted("NotFinal")
         record = self._rounds[position].submission
@@ -340,7 +340,7 @@ class InMemoryLedger:
 
     def demand_leaf(self, account: str, round: Round, index: MemberIndex) -> int:
         """Ask the signers for a leaf, in the challenge window only: so no contest outlasts `contest_s`."""
-        position, now = self._find(round), self._now_s()
+        position, now = self.find_position(round), self._now_s()
         record = self._rounds[position]
         if now >= record.accepted_s + self.params.challenge_window_s:
             raise Reverted("NotContestable")
@@ -473,7 +473,8 @@ class InMemoryLedger:
         if not merkle.verify(*place, index, proof.leaf, proof.siblings):
             raise Reverted("BadProof")
 
-    def _find(self, round: Round) -> int:
+    def find_position(self, round: Round) -> int:
+        """Where an accepted round stands in their list. Raises: Reverted (UnknownRound)."""
         positions = (i for i, record in enumerate(self._rounds) if record.submission.round == round)
         position = next(positions, None)
         if position is None:
@@ -481,7 +482,7 @@ class InMemoryLedger:
         return position
 
     def _find_contestable(self, round: Round) -> int:
-        position = self._find(round)
+        position = self.find_position(round)
         if self._is_final(position):
             raise Reverted("NotContestable")
         return position
@@ -648,6 +649,7 @@ class AccountLedger:
 
     def claim(self, round: Round, index: MemberIndex, leaves: tuple[LeafValue, ...]) -> Wei:
         """See Ledger."""
+        self._ledger.find_position(round)  # the first thing that a ledger refuses
         return self._ledger.claim(round, index, make_proof(leaves, index))
 
     def restart(self) -> None:
@@ -668,12 +670,14 @@ class AccountLedger:
 
     def prove_reward(self, round: Round, index: MemberIndex, leaves: tuple[LeafValue, ...]) -> None:
         """See Ledger."""
+        self._ledger.find_position(round)
         self._ledger.prove_reward(self._account, round, index, make_proof(leaves, index))
 
     def prove_transition(
         self, round: Round, index: MemberIndex, before: tuple[LeafValue, ...], leaves: tuple[LeafValue, ...]
     ) -> None:
         """See Ledger."""
+        self._ledger.find_position(round)
         earlier = make_proof(before, index) if index < len(before) else None
         self._ledger.prove_transition(self._account, round, index, earlier, make_proof(leaves, index))
 

@@ -484,6 +484,16 @@ def test_a_false_final_root_draws_no_more_than_all_rounds_allotted(world: World)
     assert world.any.get_balance(world.chain.federation) == 40 + 500 + 500
 
 
+def test_an_unknown_round_is_refused_as_such_whatever_else_is_wrong(world: World) -> None:
+    world.found(4)
+    with refuses("UnknownRound"):
+        world.any.claim(Round(7), index(0), ())
+    with refuses("UnknownRound"):
+        world.any.prove_reward(Round(7), index(0), ())
+    with refuses("UnknownRound"):
+        world.any.prove_transition(Round(7), index(0), (), ())
+
+
 def test_a_registry_that_has_grown_is_not_taken_back(world: World) -> None:
     world.found(4, pool=2000)
     world.settle(1, [1, 1, 1, 1])
