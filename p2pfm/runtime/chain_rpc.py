@@ -10,6 +10,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.resources import files
 from typing import Any, TypeVar
 
@@ -37,6 +38,8 @@ RESEND_S = 2.0
 """A transaction that the chain does not show is sent again, the same bytes, so often."""
 LOST_LOOKS = 5
 """A nonce that is used without our receipt must look so this often: machines behind one address may lag each other."""
+TAKER_BLOCKS = 32
+"""So many blocks before the signing, and all after it, are searched for the transaction that took a nonce."""
 SENT_MAX = 256
 """Signed transactions kept, to send them again when the chain forgets blocks that held them."""
 REFUSALS = {*range(400, 429)} - {408}
@@ -135,7 +138,8 @@ class Rpc:
         """Sign, send, wait; the receipt of a transaction that succeeded. Many threads may: their nonces follow.
 
         Raises:
-            ChainError: no answer for `patience_s`, no ether, or not mined in time; what was sent may land still.
+            ChainError: no answer for `patience_s`, no ether, not mined in time, or the chain shows the nonce used and
+                not by what; what was sent may land, or have landed.
             Reverted: the contract refuses; found before sending where possible.
         """
         deadline = time.monotonic() + self._patience_s
@@ -188,6 +192,7 @@ class Rpc:
     def _wait(self, signed: Any, nonce: int, deadline: float) -> Any:
         """The receipt, once confirmed; None when the chain gave the nonce to another transaction."""
         sent_at, num_lost, lost_block, trouble = time.monotonic(), 0, 0, ""
+        first_block: int | None = None
         while True:
             if time.monotonic() > deadline:
                 self._give_up(signed, nonce)
@@ -195,18 +200,22 @@ class Rpc:
                 raise ChainError(f"{text}: {trouble}" if trouble else text)
             try:
                 receipt, num_used, newest = self._guard(lambda: self._look(signed.hash))
+                first_block = newest if first_block is None else first_block
+                if receipt is not None and newest - receipt["blockNumber"] + 1 >= self._confirmations:
+                    return receipt
+                num_lost = num_lost + 1 if receipt is None and num_used > nonce else 0
+                lost_block = lost_block if num_lost > 1 else newest
+                trouble = trouble if num_lost else ""
+                # As sure as a receipt must be: were the other one taken back, this one could land after all.
+                if num_lost >= LOST_LOOKS and newest - lost_block + 1 >= self._confirmations:
+                    if self._is_taken(nonce, signed.hash, first_block - TAKER_BLOCKS, newest):
+                        return None
+                    # So looks a node that was restored without its receipts, too: to sign anew would pay twice.
+                    num_lost, trouble = 0, f"nonce {nonce} is used, and no block shows by which transaction"
             except ChainError as error:  # whatever it answers: the transaction is out, and only its fate counts
                 trouble = str(error)
                 time.sleep(POLL_S)
                 continue
-            trouble = ""
-            if receipt is not None and newest - receipt["blockNumber"] + 1 >= self._confirmations:
-                return receipt
-            num_lost = num_lost + 1 if receipt is None and num_used > nonce else 0
-            lost_block = lost_block if num_lost > 1 else newest
-            # As sure as a receipt must be: were the other one taken back, this one could land after all.
-            if num_lost >= LOST_LOOKS and newest - lost_block + 1 >= self._confirmations:
-                return None
             if receipt is None and num_used <= nonce and time.monotonic() - sent_at > RESEND_S:
                 self._resend(num_used, nonce)
                 sent_at = time.monotonic()
@@ -224,6 +233,15 @@ class Rpc:
         except TransactionNotFound:
             receipt = None
         return receipt, num_used, eth.block_number
+
+    def _is_taken(self, nonce: int, digest: HexBytes, first: int, last: int) -> bool:
+        """Whether one of these blocks, both included, holds another transaction of this account with this nonce."""
+        for number in range(last, max(first, 0) - 1, -1):
+            block: Any = self._guard(partial(self._web3.eth.get_block, number, full_transactions=True))
+            for transaction in block["transactions"]:
+                if transaction["from"] == self._signer.address and transaction["nonce"] == nonce:
+                    return bool(transaction["hash"] != digest)
+        return False
 
     def _give_up(self, signed: Any, nonce: int) -> None:
         """Never send it again from here, and ask the chain what comes next."""

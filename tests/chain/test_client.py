@@ -190,6 +190,29 @@ class Restartable:
         raise AssertionError("anvil did not start")
 
     def kill(self) -> None:
+        """What waits in its pool is lost; what it has mined is kept.
+
+        anvil writes accounts and blocks of different moments when it mines meanwhile, so it mines no more, and the last
+        whole file that knows its newest block is what it finds again.
+        """
+        assert self.process is not None
+        rpc(self.url, "evm_setIntervalMining", 0)
+        newest, deadline = int(rpc(self.url, "eth_blockNumber"), 16), time.monotonic() + 20
+        written_at = time.time()
+        while True:
+            try:
+                text = self.state.read_text()
+                is_whole = json.loads(text)["best_block_number"] == newest and self.state.stat().st_mtime > written_at
+            except (OSError, ValueError):
+                is_whole = False
+            if is_whole:
+                break
+            assert time.monotonic() < deadline, "anvil wrote no state"
+            time.sleep(0.05)
+        self.end()
+        self.state.write_text(text)
+
+    def end(self) -> None:
         assert self.process is not None
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
@@ -215,7 +238,7 @@ def test_a_hundred_concurrent_sends_of_three_keys_land_once_over_a_killed_node(t
         assert [count_sent(chain.url, i) for i in range(3)] == [34, 33, 33]
         assert len({HexBytes(receipt["transactionHash"]) for receipt in receipts}) == 100
     finally:
-        chain.kill()
+        chain.end()
 
 
 def test_two_programs_with_one_key_lose_and_double_nothing(url: str) -> None:
@@ -253,6 +276,29 @@ def test_a_nonce_that_grew_stale_is_asked_anew(url: str) -> None:
     for number, sender in enumerate((first, second, second, first), 2000):
         pay(sender, number)
     assert balances(url, 4, 2000) == [2001, 2002, 2003, 2004]
+
+
+@needs_anvil
+def test_a_node_that_lost_its_receipts_is_not_paid_on_twice(tmp_path: Path) -> None:
+    """As one that was restored from a snapshot: the nonce is used, and no block holds the transaction."""
+    chain = Restartable(tmp_path / "state.json")
+    chain.start()
+    try:
+        rpc(chain.url, "evm_setIntervalMining", 0)
+        with ThreadPoolExecutor(1) as pool:
+            pending = pool.submit(pay, Rpc(chain.url, CHAIN_ID, KEYS[0], patience_s=4), 2400)
+            while not (waiting := rpc(chain.url, "txpool_content")["pending"]):
+                time.sleep(0.02)
+            ((_, by_nonce),) = waiting.items()
+            rpc(chain.url, "anvil_dropTransaction", by_nonce["0"]["hash"])
+            rpc(chain.url, "anvil_setNonce", ACCOUNTS[0], "0x1")
+            rpc(chain.url, "anvil_mine", "0x2")
+            with pytest.raises(ChainError, match="nonce 0 is used, and no block shows by which transaction"):
+                pending.result()
+        assert count_sent(chain.url, 0) == 1
+        assert not rpc(chain.url, "txpool_content")["pending"]
+    finally:
+        chain.end()
 
 
 # --- reorganisations --------------------------------------------------------------------------------------------------
