@@ -24,8 +24,8 @@ from libp2p.custom_types import TProtocol
 from libp2p.peer.id import ID
 
 from p2pfm.messages import BlobRequest, decode_request, encode
-from p2pfm.runtime.exchange import answer_blob, fetch
-from p2pfm.runtime.libp2p_transport import Libp2pTransport
+from p2pfm.runtime.network.exchange import answer_blob, fetch
+from p2pfm.runtime.network.transport import Libp2pTransport
 from p2pfm.types import Digest, PeerId, compute_digest
 
 NETWORK = compute_digest(b"network of bench/exchange.py")

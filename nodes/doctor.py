@@ -22,8 +22,8 @@ from nodes.stakes import describe_pool, describe_stake
 from p2pfm.config import WEI_PER_PFM, NodeConfig
 from p2pfm.errors import ChainError, ConfigError, OperatorError, P2PFMError
 from p2pfm.lora.samples import read_samples
+from p2pfm.runtime.network.peer_book import parse_address
 from p2pfm.runtime.node import validate_rules
-from p2pfm.runtime.peer_book import parse_address
 from p2pfm.runtime.web3_ledger import READ_ONLY_KEY, Web3Ledger, open_ledger
 
 DISK_BYTES_MIN = 2 << 30

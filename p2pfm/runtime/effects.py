@@ -50,13 +50,13 @@ from p2pfm.protocol.events import (
     SyncAnswered,
     Train,
 )
-from p2pfm.runtime import exchange
 from p2pfm.runtime.auditor import Auditor
 from p2pfm.runtime.door import Door
 from p2pfm.runtime.envelopes import seal
 from p2pfm.runtime.gateway import Gateway
 from p2pfm.runtime.keys import Keys
-from p2pfm.runtime.libp2p_transport import Libp2pTransport
+from p2pfm.runtime.network import exchange
+from p2pfm.runtime.network.transport import Libp2pTransport
 from p2pfm.runtime.settler import Settler
 from p2pfm.runtime.store import Store
 from p2pfm.settlement import bls

@@ -31,7 +31,6 @@ from p2pfm.messages import (
 from p2pfm.protocol.events import AnyAction, AnyEvent, Durable, Evaluate, PeersChanged, SyncAsked, Tick, Trained
 from p2pfm.protocol.peer import Peer, initial_durable
 from p2pfm.protocol.phases import compute_position
-from p2pfm.runtime import exchange
 from p2pfm.runtime.auditor import Auditor
 from p2pfm.runtime.door import Door
 from p2pfm.runtime.effects import Effects
@@ -41,7 +40,8 @@ from p2pfm.runtime.event_log import EventLogWriter
 from p2pfm.runtime.gateway import PRESENCE_INTERVAL_MS, Gateway
 from p2pfm.runtime.http_api import HttpApi, serve_http
 from p2pfm.runtime.keys import Keys
-from p2pfm.runtime.libp2p_transport import Libp2pTransport, Send
+from p2pfm.runtime.network import exchange
+from p2pfm.runtime.network.transport import Libp2pTransport, Send
 from p2pfm.runtime.personal import Personal
 from p2pfm.runtime.replica_streams import ReplicaStreams, answer_generate
 from p2pfm.runtime.settler import Settler

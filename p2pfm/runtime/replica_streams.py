@@ -11,7 +11,7 @@ import trio
 from p2pfm.errors import PeerUnreachable, Reject
 from p2pfm.messages import GenerateRequest, TokenChunk, decode_reply, decode_request, encode
 from p2pfm.runtime.gateway import Gateway
-from p2pfm.runtime.libp2p_transport import Libp2pTransport
+from p2pfm.runtime.network.transport import Libp2pTransport
 from p2pfm.types import PeerId
 
 FRAME_BYTES_MAX = 64 * 1024

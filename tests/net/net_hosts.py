@@ -13,8 +13,8 @@ from typing import Any, Self
 import trio
 from libp2p.crypto.ed25519 import create_new_key_pair
 
-from p2pfm.runtime.libp2p_guards import TransportLimits
-from p2pfm.runtime.libp2p_transport import Libp2pTransport
+from p2pfm.runtime.network.limits import TransportLimits
+from p2pfm.runtime.network.transport import Libp2pTransport
 from p2pfm.types import PeerId, compute_digest
 
 NETWORK = compute_digest(b"network of the tests")

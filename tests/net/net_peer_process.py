@@ -9,7 +9,7 @@ import trio
 from net_hosts import make_transport
 
 from p2pfm.messages import BlobRequest, decode_request, encode
-from p2pfm.runtime.exchange import answer_blob
+from p2pfm.runtime.network.exchange import answer_blob
 from p2pfm.types import Digest, PeerId, compute_digest
 
 

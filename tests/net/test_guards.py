@@ -34,8 +34,8 @@ from multiaddr import Multiaddr
 from net_hosts import make_transport, network, until
 
 from p2pfm.messages import PeersRequest, encode
-from p2pfm.runtime.libp2p_guards import TransportLimits
-from p2pfm.runtime.libp2p_transport import PEERS_PROTOCOL, REQUEST_PROTOCOL, STREAM_PROTOCOL, Libp2pTransport
+from p2pfm.runtime.network.limits import TransportLimits
+from p2pfm.runtime.network.transport import PEERS_PROTOCOL, REQUEST_PROTOCOL, STREAM_PROTOCOL, Libp2pTransport
 from p2pfm.types import PeerId
 
 MESHSUB = "/meshsub/1.1.0"

@@ -24,9 +24,9 @@ from p2pfm.messages import (
     encode,
 )
 from p2pfm.runtime.envelopes import open_envelope, seal, verify_envelope
-from p2pfm.runtime.exchange import answer_blob
 from p2pfm.runtime.keys import Keys
-from p2pfm.runtime.libp2p_transport import Libp2pTransport
+from p2pfm.runtime.network.exchange import answer_blob
+from p2pfm.runtime.network.transport import Libp2pTransport
 from p2pfm.types import Digest, MemberIndex, PeerId, Round, compute_digest
 
 FOLDER = Path(__file__).with_name("js")

@@ -24,7 +24,7 @@ from nodes.rewards import read_rewards, verify_rewards
 from p2pfm.lora.checkpoint import import_checkpoint
 from p2pfm.lora.delta import encode_tensors
 from p2pfm.messages import Attestation, Envelope, Presence, encode, signed_bytes
-from p2pfm.runtime.libp2p_transport import Libp2pTransport
+from p2pfm.runtime.network.transport import Libp2pTransport
 from p2pfm.settlement.ledger import Claimed, SettledRound
 from p2pfm.types import Digest, MemberIndex, PeerId, Round
 from sim.replay import replay_path

@@ -38,10 +38,10 @@ from p2pfm.lora.samples import Probe
 from p2pfm.lora.torch_learner import Data, TorchLearner
 from p2pfm.messages import BlobRequest, GenerateRequest, Presence
 from p2pfm.protocol.events import Train
-from p2pfm.runtime import exchange
 from p2pfm.runtime.engine import Engine
 from p2pfm.runtime.gateway import Busy, Gateway, NoReplica
-from p2pfm.runtime.libp2p_transport import Libp2pTransport
+from p2pfm.runtime.network import exchange
+from p2pfm.runtime.network.transport import Libp2pTransport
 from p2pfm.runtime.personal import FILE_NAME, Personal
 from p2pfm.runtime.replica_streams import ReplicaStreams, answer_generate
 from p2pfm.runtime.store import Store

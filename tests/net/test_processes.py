@@ -10,8 +10,8 @@ from net_hosts import PeerProcess, make_transport, until
 from net_peer_process import make_blob
 
 from p2pfm.messages import BlobReply, decode_reply
-from p2pfm.runtime.exchange import fetch
-from p2pfm.runtime.libp2p_transport import Libp2pTransport
+from p2pfm.runtime.network.exchange import fetch
+from p2pfm.runtime.network.transport import Libp2pTransport
 from p2pfm.types import PeerId, compute_digest
 
 pytestmark = pytest.mark.slow

@@ -15,7 +15,7 @@ from p2pfm.errors import PeerUnreachable
 from p2pfm.messages import GenerateRequest
 from p2pfm.runtime.engine import Engine
 from p2pfm.runtime.gateway import Gateway
-from p2pfm.runtime.libp2p_transport import Libp2pTransport
+from p2pfm.runtime.network.transport import Libp2pTransport
 from p2pfm.runtime.replica_streams import ReplicaStreams, answer_generate
 from p2pfm.types import Digest, Millis, PeerId
 

@@ -7,8 +7,8 @@ from net_peer_process import Blobs, make_blob
 
 from p2pfm.errors import OperatorError, PeerUnreachable, Reject
 from p2pfm.messages import BlobReply, BlobRequest, decode_request, encode
-from p2pfm.runtime.exchange import CHUNK_BYTES, answer_blob, fetch
-from p2pfm.runtime.libp2p_transport import Libp2pTransport, Send
+from p2pfm.runtime.network.exchange import CHUNK_BYTES, answer_blob, fetch
+from p2pfm.runtime.network.transport import Libp2pTransport, Send
 from p2pfm.types import PeerId, compute_digest
 
 

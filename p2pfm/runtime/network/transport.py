@@ -16,15 +16,17 @@ from typing import Any, Self, TypeAlias
 import trio
 from libp2p.crypto.keys import KeyPair
 from libp2p.custom_types import TProtocol
-from libp2p.network.stream.exceptions import StreamEOF
 from libp2p.peer.id import ID
 from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
 from p2pfm.errors import OperatorError, PeerUnreachable, Reject
 from p2pfm.messages import PeersReply, PeersRequest, decode_reply, decode_request, encode
-from p2pfm.runtime.libp2p_guards import GuardedHost, GuardedPubsub, RuleBroken, TokenBucket, TransportLimits
-from p2pfm.runtime.peer_book import PeerBook, parse_address
+from p2pfm.runtime.network.frames import cancel_at_end, end_stream, read_frame, write_frame
+from p2pfm.runtime.network.gossip import GuardedPubsub
+from p2pfm.runtime.network.host import GuardedHost
+from p2pfm.runtime.network.limits import RuleBroken, TokenBucket, TransportLimits
+from p2pfm.runtime.network.peer_book import PeerBook, parse_address
 from p2pfm.types import Digest, PeerId, short
 
 log = logging.getLogger(__name__)
@@ -32,11 +34,8 @@ log = logging.getLogger(__name__)
 REQUEST_PROTOCOL = "/p2pfm/request/1"
 STREAM_PROTOCOL = "/p2pfm/stream/1"
 PEERS_PROTOCOL = "/p2pfm/peers/1"
-LENGTH_BYTES = 4  # every frame: its length, big endian, then its bytes
-READ_BYTES = 256 * 1024
 IDLE_STREAMS_MAX = 4  # kept open to one peer for the next request: 1,400 requests/s against 200 with a stream for each
 IDLE_S = 120.0
-FRAME_S = 30.0  # a frame that has begun must end within this
 EXCHANGE_S = 10.0  # between two peer exchanges; the first follows each own dial at once
 DIAL_TICK_S = 0.5
 BAN_OFFENCES = 3
@@ -246,8 +245,8 @@ class Libp2pTransport:
         """The reply, or None when the stream broke. The stream goes back to `idle`, or is reset."""
         is_whole = False
         try:
-            await _write_frame(stream, data)
-            reply = await _read_frame(stream, self.limits.reply_bytes_max)
+            await write_frame(stream, data)
+            reply = await read_frame(stream, self.limits.reply_bytes_max)
             is_whole = reply is not None
             self.counters["request_bytes_in"] += len(reply or b"")
             self.counters["requests_sent"] += 1
@@ -262,7 +261,7 @@ class Libp2pTransport:
             if is_whole and len(idle) < IDLE_STREAMS_MAX:
                 idle.append(stream)
             else:
-                await _end(stream, is_clean=is_whole)
+                await end_stream(stream, is_clean=is_whole)
 
     async def _open(self, protocol: str, peer: PeerId) -> Any:
         if peer not in self.connected():
@@ -284,9 +283,9 @@ class Libp2pTransport:
         with trio.move_on_after(self.limits.negotiate_s * 2) as scope:
             stream = await self._open(STREAM_PROTOCOL, peer)
             try:
-                await _write_frame(stream, data)
+                await write_frame(stream, data)
             except BaseException:
-                await _end(stream, is_clean=False)
+                await end_stream(stream, is_clean=False)
                 raise
         if scope.cancelled_caught:
             raise PeerUnreachable(f"{short(peer)} did not accept the stream in time")
@@ -296,7 +295,7 @@ class Libp2pTransport:
             nonlocal is_over
             while not is_over:
                 try:
-                    frame = await _read_frame(stream, self.limits.frame_bytes_max, wait_s=None)
+                    frame = await read_frame(stream, self.limits.frame_bytes_max, wait_s=None)
                 except Exception as error:  # the library's streams raise a dozen unrelated classes
                     raise PeerUnreachable(f"{short(peer)} broke off its stream: {error!r}") from error
                 if frame is None:
@@ -309,7 +308,7 @@ class Libp2pTransport:
         try:
             yield frames()
         finally:
-            await _end(stream, is_clean=is_over)
+            await end_stream(stream, is_clean=is_over)
 
     # --- requests: server ---
 
@@ -326,15 +325,15 @@ class Libp2pTransport:
         is_clean = False
         try:
             while True:
-                data = await _read_frame(stream, self.limits.request_bytes_max, wait_s=IDLE_S)
+                data = await read_frame(stream, self.limits.request_bytes_max, wait_s=IDLE_S)
                 if data is None or self._handler is None:
                     is_clean = True
                     return
-                await _write_frame(stream, await self._answer(peer, data, self._handler))
+                await write_frame(stream, await self._answer(peer, data, self._handler))
         except (RuleBroken, Reject) as error:
             self._blame(peer, str(error))
         finally:
-            await _end(stream, is_clean=is_clean)
+            await end_stream(stream, is_clean=is_clean)
 
     async def _answer(self, peer: PeerId, data: bytes, handler: Handler) -> bytes:
         limit = self._serving_by_peer.setdefault(peer, trio.CapacityLimiter(self.limits.requests_served_per_peer_max))
@@ -355,39 +354,39 @@ class Libp2pTransport:
 
         async def send(frame: bytes) -> None:
             assert 0 < len(frame) <= self.limits.frame_bytes_max
-            await _write_frame(stream, frame)
+            await write_frame(stream, frame)
 
         try:
-            data = await _read_frame(stream, self.limits.request_bytes_max)
+            data = await read_frame(stream, self.limits.request_bytes_max)
             async with self._streaming, trio.open_nursery() as nursery:
                 if data is not None and self._stream_handler is not None:
-                    nursery.start_soon(_cancel_at_end, stream, nursery.cancel_scope)
+                    nursery.start_soon(cancel_at_end, stream, nursery.cancel_scope)
                     await self._stream_handler(peer, data, send)
-                    await _write_frame(stream, b"")
+                    await write_frame(stream, b"")
                     is_clean = True
                 nursery.cancel_scope.cancel()
         except* (RuleBroken, Reject) as group:
             self._blame(peer, "; ".join(str(error) for error in group.exceptions))
         finally:
-            await _end(stream, is_clean=is_clean)
+            await end_stream(stream, is_clean=is_clean)
 
     # --- discovery ---
 
     async def _serve_peers(self, stream: Any) -> None:
         peer = PeerId(str(stream.muxed_conn.peer_id))
         try:
-            data = await _read_frame(stream, 16 * 1024)
+            data = await read_frame(stream, 16 * 1024)
             if data is None:
                 return
             request = decode_request(data)
             if not isinstance(request, PeersRequest):
                 raise Reject("expected a PeersRequest")
             self._learn_own(peer, request.addresses, stream.get_remote_address())
-            await _write_frame(stream, encode(PeersReply(self._recommend(peer))))
+            await write_frame(stream, encode(PeersReply(self._recommend(peer))))
         except (RuleBroken, Reject) as error:
             self._blame(peer, str(error))
         finally:
-            await _end(stream, is_clean=True)
+            await end_stream(stream, is_clean=True)
 
     def _recommend(self, asker: PeerId) -> tuple[str, ...]:
         """Addresses of the peers connected now (never hearsay), one or two each."""
@@ -546,68 +545,6 @@ class _Notices:
     async def listen(self, network: Any, multiaddr: Any) -> None: ...
 
     async def listen_close(self, network: Any, multiaddr: Any) -> None: ...
-
-
-# --- frames --------------------------------------------------------------------------------------------------------
-
-
-async def _write_frame(stream: Any, data: bytes) -> None:
-    await stream.write(len(data).to_bytes(LENGTH_BYTES, "big") + data)
-
-
-async def _read_frame(stream: Any, bytes_max: int, wait_s: float | None = FRAME_S) -> bytes | None:
-    """The next frame; None at a clean end or when none begins within `wait_s` (None: waits for ever).
-
-    Raises:
-        RuleBroken: the frame is announced longer than `bytes_max`, or it stalls. Nothing is allocated before.
-    """
-    head = bytearray()
-    with trio.move_on_after(wait_s if wait_s is not None else float("inf")) as scope:
-        head += await _read_some(stream, LENGTH_BYTES)
-    if scope.cancelled_caught or not head:
-        return None
-    with trio.move_on_after(FRAME_S) as scope:
-        await _read_until(stream, head, LENGTH_BYTES)
-        size = int.from_bytes(head, "big")
-        if size > bytes_max:
-            raise RuleBroken(f"a frame of {size} bytes, at most {bytes_max} are allowed")
-        body = bytearray()
-        await _read_until(stream, body, size)
-        return bytes(body)
-    raise RuleBroken("a frame that stalls")
-
-
-async def _read_until(stream: Any, buffer: bytearray, size: int) -> None:
-    while len(buffer) < size:
-        chunk = await _read_some(stream, min(READ_BYTES, size - len(buffer)))
-        if not chunk:
-            raise RuleBroken("a frame that ends early")
-        buffer += chunk
-
-
-async def _read_some(stream: Any, size: int) -> bytes:
-    try:
-        return bytes(await stream.read(size))
-    except StreamEOF:
-        return b""
-
-
-async def _cancel_at_end(stream: Any, scope: trio.CancelScope) -> None:
-    """Cancel `scope` as soon as the asker closes, resets or says anything more on its stream."""
-    try:
-        await stream.read(1)
-    except Exception:  # noqa: BLE001 - the library's streams raise a dozen unrelated classes when they end
-        log.debug("the asker closed its stream")
-    scope.cancel()
-
-
-async def _end(stream: Any, *, is_clean: bool) -> None:
-    """Close or reset a stream, in bounded time, also while being cancelled."""
-    with trio.CancelScope(shield=True), trio.move_on_after(1.0):
-        try:
-            await (stream.close() if is_clean else stream.reset())
-        except Exception:  # noqa: BLE001 - the connection may be gone, in any of the library's ways
-            log.debug("a stream was gone before it was closed")
 
 
 def _put_newest(send: Any, receive: Any, item: Any, counters: Counter[str], dropped: str) -> None:

@@ -1,0 +1,82 @@
+"""What one node takes from any sender: bounds, rates, and the word for who breaks a rule.
+
+Plain data; knows no socket.
+"""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import msgspec
+from libp2p.io.exceptions import IOException
+
+Blame: TypeAlias = Callable[[str, str], None]
+"""Called with a peer id (base58) and the rule that it broke."""
+
+
+class TransportLimits(msgspec.Struct, frozen=True):
+    """Bounds of one node against any sender; all local, none agreed on. Times in seconds, sizes in bytes."""
+
+    gossip_bytes_max: int = 512 * 1024
+    gossip_queue_max: int = 2048
+    """Messages that wait for the node; beyond it the oldest is dropped and counted."""
+    gossip_burst_max: int = 30
+    """Own messages published at once; the stock queues lose what exceeds 32."""
+    gossip_per_s: float = 100.0
+    author_burst_max: int = 400
+    """Messages of one author at once, half as many a second: twice what an honest author can publish. The excess is
+    dropped and blames nobody."""
+    forwarder_burst_max: int = 4000
+    """The same for one forwarder, counted before the signature is checked."""
+    peer_queue_max: int = 256
+    """RPCs that wait for one slow gossip peer."""
+    request_bytes_max: int = 1_000_000
+    reply_bytes_max: int = 8_000_000
+    frame_bytes_max: int = 1_000_000
+    requests_served_max: int = 64
+    requests_served_per_peer_max: int = 16
+    streams_served_max: int = 64
+    connections_max: int = 300
+    connections_per_address_max: int = 128
+    handshakes_per_address_max: int = 32
+    """Beyond it the oldest unfinished handshake of the same address is cut, so silent sockets block nobody."""
+    streams_per_connection_max: int = 512
+    syn_per_s: float = 500.0
+    syn_burst_max: int = 1500
+    buffered_per_connection_max: int = 32 * 1024 * 1024
+    window_slack_bytes: int = 256 * 1024
+    negotiate_s: float = 10.0
+    """For each step of a handshake. Not short: a short one turns a busy machine into one that only retries; silent
+    sockets are cut by number, not by time."""
+    ping_s: float = 3.0
+    silent_s: float = 9.0
+    """A connection that sends nothing, not even pongs, for this long is closed."""
+    write_stall_s: float = 30.0
+    """A writer waits this long for window credit (back-pressure), then its stream is reset."""
+    dials_max: int = 3
+    dial_s: float = 10.0
+    known_peers_max: int = 1024
+    addresses_per_peer_max: int = 8
+
+
+class RuleBroken(IOException):  # type: ignore[misc]
+    """A peer broke a rule of the wire; its connection ends."""
+
+
+class TokenBucket:
+    """`burst` events at once, `per_s` in the long run; the caller brings the time [s]."""
+
+    def __init__(self, burst: float, per_s: float) -> None:
+        self._burst = burst
+        self._per_s = per_s
+        self._tokens = burst
+        self._at = 0.0
+
+    def take(self, now: float) -> float:
+        """Take one token; returns 0.0 when there was one, else the seconds until there is (nothing is taken)."""
+        if self._at:
+            self._tokens = min(self._burst, self._tokens + (now - self._at) * self._per_s)
+        self._at = now
+        if self._tokens >= 1:
+            self._tokens -= 1
+            return 0.0
+        return (1 - self._tokens) / self._per_s
