@@ -11,7 +11,7 @@ from nodes.rewards import verify_rewards
 from p2pfm.settlement.ledger import Contested, SettledRound, Slashed, Voided
 from p2pfm.types import Digest, MemberIndex, Round, Wei
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 WINDOW_S = 40
 HONEST = 0

@@ -29,7 +29,7 @@ from p2pfm.settlement.ledger import Claimed, SettledRound
 from p2pfm.types import Digest, MemberIndex, PeerId, Round
 from sim.replay import replay_path
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 ROUND_S = 18
 OUTAGE_S = 60

@@ -324,6 +324,7 @@ def test_a_file_that_cannot_be_read_is_told_and_made_anew(
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_node_process_refines_and_serves_it_round_after_round(tmp_path: Path) -> None:
     with localnet(tmp_path / "net", ("honest",), QUICK, print) as net:
         node = net.nodes[0]

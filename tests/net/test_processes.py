@@ -14,7 +14,7 @@ from p2pfm.runtime.network.exchange import fetch
 from p2pfm.runtime.network.transport import Libp2pTransport
 from p2pfm.types import PeerId, compute_digest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 
 @asynccontextmanager
