@@ -3,7 +3,7 @@
 Each changes one thing of an honest one, so that everything else is as real as anyone's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import msgspec
@@ -17,6 +17,9 @@ from p2pfm.settlement import merkle
 from p2pfm.settlement.ledger import LeafValue
 from p2pfm.settlement.rewards import from_wire, to_wire
 from p2pfm.types import Round, Tensors, Wei
+
+Wrap = Callable[[Learner], Learner]
+"""What a node makes of its learner: nothing, or a dishonest one."""
 
 
 class FreeRider:
@@ -53,6 +56,15 @@ class FreeRider:
     def evaluate(self, at: Tensors) -> float:
         """Honest."""
         return self._honest.evaluate(at)
+
+
+def corrupt(adversary: str, honest: Learner) -> Learner:
+    """The learner of a node with this `NodeConfig.adversary`; the honest one where that is no learner's affair."""
+    match adversary:
+        case "zero" | "replay":
+            return FreeRider(honest, adversary)
+        case _:
+            return honest
 
 
 class Overpayer(Peer):

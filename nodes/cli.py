@@ -203,7 +203,7 @@ def node_run(
 
     config = read_config(config_file)
     keys = open_keys(config, password_file)
-    from nodes.run import run_node  # loads torch: after what is quick to refuse
+    from nodes.run import run_node  # loads libp2p: after what is quick to refuse
 
     _set_up_logging(logging.DEBUG if verbose else logging.INFO, as_json=config.log_json)
     if tied:
@@ -326,7 +326,7 @@ def up_testnet(
     folder: Annotated[Path, typer.Option("--out", help="Where network.toml and the data go.")] = Path("net"),
     port: Annotated[int, typer.Option(help="JSON-RPC port.")] = 8545,
     peers: Annotated[int, typer.Option(min=1, max=10, help="Deal ChatterBot's topics to so many shards.")] = 3,
-    model: Annotated[str, typer.Option(help="demo (SmolLM2) or tiny.")] = "demo",
+    model: Annotated[str, typer.Option(help="demo (SmolLM2), tiny, or toy (no language model).")] = "demo",
     chain: Annotated[str, typer.Option(envvar="CHAIN", help="embedded or anvil.")] = "embedded",
     adapter: Annotated[str, typer.Option(help="lora, ffa, fed_sb, ia3 or prompt.")] = "lora",
     starts_in: Annotated[int, typer.Option(min=1, help="Seconds until the first round.")] = 120,
@@ -378,7 +378,7 @@ def endow_account(
 @localnet_app.command("up")
 def localnet_up(
     peers: Annotated[int, typer.Option("--peers", "-n", min=1, max=10, help="How many peers.")] = 4,
-    model: Annotated[str, typer.Option(help="demo (SmolLM2) or tiny.")] = "demo",
+    model: Annotated[str, typer.Option(help="demo (SmolLM2), tiny, or toy (no language model).")] = "demo",
     adapter: Annotated[str, typer.Option(help="lora, ffa, fed_sb, ia3 or prompt.")] = "lora",
     chain: Annotated[str, typer.Option(envvar="CHAIN", help="embedded or anvil.")] = "embedded",
     folder: Annotated[Path | None, typer.Option("--out", help="A new folder; else a temporary one.")] = None,

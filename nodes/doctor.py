@@ -17,7 +17,7 @@ from typing import Any, Literal
 import httpx
 import msgspec
 
-from nodes.models import resolve
+from nodes.models import LINEAR, resolve
 from nodes.stakes import describe_pool, describe_stake
 from p2pfm.config import WEI_PER_PFM, NodeConfig
 from p2pfm.errors import ChainError, ConfigError, OperatorError, P2PFMError
@@ -122,6 +122,8 @@ def _check_probe(config: NodeConfig) -> Check:
 
 def _check_model(config: NodeConfig) -> Check:
     name = config.network.backbone
+    if name == LINEAR:
+        return Check("model", "ok", f"{name}: no language model, nothing to load")
     try:
         where = resolve(name)
     except OperatorError as error:

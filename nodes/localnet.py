@@ -21,7 +21,7 @@ import msgspec
 
 from nodes.corpus import build_shards
 from nodes.homes import CONFIG_NAME, create_home, get_free_port, read_config
-from nodes.models import resolve
+from nodes.models import LINEAR, resolve
 from nodes.testnet import Testnet, run_testnet
 from nodes.tied import start_tied, stop
 from p2pfm.config import (
@@ -104,6 +104,23 @@ PRESETS = {
             merge_ms=Millis(2_000),
         ),
         startup_s=30,
+    ),
+    # No language model (nodes/linear.py): six to eight nodes on two cores, for experiments with the network itself.
+    "toy": Preset(
+        backbone=LINEAR,
+        training=TrainingConfig(steps=20, learning_rate=0.03),
+        # Half of 64 positions are kept: which ones tells little of who copied.
+        scoring=ScoringConfig(committee_size=7, duplicate_overlap=1.0),
+        compression=CompressionConfig(chunk=16, keep=8),
+        phases=PhaseConfig(
+            train_ms=Millis(2_500),
+            exchange_ms=Millis(2_000),
+            score_ms=Millis(2_000),
+            reveal_ms=Millis(1_000),
+            attest_ms=Millis(1_500),
+            merge_ms=Millis(1_000),
+        ),
+        startup_s=20,
     ),
 }
 
@@ -247,7 +264,8 @@ def localnet(
     """
     if (folder / "peer-0").exists():
         raise OperatorError(f"{folder} holds a local network already; choose another folder or remove it")
-    resolve(preset.backbone)
+    if preset.backbone != LINEAR:
+        resolve(preset.backbone)
     folder.mkdir(parents=True, exist_ok=True)
     tell("dealing the text to the peers")
     corrupted = frozenset(index for index, role in enumerate(roles) if role == "corrupted")
@@ -333,7 +351,7 @@ def _create_nodes(
             listen=listen if index == 0 else "/ip4/127.0.0.1/tcp/0",
             bootstrap=bootstrap,
             http=HttpConfig(port=get_free_port()),
-            serving=ServingConfig(local="avoid" if index in gateways else "prefer"),
+            serving=ServingConfig(enabled=network.backbone != LINEAR, local="avoid" if index in gateways else "prefer"),
             stake_pfm=STAKE_PFM,
             adversary=ADVERSARIES.get(role, ""),
             auto_challenge=role != "overpayer",  # or it would take the bounty on itself

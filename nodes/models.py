@@ -66,6 +66,8 @@ PACKAGES = {
     ),
 }
 NAMES = ("tiny", *PACKAGES)
+LINEAR = "linear"
+"""The backbone of networks without a language model (nodes/linear.py): it has no file, and generates no text."""
 
 
 def get_cache_dir() -> Path:
@@ -84,6 +86,10 @@ def resolve(name: str) -> str:
         return str(FIXTURE)
     if name == "tiny":
         raise OperatorError(f"the model tiny is a file of the source tree: expected it in {FIXTURE}")
+    if name == LINEAR:
+        raise OperatorError(
+            f"the backbone {LINEAR} is a regression for experiments with the network: it has no weights"
+        )
     if name in PACKAGES:
         folder = get_cache_dir() / name
         if not _is_ready(folder, PACKAGES[name]):

@@ -19,7 +19,7 @@ Matrix = NDArray[np.float64]
 WORK_BATCH = 16
 """Public samples in a proof of computation: with fewer their own difficulty outweighs what was learned from them."""
 
-SHAPES = {"layer.lora_A": (4, 8), "layer.lora_B": (16, 2)}
+SHAPES = {"layer.first": (4, 8), "layer.second": (16, 2)}
 """Two small tensors, so that everything that depends on tensors' names and borders is exercised."""
 
 

@@ -24,7 +24,7 @@ from p2pfm.lora.layers import adapter_shapes, build_peft, extend, load_backbone,
 from p2pfm.messages import GenerateRequest, TokenChunk
 from p2pfm.runtime.text import read_vocabulary
 from p2pfm.serving.sampling import choose_token
-from p2pfm.serving.session import validate_request
+from p2pfm.serving.session import BrokenLogits, UnknownVersion, validate_request
 from p2pfm.types import Array, Digest, Tensors
 
 PRIVATE_MAX = 2
@@ -32,14 +32,6 @@ PRIVATE_MAX = 2
 
 PREFILL_TOKENS = 128
 """Prompt tokens of one step: bounds how long a cancelled stream still works, and is part of what resumes repeat."""
-
-
-class UnknownVersion(Reject):
-    """The request names an adapter version that this replica does not hold."""
-
-
-class BrokenLogits(ArithmeticError):
-    """The model gave something that is not a number: this replica cannot answer."""
 
 
 class Engine:

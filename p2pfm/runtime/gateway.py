@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import trio
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -18,10 +18,22 @@ from p2pfm.config import ServingConfig
 from p2pfm.errors import PeerUnreachable, Reject, WorldError
 from p2pfm.lora.personal import mix
 from p2pfm.messages import GenerateRequest, Presence, TokenChunk
-from p2pfm.runtime.engine import BrokenLogits, Engine, UnknownVersion
 from p2pfm.serving.routing import AdaptiveDeadline, ReplicaTable, choose
-from p2pfm.serving.session import BUSY, FAILED, INVALID, REFUSALS, UNKNOWN_VERSION, Session, Vocabulary
+from p2pfm.serving.session import (
+    BUSY,
+    FAILED,
+    INVALID,
+    REFUSALS,
+    UNKNOWN_VERSION,
+    BrokenLogits,
+    Session,
+    UnknownVersion,
+    Vocabulary,
+)
 from p2pfm.types import DIGEST_BYTES, Digest, Millis, PeerId, Tensors, short
+
+if TYPE_CHECKING:  # a node that serves nothing starts without torch
+    from p2pfm.runtime.engine import Engine
 
 PRESENCE_TTL_MS = Millis(15_000)
 """Life of this node's record: three times the interval, so that two lost messages do not hide it."""
@@ -94,7 +106,7 @@ class Gateway:
         self,
         local: PeerId,
         config: ServingConfig,
-        engine: Engine | None,
+        engine: "Engine | None",
         vocabulary: Vocabulary,
         transport: ReplicaTransport,
         registry: CollectorRegistry,

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import trio
@@ -34,7 +34,6 @@ from p2pfm.protocol.phases import compute_position
 from p2pfm.runtime.auditor import Auditor
 from p2pfm.runtime.door import Door
 from p2pfm.runtime.effects import Effects
-from p2pfm.runtime.engine import Engine
 from p2pfm.runtime.envelopes import seal
 from p2pfm.runtime.event_log import EventLogWriter
 from p2pfm.runtime.gateway import PRESENCE_INTERVAL_MS, Gateway
@@ -52,6 +51,9 @@ from p2pfm.settlement import bls
 from p2pfm.settlement.ledger import FederationParams, Ledger
 from p2pfm.types import Digest, Millis, PeerId, Round, Wei
 
+if TYPE_CHECKING:  # a node that serves nothing starts without torch
+    from p2pfm.runtime.engine import Engine
+
 PROBE_BYTES_MAX = 64 * 1024 * 1024
 PROBE_WAIT_S = 60.0
 """How long a node without a probe file asks its peers for one."""
@@ -61,6 +63,12 @@ EVENTS_MAX = 100_000
 
 PRUNE_S = 60.0
 """How often old blobs are dropped."""
+
+MEMORY_S = 20.0
+"""How often the peer book is saved where nobody is banned."""
+
+MEMORY_PAUSE_S = 1.0
+"""At least so long between two saves, whatever strangers do."""
 
 ANSWER_S = 5.0
 """A neighbour's question waits so long for the core."""
@@ -86,7 +94,7 @@ class Models:
     """How a node gets its models; blocking functions, called in a thread."""
 
     codec: Callable[[], TextCodec]
-    engine: Callable[[], Engine | None]
+    engine: "Callable[[], Engine | None]"
     learners: Callable[[bytes, SpendingLog], Learners]
     """Takes the probe set's bytes, and where training is accounted for."""
 
@@ -149,7 +157,7 @@ class Node:
             config.listen,
             config.bootstrap,
             self.network_id,
-            known=self._store.get_addresses(),
+            memory=self._store.load_network_memory(),
         )
         self.effects: Effects
         self.gateway: Gateway
@@ -214,6 +222,7 @@ class Node:
                 self.auditor.run,
                 self._gossip_loop,
                 self._peers_loop,
+                self._memory_loop,
                 self._timer_loop,
                 self._presence_loop,
                 self._prune_loop,
@@ -444,7 +453,14 @@ class Node:
     async def _peers_loop(self) -> None:
         async for peers in self.transport.peers_changed:
             self._emit(PeersChanged(peers))
-            await trio.to_thread.run_sync(self._store.save_addresses, self.transport.book.get_all())
+
+    async def _memory_loop(self) -> None:
+        """Keep the peer book, and at once what a restart must not undo: a ban."""
+        while True:
+            with trio.move_on_after(MEMORY_S):
+                await self.transport.has_banned.wait()
+            await trio.to_thread.run_sync(self._store.save_network_memory, self.transport.get_memory())
+            await trio.sleep(MEMORY_PAUSE_S)
 
     async def _presence_loop(self) -> None:
         while True:

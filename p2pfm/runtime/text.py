@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
 from p2pfm.errors import OperatorError
 from p2pfm.serving.session import Vocabulary
 
@@ -53,6 +51,9 @@ def load_text_codec(backbone: str, num_virtual: int = 0) -> TextCodec:
     Raises:
         OperatorError: the folder holds no tokenizer or config.
     """
+    # Imported here: a node without a backbone of transformers starts without them.
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(backbone)
         config = AutoConfig.from_pretrained(backbone)

@@ -40,6 +40,14 @@ WINDOW_TOKENS_MAX = 256
 """Tokens decoded again for each new one, at most: only a long run of broken UTF-8 reaches it."""
 
 
+class UnknownVersion(Reject):
+    """The request names an adapter version that this replica does not hold."""
+
+
+class BrokenLogits(ArithmeticError):
+    """The model gave something that is not a number: this replica cannot answer."""
+
+
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
     """What a token may be: ids are in [0, size); a token of `ends` closes the stream; a context holds `context_max`."""

@@ -10,7 +10,8 @@ from p2pfm.config import AdapterConfig
 from p2pfm.errors import Reject
 from p2pfm.lora.layers import compute_initial
 from p2pfm.messages import GenerateRequest
-from p2pfm.runtime.engine import PREFILL_TOKENS, BrokenLogits, Engine, UnknownVersion
+from p2pfm.runtime.engine import PREFILL_TOKENS, Engine
+from p2pfm.serving.session import BrokenLogits, UnknownVersion
 from p2pfm.types import Digest, Tensors
 
 TINY = Path(__file__).parents[1] / "fixtures" / "tiny-llama"

@@ -17,7 +17,8 @@ from p2pfm.lora.personal import HELD_OUT_MAX, decode_private, encode_private, mi
 from p2pfm.lora.samples import Probe, Sample
 from p2pfm.lora.torch_learner import Data, TorchLearner
 from p2pfm.messages import GenerateRequest
-from p2pfm.runtime.engine import PRIVATE_MAX, Engine, UnknownVersion
+from p2pfm.runtime.engine import PRIVATE_MAX, Engine
+from p2pfm.serving.session import UnknownVersion
 from p2pfm.types import Digest, Millis, Round
 
 TINY = Path(__file__).parents[1] / "fixtures" / "tiny-llama"

@@ -1,0 +1,78 @@
+"""Nodes with a backbone of transformers: tokenizer, engine, and learners on torch.
+
+Knows no peer and no socket. Loading torch takes seconds: imported only by a node that needs it.
+"""
+
+import random
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import msgspec
+import torch
+from transformers.utils import logging as transformers_logging
+
+from nodes.adversaries import Wrap
+from nodes.models import resolve
+from p2pfm.config import NodeConfig
+from p2pfm.learner import Learner, SpendingLog
+from p2pfm.lora.batches import encode_all
+from p2pfm.lora.layers import choose_device, load_backbone
+from p2pfm.lora.personal import split_samples
+from p2pfm.lora.samples import Sample, encode_lines, parse_probe
+from p2pfm.lora.torch_learner import Data, TorchLearner
+from p2pfm.runtime.engine import Engine
+from p2pfm.runtime.node import Learners, Models
+from p2pfm.runtime.text import load_text_codec
+from p2pfm.types import compute_digest
+
+
+def make_models(config: NodeConfig, samples: Sequence[Sample], wrap: Wrap) -> Models:
+    """How the node loads the network's backbone; raises OperatorError where it is not on this machine."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    transformers_logging.disable_progress_bar()
+    backbone = resolve(config.network.backbone)
+    return Models(
+        codec=partial(load_text_codec, backbone, config.network.adapter.num_virtual),
+        engine=partial(_make_engine, config, backbone),
+        learners=partial(_make_learners, config, backbone, samples, wrap),
+    )
+
+
+def _make_engine(config: NodeConfig, backbone: str) -> Engine | None:
+    serving = config.serving
+    return Engine(backbone, config.network.adapter, serving.versions_kept) if serving.enabled else None
+
+
+def _make_learners(
+    config: NodeConfig, backbone: str, samples: Sequence[Sample], wrap: Wrap, probe: bytes, spendings: SpendingLog
+) -> Learners:
+    model, tokenizer = load_backbone(backbone, device=choose_device())
+    held_out: Sequence[Sample] = ()
+    if config.personal.enabled:
+        samples, held_out = split_samples(samples, config.personal.held_out)
+    parsed = parse_probe(probe, "the probe set")
+    learner = TorchLearner(model, tokenizer, config.network, samples, parsed, spendings, config.rank)
+    own = _make_own(config, learner, tokenizer, samples, held_out) if config.personal.enabled else None
+    return Learners(wrap(_make_shared(config, learner, spendings)), own)
+
+
+def _make_shared(config: NodeConfig, learner: TorchLearner, spendings: SpendingLog) -> Learner:
+    if config.privacy.enabled:
+        from p2pfm.lora.privacy import PrivateLearner  # opacus is an extra, and takes seconds to import
+
+        return PrivateLearner(learner, config.privacy, config.network.training, spendings, random.SystemRandom())
+    return learner
+
+
+def _make_own(
+    config: NodeConfig, learner: TorchLearner, tokenizer: Any, samples: Sequence[Sample], held_out: Sequence[Sample]
+) -> Learner:
+    """On the same model: private steps need no noise, since what they give never leaves this node."""
+    training = msgspec.structs.replace(config.network.training, steps=config.personal.steps)
+    judge = {"own": encode_all(tokenizer, held_out, training.tokens_max)}
+    digest = compute_digest(b"p2pfm own batches" + encode_lines(samples))  # other batches than the shared steps'
+    data = Data(encode_all(tokenizer, samples, training.tokens_max), probe=judge, test=judge, digest=digest)
+    return learner.beside(data, training)
