@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from types import TracebackType
@@ -57,7 +57,11 @@ async def until(condition: Callable[[], object], seconds: float) -> float:
 class PeerProcess:
     """A peer in a process of its own (see net_peer_process.py), spoken to in lines of JSON."""
 
-    def __init__(self, number: int, bootstrap: tuple[str, ...], listen: str = ANY_PORT) -> None:
+    def __init__(
+        self, number: int, bootstrap: tuple[str, ...], listen: str = ANY_PORT, launcher: Sequence[str] = ()
+    ) -> None:
+        """`launcher`: what stands before the command, e.g. of a namespace (see namespaces.py)."""
+        self._launcher = launcher
         self._arguments = [str(number), listen, *bootstrap]
         self._process: trio.Process | None = None
         self._buffer = b""
@@ -68,7 +72,7 @@ class PeerProcess:
     async def __aenter__(self) -> Self:
         script = Path(__file__).with_name("net_peer_process.py")
         self._process = await trio.lowlevel.open_process(
-            [sys.executable, str(script), *self._arguments],
+            [*self._launcher, sys.executable, str(script), *self._arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"OMP_WAIT_POLICY": "passive"},

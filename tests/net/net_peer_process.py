@@ -1,5 +1,6 @@
 """One real peer: gossips, serves blobs, and tells its state in lines of JSON. Arguments: number, listen, bootstrap."""
 
+import itertools
 import json
 import random
 import sys
@@ -8,8 +9,9 @@ from typing import Any
 import trio
 from net_hosts import make_transport
 
+from p2pfm.errors import PeerUnreachable
 from p2pfm.messages import BlobRequest, decode_request, encode
-from p2pfm.runtime.network.exchange import answer_blob
+from p2pfm.runtime.network.exchange import answer_blob, fetch
 from p2pfm.types import Digest, PeerId, compute_digest
 
 
@@ -37,6 +39,7 @@ def say(**state: Any) -> None:
 async def main(number: str, listen: str, *bootstrap: str) -> None:
     blobs = Blobs(1_000_000, 5_000_000)
     heard: set[bytes] = set()
+    positions = itertools.count()
 
     async def answer(peer: PeerId, data: bytes) -> bytes:
         request = decode_request(data)
@@ -59,6 +62,16 @@ async def main(number: str, listen: str, *bootstrap: str) -> None:
             async for _, data in transport.gossip:
                 heard.add(data)
 
+        async def take(size: int, providers: list[PeerId]) -> None:
+            start = trio.current_time()
+            while True:
+                try:
+                    data = await fetch(transport, compute_digest(make_blob(size)), providers, size)
+                except PeerUnreachable:
+                    continue  # as a node does: the connection may have been lost in between
+                assert data == make_blob(size)
+                return say(fetched_s=trio.current_time() - start)
+
         nursery.start_soon(tell_peers)
         nursery.start_soon(hear)
         say(peer=transport.peer_id, addresses=transport.addresses())
@@ -68,8 +81,10 @@ async def main(number: str, listen: str, *bootstrap: str) -> None:
             *lines, buffer = (buffer + data).split(b"\n")
             for line in lines:
                 command = json.loads(line)
-                for position in range(command["publish"]):
-                    await transport.publish(b"%s %d" % (number.encode(), position) + bytes(1000))
+                for _ in range(command.get("publish", 0)):
+                    await transport.publish(b"%s %d" % (number.encode(), next(positions)) + bytes(1000))
+                if "fetch" in command:
+                    nursery.start_soon(take, command["fetch"], command["providers"])
         nursery.cancel_scope.cancel()
 
 
