@@ -46,11 +46,20 @@ class Target(NamedTuple):
 
 def parse_options(doc: str) -> Options:
     """The options of a script whose docstring is `doc`."""
+    return read_options(make_parser(doc).parse_args())
+
+
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    """The options that every script has; one with more of its own adds them, and calls `read_options`."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a target falls short")
     parser.add_argument("--quick", action="store_true", help="smallest size; targets are not judged")
-    arguments = parser.parse_args()
+    return parser
+
+
+def read_options(arguments: argparse.Namespace) -> Options:
+    """What everybody's options say."""
     return Options(arguments.json, arguments.check, arguments.quick)
 
 
