@@ -5,6 +5,7 @@ Knows every part and no rule: rules are in `protocol`, work in `work`, verdicts 
 
 import logging
 import math
+import sqlite3
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -64,8 +65,8 @@ EVENTS_MAX = 100_000
 PRUNE_S = 60.0
 """How often old blobs are dropped."""
 
-MEMORY_S = 20.0
-"""How often the peer book is saved where nobody is banned."""
+MEMORY_FIRST_S, MEMORY_S = 2.0, 60.0
+"""How soon after the start, and then how often, the peer book is saved where nobody is banned."""
 
 MEMORY_PAUSE_S = 1.0
 """At least so long between two saves, whatever strangers do."""
@@ -456,10 +457,15 @@ class Node:
 
     async def _memory_loop(self) -> None:
         """Keep the peer book, and at once what a restart must not undo: a ban."""
+        wait_s = MEMORY_FIRST_S
         while True:
-            with trio.move_on_after(MEMORY_S):
+            with trio.move_on_after(wait_s):
                 await self.transport.has_banned.wait()
-            await trio.to_thread.run_sync(self._store.save_network_memory, self.transport.get_memory())
+            try:
+                await trio.to_thread.run_sync(self._store.save_network_memory, self.transport.get_memory())
+            except (sqlite3.Error, OSError) as error:
+                log.warning("the peer book could not be saved: %s; trying again", error)
+            wait_s = min(wait_s * 2, MEMORY_S)
             await trio.sleep(MEMORY_PAUSE_S)
 
     async def _presence_loop(self) -> None:

@@ -1,5 +1,5 @@
-"""A node's memory on disk: blobs by digest, and in SQLite the durable state, the settle queue, the peer book and what
-training has cost of its samples' privacy.
+"""A node's memory on disk: blobs by digest, and in SQLite the durable state, the settle queue, the peer book, bans and
+what training has cost of its samples' privacy.
 
 What a method has acknowledged by returning is there after SIGKILL or a power cut. Blocking and safe to call from
 several threads; knows no network, no model, and not what a blob means.
@@ -21,22 +21,32 @@ from p2pfm.learner import Spending
 from p2pfm.messages import Certificate, encode
 from p2pfm.protocol.events import Durable
 from p2pfm.runtime.files import make_private_folder, sync_folder, write_durably
+from p2pfm.runtime.network.bans import BanRecord
+from p2pfm.runtime.network.memory import NetworkMemory
+from p2pfm.runtime.network.peer_book import KnownAddress
 from p2pfm.types import DIGEST_BYTES, Digest, Round, compute_digest
 
 BLOB_FOLDER = "blobs"
 DATABASE = "node.db"
-SCHEMA_VERSION = 3
-"""2: spendings. 3: certificates."""
+SCHEMA_VERSION = 4
+"""2: spendings. 3: certificates. 4: addresses with their good and bad times, bans."""
 SETTLEMENTS_MAX = 10_000
 CERTIFICATES_MAX = 512
 """Adopted certificates kept, the newest: the chain may void a round until its contest is over."""
-ADDRESSES_MAX = 1024
+ADDRESSES_MAX = 4096
+BANS_MAX = 4096
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS durable (id INTEGER PRIMARY KEY CHECK (id = 1), state BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS settlements (round INTEGER PRIMARY KEY, certificate BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS certificates (round INTEGER PRIMARY KEY, certificate BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS addresses (position INTEGER PRIMARY KEY, address TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS known_addresses (
+    address TEXT PRIMARY KEY, position INTEGER NOT NULL, told_by TEXT NOT NULL, first_success REAL NOT NULL,
+    last_success REAL NOT NULL, failures INTEGER NOT NULL, is_anchor INTEGER NOT NULL
+);
+CREATE TABLE IF NOT EXISTS bans (
+    peer TEXT PRIMARY KEY, score REAL NOT NULL, level INTEGER NOT NULL, offended_at REAL NOT NULL, until REAL NOT NULL
+);
 CREATE TABLE IF NOT EXISTS spendings (
     noise_multiplier REAL NOT NULL, sample_rate REAL NOT NULL, steps INTEGER NOT NULL,
     PRIMARY KEY (noise_multiplier, sample_rate)
@@ -79,6 +89,10 @@ class Store:
             run(statement)
         if version == 1:  # nobody counted then: a peer that was at work may have trained without noise
             run("INSERT OR IGNORE INTO spendings SELECT 0, 1, 1 FROM durable")
+        if 0 < version < 4:  # what is in the old list had worked lately: it counts as the operator's word
+            run("CREATE TABLE IF NOT EXISTS addresses (position INTEGER PRIMARY KEY, address TEXT NOT NULL)")
+            run("INSERT OR IGNORE INTO known_addresses SELECT address, position, '', 0, 0, 0, 0 FROM addresses")
+            run("DROP TABLE addresses")
         run(f"PRAGMA user_version = {SCHEMA_VERSION}")
         run("COMMIT")
 
@@ -271,19 +285,42 @@ class Store:
             rows = self._database.execute("SELECT * FROM spendings ORDER BY noise_multiplier, sample_rate").fetchall()
         return tuple(Spending(*row) for row in rows)
 
-    # --- peer book ---
+    # --- peer book and bans ---
 
-    def save_addresses(self, addresses: Collection[str]) -> None:
-        """Replace the addresses that were good lately, best first."""
+    def save_network_memory(self, memory: NetworkMemory) -> None:
+        """Replace what the network must know at the next start; the worst addresses and shortest bans go beyond the
+        bounds. Durable on return."""
+        bans = sorted(memory.bans, key=lambda ban: -ban.until)[:BANS_MAX]
         with self._lock:
-            self._database.execute("BEGIN IMMEDIATE")
-            self._database.execute("DELETE FROM addresses")
+            run = self._database.execute
+            run("BEGIN IMMEDIATE")
+            run("DELETE FROM known_addresses")
             self._database.executemany(
-                "INSERT INTO addresses VALUES (?, ?)", list(enumerate(list(addresses)[:ADDRESSES_MAX]))
+                "INSERT OR IGNORE INTO known_addresses VALUES (?, ?, ?, ?, ?, ?, ?)",
+                [
+                    (a.address, position, a.told_by, a.first_success, a.last_success, a.failures, a.is_anchor)
+                    for position, a in enumerate(memory.addresses[:ADDRESSES_MAX])
+                ],
             )
-            self._database.execute("COMMIT")
+            run("DELETE FROM bans")
+            self._database.executemany(
+                "INSERT OR IGNORE INTO bans VALUES (?, ?, ?, ?, ?)",
+                [(b.peer, b.score, b.level, b.offended_at, b.until) for b in bans],
+            )
+            run("COMMIT")
 
-    def get_addresses(self) -> tuple[str, ...]:
-        """What `save_addresses` kept."""
+    def load_network_memory(self) -> NetworkMemory:
+        """What `save_network_memory` kept; empty at the first start."""
         with self._lock:
-            return tuple(row[0] for row in self._database.execute("SELECT address FROM addresses ORDER BY position"))
+            addresses = self._database.execute(
+                "SELECT address, told_by, first_success, last_success, failures, is_anchor FROM known_addresses "
+                "ORDER BY position"
+            ).fetchall()
+            bans = self._database.execute("SELECT peer, score, level, offended_at, until FROM bans").fetchall()
+        return NetworkMemory(
+            tuple(
+                KnownAddress(address, told_by, first_success, last_success, failures, is_anchor=bool(is_anchor))
+                for address, told_by, first_success, last_success, failures, is_anchor in addresses
+            ),
+            tuple(BanRecord(*row) for row in bans),
+        )

@@ -37,9 +37,11 @@ from p2pfm.protocol.gossip import REPLY_MAX
 from p2pfm.protocol.peer import SYNC_MS
 from p2pfm.runtime.envelopes import ID_PREFIX
 from p2pfm.runtime.gateway import PRESENCE_TTL_MS
+from p2pfm.runtime.network.bans import BAN_S
 from p2pfm.runtime.network.exchange import CHUNK_BYTES
 from p2pfm.runtime.network.limits import TransportLimits
-from p2pfm.runtime.network.transport import BAN_S, PEERS_PROTOCOL, REQUEST_PROTOCOL, STREAM_PROTOCOL
+from p2pfm.runtime.network.peer_exchange import PEERS_PROTOCOL
+from p2pfm.runtime.network.transport import REQUEST_PROTOCOL, STREAM_PROTOCOL
 from p2pfm.runtime.replica_streams import FRAME_BYTES_MAX
 from p2pfm.settlement import bls, merkle
 from p2pfm.settlement.ledger import LeafValue, Sums

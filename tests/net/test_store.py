@@ -13,10 +13,17 @@ from p2pfm.protocol.events import Durable, SetTimer, Tick
 from p2pfm.protocol.log import digest_actions
 from p2pfm.protocol.log import read_log as read_log_bytes
 from p2pfm.runtime.event_log import EventLogWriter, read_log
+from p2pfm.runtime.network.bans import BanRecord
+from p2pfm.runtime.network.memory import NetworkMemory
+from p2pfm.runtime.network.peer_book import KnownAddress
 from p2pfm.runtime.store import Store
 from p2pfm.types import Digest, Millis, PeerId, Round, compute_digest
 
 ZERO = Digest(bytes(32))
+MEMORY = NetworkMemory(
+    (KnownAddress("b", "", 1.5, 2.5, 0, is_anchor=True), KnownAddress("a", "who", 0, 0, 3)),
+    (BanRecord("liar", 0.5, 2, 100.25, 220.25),),
+)
 
 
 def make_durable(number: int) -> Durable:
@@ -89,13 +96,25 @@ def test_state_queue_and_addresses_survive_reopening(tmp_path: Path) -> None:
         for round in (5, 3, 4):
             store.queue_settlement(certificate_of(round))
         store.drop_settlement(Round(4))
-        store.save_addresses(("old",))
-        store.save_addresses(("b", "a"))
+        store.save_network_memory(NetworkMemory((KnownAddress("old", "", 0, 0, 0),), ()))
+        store.save_network_memory(MEMORY)
     with Store(tmp_path) as store:
         assert store.load_durable() == make_durable(2)
         assert [c.proposal.round for c in store.get_settlements()] == [3, 5]
         assert store.get_settlements()[0] == certificate_of(3)
-        assert store.get_addresses() == ("b", "a")
+        assert store.load_network_memory() == MEMORY
+
+
+def test_the_peer_book_of_an_older_schema_is_taken_over(tmp_path: Path) -> None:
+    Store(tmp_path).close()
+    with sqlite3.connect(tmp_path / "node.db") as database:
+        database.execute("DROP TABLE known_addresses")
+        database.execute("CREATE TABLE addresses (position INTEGER PRIMARY KEY, address TEXT NOT NULL)")
+        database.execute("INSERT INTO addresses VALUES (0, 'best'), (1, 'second')")
+        database.execute("PRAGMA user_version = 3")
+    database.close()
+    with Store(tmp_path) as store:
+        assert [known.address for known in store.load_network_memory().addresses] == ["best", "second"]
 
 
 def test_a_folder_belongs_to_one_node(tmp_path: Path) -> None:

@@ -225,9 +225,9 @@ def test_a_peer_that_restarts_on_another_port_is_found_again_within_10_s() -> No
         async with network(2) as peers:
             async with make_transport(3, peers[0].addresses()) as old:
                 await until(lambda: is_whole(old, peers), 10)
-                before, book = old.addresses(), old.book.get_all()
+                before, memory = old.addresses(), old.get_memory()
             await until(lambda: all(old.peer_id not in peer.connected() for peer in peers), 5)
-            async with make_transport(3, known=book) as again:  # no bootstrap: its peer book is enough
+            async with make_transport(3, memory=memory) as again:  # no bootstrap: its peer book is enough
                 assert again.addresses() != before
                 everybody = [*peers, again]
                 assert await until(lambda: all(is_whole(peer, everybody) for peer in everybody), 10) < 10

@@ -134,7 +134,7 @@ class GuardedSwarm(Swarm):  # type: ignore[misc]
         address = remote[0]
         if (
             self._by_address[address] >= self._limits.connections_per_address_max
-            or self._by_address.total() >= self._limits.connections_max
+            or self._by_address.total() >= self._limits.inbound_max
         ):
             return
         muxed_conn = await self._shake_hands(address, read_write_closer, maddr)

@@ -54,8 +54,17 @@ class TransportLimits(msgspec.Struct, frozen=True):
     """A writer waits this long for window credit (back-pressure), then its stream is reset."""
     dials_max: int = 3
     dial_s: float = 10.0
+    explore_s: float = 20.0
+    """A node that has connections enough dials one further peer this often, so that no group keeps to itself."""
+    visit_s: float = 5.0
+    """A connection beyond three quarters of the bound is kept this long at least: enough to exchange peers."""
     known_peers_max: int = 1024
     addresses_per_peer_max: int = 8
+
+    @property
+    def inbound_max(self) -> int:
+        """Connections that others may open here: the last eighth is for those that this node dials itself."""
+        return self.connections_max - max(1, self.connections_max // 8)
 
 
 class RuleBroken(IOException):  # type: ignore[misc]

@@ -1,12 +1,13 @@
 """The node's network: gossip, requests and token streams between peers, over TCP, Noise and Yamux.
 
-`Libp2pTransport` finds the other peers of its network from one address, keeps connections to them, notices when they
-stop, and carries bytes. It does not know what the bytes mean: messages, blobs and rounds are its users' affair.
+`Libp2pTransport` carries bytes and puts the parts of the network together: who is known (`peer_book`), whom to dial
+(`dialer`), who tells whom (`peer_exchange`), who is not heard (`bans`). It does not know what the bytes mean: messages,
+blobs and rounds are its users' affair.
 """
 
 import logging
-import random
 import socket
+import time
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -21,25 +22,25 @@ from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
 from p2pfm.errors import OperatorError, PeerUnreachable, Reject
-from p2pfm.messages import PeersReply, PeersRequest, decode_reply, decode_request, encode
+from p2pfm.runtime.network.bans import Bans
+from p2pfm.runtime.network.dialer import Dialer
 from p2pfm.runtime.network.frames import cancel_at_end, end_stream, read_frame, write_frame
 from p2pfm.runtime.network.gossip import GuardedPubsub
 from p2pfm.runtime.network.host import GuardedHost
 from p2pfm.runtime.network.limits import RuleBroken, TokenBucket, TransportLimits
+from p2pfm.runtime.network.memory import EMPTY_MEMORY, NetworkMemory
 from p2pfm.runtime.network.peer_book import PeerBook, parse_address
+from p2pfm.runtime.network.peer_exchange import PEERS_PROTOCOL, PeerExchange
 from p2pfm.types import Digest, PeerId, short
 
 log = logging.getLogger(__name__)
 
 REQUEST_PROTOCOL = "/p2pfm/request/1"
 STREAM_PROTOCOL = "/p2pfm/stream/1"
-PEERS_PROTOCOL = "/p2pfm/peers/1"
 IDLE_STREAMS_MAX = 4  # kept open to one peer for the next request: 1,400 requests/s against 200 with a stream for each
 IDLE_S = 120.0
-EXCHANGE_S = 10.0  # between two peer exchanges; the first follows each own dial at once
-DIAL_TICK_S = 0.5
-BAN_OFFENCES = 3
-BAN_S = 60.0
+SWEEP_S = 2.0
+THROTTLE_S = 0.5  # a peer that offended lately waits this long for each answer
 
 Handler: TypeAlias = Callable[[PeerId, bytes], Awaitable[bytes]]
 Send: TypeAlias = Callable[[bytes], Awaitable[None]]
@@ -56,7 +57,7 @@ class Libp2pTransport:
         bootstrap: addresses (with `/p2p/ID`) that are tried for ever, and first.
         network_id: peers of another network may connect, but share no gossip topic.
         limits: bounds against any sender.
-        known: further addresses, e.g. of an earlier run's peer book.
+        memory: what `get_memory` gave in an earlier run.
 
     Raises (on entry):
         OperatorError: the address cannot be listened on, or a bootstrap address is malformed.
@@ -69,7 +70,7 @@ class Libp2pTransport:
         bootstrap: Sequence[str],
         network_id: Digest,
         limits: TransportLimits | None = None,
-        known: Sequence[str] = (),
+        memory: NetworkMemory = EMPTY_MEMORY,
     ) -> None:
         self.limits = limits or TransportLimits()
         self.peer_id = PeerId(str(ID.from_pubkey(keypair.public_key)))
@@ -79,7 +80,7 @@ class Libp2pTransport:
         self._topic = f"/p2pfm/{network_id.hex()[:32]}"
         self.book = PeerBook(self.peer_id, self.limits.known_peers_max, self.limits.addresses_per_peer_max)
         self._bootstrap = tuple(bootstrap)
-        self._known = tuple(known)
+        self._memory = memory
         self.counters: Counter[str] = Counter()
         """What happened, by name: bytes and messages in and out, drops, dials, blames; for /metrics."""
         self._gossip_in, self.gossip = trio.open_memory_channel[tuple[PeerId, bytes]](self.limits.gossip_queue_max)
@@ -96,12 +97,15 @@ class Libp2pTransport:
         self._streaming = trio.CapacityLimiter(self.limits.streams_served_max)
         self._serving_by_peer: dict[PeerId, trio.CapacityLimiter] = {}
         self._publish_bucket = TokenBucket(self.limits.gossip_burst_max, self.limits.gossip_per_s)
-        self._offences: Counter[str] = Counter()
-        self._dials = trio.CapacityLimiter(self.limits.dials_max)
-        self._dialling: set[PeerId] = set()
-        self._wake = trio.Event()
+        self._bans = Bans(self.limits.known_peers_max)
+        self.has_banned = trio.Event()
+        """Set, and replaced by a new one, at each ban: it must outlive a crash."""
         self._stack = AsyncExitStack()
         self._host = GuardedHost(keypair, self.limits, self._blame)
+        swarm = self._host.get_network()
+        swarm.banned_until = self._bans.until
+        self._dialer = Dialer(swarm, self.book, self._bans, self.limits, self.counters, self._on_dialled)
+        self._peer_exchange = PeerExchange(self.book, self._dialer, self.limits, self.addresses, self._ask, self._blame)
         self._pubsub = GuardedPubsub(
             self._host, self._topic, self.limits, self._blame, self._on_gossip, self._is_passed_by_gate
         )
@@ -116,12 +120,12 @@ class Libp2pTransport:
                 raise OperatorError(f"bootstrap: expected /ip4/HOST/tcp/PORT/p2p/PEER_ID, got {address!r}")
         _refuse_port_in_use(self._listen)
         self.book.add_bootstrap(self._bootstrap, trio.current_time())
-        for address in self._known:
-            self.book.add(address, trio.current_time(), is_own_word=True)
+        self.book.restore(self._memory.addresses, trio.current_time(), time.time())
+        self._bans.restore(self._memory.bans, trio.current_time(), time.time())
         for protocol, serve in (
             (REQUEST_PROTOCOL, self._serve_requests),
             (STREAM_PROTOCOL, self._serve_stream),
-            (PEERS_PROTOCOL, self._serve_peers),
+            (PEERS_PROTOCOL, self._peer_exchange.serve),
         ):
             self._host.set_stream_handler(TProtocol(protocol), serve)
         stack = AsyncExitStack()
@@ -136,8 +140,8 @@ class Libp2pTransport:
             await self._pubsub.subscribe(self._topic)
             self._host.get_network().register_notifee(_Notices(self._on_connections_changed))
             self._nursery = await stack.enter_async_context(_cancelled_nursery())
-            self._nursery.start_soon(self._dial_loop, self._nursery)
-            self._nursery.start_soon(self._exchange_loop)
+            self._nursery.start_soon(self._dialer.run)
+            self._nursery.start_soon(self._peer_exchange.run)
             self._nursery.start_soon(self._sweep_loop)
         except BaseException:
             await stack.aclose()
@@ -167,8 +171,10 @@ class Libp2pTransport:
 
     def connected(self) -> tuple[PeerId, ...]:
         """Peers with a live connection, sorted."""
-        connections = self._host.get_network().get_connections_map()
-        return tuple(sorted(PeerId(str(k)) for k, v in connections.items() if any(not c.is_closed for c in v)))
+        return self._dialer.connected()
+
+    async def _on_dialled(self, peer: PeerId) -> None:
+        await self._peer_exchange.exchange(peer)
 
     def is_gossiping_with(self, peer: PeerId) -> bool:
         """Whether this peer has a gossip stream to `peer` and knows that it listens to our topic."""
@@ -265,7 +271,7 @@ class Libp2pTransport:
 
     async def _open(self, protocol: str, peer: PeerId) -> Any:
         if peer not in self.connected():
-            await self._dial(peer)
+            await self._dialer.dial(peer)
         try:
             return await self._host.new_stream(ID.from_base58(peer), [TProtocol(protocol)])
         except Exception as error:  # the library raises a dozen unrelated classes here
@@ -338,6 +344,8 @@ class Libp2pTransport:
     async def _answer(self, peer: PeerId, data: bytes, handler: Handler) -> bytes:
         limit = self._serving_by_peer.setdefault(peer, trio.CapacityLimiter(self.limits.requests_served_per_peer_max))
         try:
+            if self._bans.is_throttled(peer, trio.current_time()):
+                await trio.sleep(THROTTLE_S)
             async with limit, self._serving:
                 reply = await handler(peer, data)
         finally:
@@ -370,160 +378,59 @@ class Libp2pTransport:
         finally:
             await end_stream(stream, is_clean=is_clean)
 
-    # --- discovery ---
-
-    async def _serve_peers(self, stream: Any) -> None:
-        peer = PeerId(str(stream.muxed_conn.peer_id))
-        try:
-            data = await read_frame(stream, 16 * 1024)
-            if data is None:
-                return
-            request = decode_request(data)
-            if not isinstance(request, PeersRequest):
-                raise Reject("expected a PeersRequest")
-            self._learn_own(peer, request.addresses, stream.get_remote_address())
-            await write_frame(stream, encode(PeersReply(self._recommend(peer))))
-        except (RuleBroken, Reject) as error:
-            self._blame(peer, str(error))
-        finally:
-            await end_stream(stream, is_clean=True)
-
-    def _recommend(self, asker: PeerId) -> tuple[str, ...]:
-        """Addresses of the peers connected now (never hearsay), one or two each."""
-        chosen: list[str] = []
-        for peer in self.connected():
-            if peer != asker:
-                chosen += self.book.get_addresses(peer)[:2]
-        return tuple(chosen[:256])
-
-    def _learn_own(self, peer: PeerId, addresses: Sequence[str], remote: tuple[str, int] | None) -> None:
-        """A peer's statement about itself; what it says about others in that place is ignored."""
-        for text in addresses[: self.limits.addresses_per_peer_max]:
-            parsed = parse_address(text)
-            if parsed is None or parsed.peer != peer:
-                continue
-            if parsed.host == "0.0.0.0" and remote is not None:
-                text = text.replace("/ip4/0.0.0.0/", f"/ip4/{remote[0]}/", 1)
-            self.book.add(text, trio.current_time(), is_own_word=True)
-
-    async def _exchange(self, peer: PeerId) -> None:
-        own = self.addresses()[:8]
-        try:
-            reply = decode_reply(await self._ask(PEERS_PROTOCOL, peer, encode(PeersRequest(own)), 5.0))
-        except PeerUnreachable:
-            return
-        except Reject as error:
-            self._blame(peer, str(error))
-            return
-        if isinstance(reply, PeersReply):
-            fresh = [self.book.add(address, trio.current_time()) for address in reply.addresses]
-            if any(fresh):
-                self._wake.set()
-
-    async def _exchange_loop(self) -> None:
-        """Ask one peer after the other who else is there, so that knowledge spreads even where nobody reconnects."""
-        while True:
-            peers = self.connected()
-            interval_s = EXCHANGE_S if len(peers) > 8 else EXCHANGE_S / 2
-            await trio.sleep(interval_s * random.uniform(0.7, 1.3))
-            peers = self.connected()
-            if peers:
-                await self._exchange(random.choice(peers))
-
-    async def _dial_loop(self, nursery: trio.Nursery) -> None:
-        while True:
-            connected = self.connected()
-            if len(connected) < self.limits.connections_max // 2:
-                for peer in self.book.get_due(trio.current_time(), frozenset(connected) | self._dialling):
-                    nursery.start_soon(self._dial_quietly, peer)
-            with trio.move_on_after(DIAL_TICK_S):
-                await self._wake.wait()
-            self._wake = trio.Event()
-
-    async def _dial_quietly(self, peer: PeerId) -> None:
-        try:
-            await self._dial(peer)
-        except PeerUnreachable as error:
-            log.debug("%s", error)
-
-    async def _dial(self, peer: PeerId) -> None:
-        """Connect to a peer, trying its addresses one by one.
-
-        Goes around the library's dialling, which tries one address and then locks the peer out for 60 s.
-
-        Raises:
-            PeerUnreachable: no address works now; the peer book will try again with growing delays.
-        """
-        if peer in self._dialling:
-            raise PeerUnreachable(f"{short(peer)} is being dialled")
-        self._dialling.add(peer)
-        try:
-            async with self._dials:
-                for address in self.book.get_addresses(peer):
-                    if peer in self.connected():
-                        return
-                    self.counters["dials"] += 1
-                    with trio.move_on_after(self.limits.dial_s):
-                        try:
-                            await self._host.get_network().dial_addr(Multiaddr(address), ID.from_base58(peer))
-                        except Exception as error:  # noqa: BLE001 - the library raises anything a stranger causes
-                            log.debug("dialling %s failed: %r", address, error)
-                            self.book.on_failed(peer, address, is_other_peer="mismatch" in repr(error).lower())
-                        else:
-                            self.book.on_connected(peer, trio.current_time(), address)
-                            if self._nursery is not None:  # who dials asks; who is dialled learns from the question
-                                self._nursery.start_soon(self._exchange, peer)
-                            return
-                self.book.on_unreachable(peer, trio.current_time())
-        finally:
-            self._dialling.discard(peer)
-        raise PeerUnreachable(f"no address of {short(peer)} answers")
+    # --- connections ---
 
     async def _sweep_loop(self) -> None:
         """Gossip streams that timed out are never retried by the library: open what is missing."""
         while True:
-            await trio.sleep(2.0)
+            await trio.sleep(SWEEP_S)
             for peer in self.connected():
                 peer_id = ID.from_base58(peer)
-                if peer_id not in self._pubsub.peers:
-                    with trio.move_on_after(self.limits.negotiate_s):
+                if peer_id in self._pubsub.peers:
+                    continue
+                with trio.move_on_after(self.limits.negotiate_s):
+                    try:
                         await self._pubsub.ensure_peer_stream(peer_id, self.limits.negotiate_s)
+                    except Exception as error:  # noqa: BLE001 - the library raises anything when the peer goes
+                        log.debug("no gossip stream to %s: %r", peer, error)
 
     def _on_connections_changed(self) -> None:
         now = self.connected()
-        for peer in set(now) - set(self._last_peers):
-            self.book.on_connected(peer, trio.current_time())
-        for peer in set(self._last_peers) - set(now):
+        came, went = set(now) - set(self._last_peers), set(self._last_peers) - set(now)
+        self._dialer.on_changed(came, went)
+        for peer in went:
             self._idle.pop(peer, None)
-            self.book.on_lost(peer, trio.current_time())
-            self._wake.set()
-        if now != self._last_peers:
+        if came or went:
             self._last_peers = now
             _put_newest(self._changes_in, self.peers_changed, now, self.counters, "peers_changed_replaced")
 
     # --- blame ---
 
     def blame(self, peer: PeerId, reason: str) -> None:
-        """The node's word that a peer broke a rule; after a few offences it is disconnected for a growing time."""
+        """The node's word that a peer broke a rule: after a few offences it is answered slowly, then disconnected for a
+        growing time."""
         self._blame(peer, reason)
+
+    def blamed(self) -> dict[str, int]:
+        """How many rules each peer has broken in this run."""
+        return dict(self._bans.seen)
 
     def _blame(self, peer: str, reason: str) -> None:
         self.counters["blames"] += 1
-        self._offences[peer] += 1
-        if len(self._offences) > self.limits.known_peers_max:
-            self._offences = Counter(dict(self._offences.most_common(self.limits.known_peers_max // 2)))
         log.info("peer %s broke a rule: %s", peer, reason)
-        bans = self._offences[peer] // BAN_OFFENCES
-        if self._offences[peer] % BAN_OFFENCES == 0 and self._nursery is not None:
-            banned = self._host.get_network().banned_until
-            banned[peer] = trio.current_time() + BAN_S * 2 ** min(bans - 1, 10)
-            if len(banned) > self.limits.known_peers_max:
-                del banned[min(banned, key=lambda name: banned[name])]
+        if self._bans.add_offence(peer, trio.current_time()):
             self.counters["bans"] += 1
-            self._nursery.start_soon(self._disconnect, peer)
+            self.has_banned.set()
+            self.has_banned = trio.Event()
+            if self._nursery is not None:
+                self._nursery.start_soon(self._dialer.disconnect, peer)
 
-    async def _disconnect(self, peer: str) -> None:
-        await self._host.get_network().close_peer(ID.from_base58(peer))
+    # --- over restarts ---
+
+    def get_memory(self) -> NetworkMemory:
+        """What a next start must know: addresses with their good and bad times, and bans."""
+        now, wall = trio.current_time(), time.time()
+        return NetworkMemory(self.book.get_records(now, wall), self._bans.get_records(now, wall))
 
 
 class _Notices:
