@@ -22,6 +22,7 @@ from nodes.stakes import describe_pool, describe_stake
 from p2pfm.config import WEI_PER_PFM, NodeConfig
 from p2pfm.errors import ChainError, ConfigError, OperatorError, P2PFMError
 from p2pfm.lora.samples import read_samples
+from p2pfm.runtime.clock import describe_offset
 from p2pfm.runtime.network.peer_book import parse_address
 from p2pfm.runtime.node import validate_rules
 from p2pfm.runtime.web3_ledger import READ_ONLY_KEY, Web3Ledger, open_ledger
@@ -60,7 +61,7 @@ def examine(config: NodeConfig, account: str) -> Iterator[Check]:
         "probe": lambda: _check_probe(config),
         "model": lambda: _check_model(config),
         "chain": lambda: _check_chain(config, ledger),
-        "clock": lambda: _check_clock(ledger),
+        "clock": lambda: _check_clock(config, ledger),
         "membership": lambda: _check_membership(config, ledger, account),
         "gas": lambda: _check_gas(ledger, account),
         "pool": lambda: _check_pool(ledger),
@@ -147,7 +148,13 @@ def _check_chain(config: NodeConfig, ledger: Web3Ledger) -> Check:
     return Check("chain", "ok", f"{config.rpc}: {newest}, {count} active members, restart {roster.nonce}")
 
 
-def _check_clock(ledger: Web3Ledger) -> Check:
+def _check_clock(config: NodeConfig, ledger: Web3Ledger) -> Check:
+    clock = _get_status(config).get("clock", {})
+    if clock.get("offset_ms") is not None:  # the running node's peers know better than a chain that may rest
+        found = f"this machine is {describe_offset(clock['offset_ms'])} the median of {clock['num_peers']} peers"
+        if clock["is_off"]:
+            return Check("clock", "fail", found, "set the clock (NTP): nobody hears this node")
+        return Check("clock", "ok", f"right, by the clocks of {clock['num_peers']} peers")
     try:
         offset_s = time.time() - ledger.get_time()
     except ChainError as error:
@@ -240,11 +247,9 @@ def _check_bootstrap(config: NodeConfig) -> Check:
 
 
 def _check_running(config: NodeConfig) -> Check:
-    url = f"http://{config.http.host}:{config.http.port}/status"
-    try:
-        status: dict[str, Any] = httpx.get(url, timeout=DIAL_S).json()
-    except (httpx.HTTPError, ValueError):
-        return Check("node", "warn", f"no node answers at {url}", "start it: p2pfm node run")
+    status = _get_status(config)
+    if not status:
+        return Check("node", "warn", f"no node answers at {_get_url(config)}", "start it: p2pfm node run")
     peers, error = status.get("peers", []), status.get("chain", {}).get("error", "")
     found = f"{status.get('stage')}, round {status.get('round')} {status.get('phase')}, {len(peers)} peers connected"
     if error:
@@ -252,3 +257,16 @@ def _check_running(config: NodeConfig) -> Check:
     if not peers:
         return Check("node", "warn", found, "alone: see `bootstrap` and `reachability`")
     return Check("node", "ok", found)
+
+
+def _get_url(config: NodeConfig) -> str:
+    return f"http://{config.http.host}:{config.http.port}/status"
+
+
+def _get_status(config: NodeConfig) -> dict[str, Any]:
+    """The running node's; empty when none answers."""
+    try:
+        status: dict[str, Any] = httpx.get(_get_url(config), timeout=DIAL_S).json()
+    except (httpx.HTTPError, ValueError):
+        return {}
+    return status

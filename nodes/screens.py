@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.table import Table
 
 from nodes.localnet import Localnet
+from p2pfm.runtime.clock import describe_offset
 from p2pfm.types import NANO
 
 
@@ -29,6 +30,7 @@ def make_status_table(status: Mapping[str, Any]) -> Table:
     table.add_row("network", f"{status['network']['name']} · {status['network']['backbone']}")
     table.add_row("round", where if status["round"] >= 0 else f"the first begins in {seconds:.0f} s")
     table.add_row("peers", f"{len(status['peers'])} connected")
+    table.add_row("clock", _describe_clock(status["clock"]))
     table.add_row("listens on", "\n".join(status["addresses"]))
     table.add_row("account", status["account"])
     table.add_row("member", f"{chain['member']} of {chain['members']}, committee {chain['committee']}")
@@ -55,6 +57,15 @@ def make_status_table(status: Mapping[str, Any]) -> Table:
         )
         table.add_row("notes", "\n".join(f"round {n['round']}: {n['text']}" for n in protocol["notes"][-5:]))
     return table
+
+
+def _describe_clock(clock: Mapping[str, Any]) -> str:
+    if clock["offset_ms"] is None:
+        return "no peer has told its own yet"
+    if not clock["is_off"]:
+        return f"right, by {clock['num_peers']} peers' clocks"
+    off = f"{describe_offset(clock['offset_ms'])} the median of {clock['num_peers']} peers"
+    return f"[bold red]{off}[/]: set it (NTP), or nobody hears this node"
 
 
 def _describe_privacy(privacy: Mapping[str, Any]) -> str:

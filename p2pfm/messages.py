@@ -221,6 +221,8 @@ class PeersReply(Wire, frozen=True, tag="peers_reply"):
     """Multiaddresses (with /p2p/ID) of peers seen lately."""
 
     addresses: Annotated[tuple[str, ...], msgspec.Meta(max_length=256)]
+    clock_ms: Count
+    """The teller's wall clock [ms since 1970]: from the median of several a peer learns that its own is off."""
 
 
 class GenerateRequest(Wire, frozen=True, tag="generate"):

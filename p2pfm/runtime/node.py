@@ -6,7 +6,6 @@ Knows every part and no rule: rules are in `protocol`, work in `work`, verdicts 
 import logging
 import math
 import sqlite3
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from p2pfm.protocol.events import AnyAction, AnyEvent, Durable, Evaluate, PeersC
 from p2pfm.protocol.peer import Peer, initial_durable
 from p2pfm.protocol.phases import compute_position
 from p2pfm.runtime.auditor import Auditor
+from p2pfm.runtime.clock import ClockReport, compute_offset_max, now_ms
 from p2pfm.runtime.door import Door
 from p2pfm.runtime.effects import Effects
 from p2pfm.runtime.envelopes import seal
@@ -61,6 +61,9 @@ PROBE_WAIT_S = 60.0
 
 EVENTS_MAX = 100_000
 """Events that wait for the core. More than the transport's own bounds let in means the core hangs: then we stop."""
+
+CLOCK_S = 5.0
+"""How often the clock is compared with what peers told."""
 
 PRUNE_S = 60.0
 """How often old blobs are dropped."""
@@ -98,11 +101,6 @@ class Models:
     engine: "Callable[[], Engine | None]"
     learners: Callable[[bytes, SpendingLog], Learners]
     """Takes the probe set's bytes, and where training is accounted for."""
-
-
-def now_ms() -> Millis:
-    """The wall clock."""
-    return Millis(time.time_ns() // 1_000_000)
 
 
 def validate_rules(network: NetworkConfig, params: FederationParams) -> None:
@@ -146,6 +144,7 @@ class Node:
         self._door = Door(config.network)
         self._metrics = NodeMetrics(self.registry)
         self.figures = RoundFigures()
+        self.clock = ClockReport(compute_offset_max(config.network.phases))
         self._events_in, self._events = trio.open_memory_channel[AnyEvent](EVENTS_MAX)
         self._num_tokens_given = 0
         self._was_member = False
@@ -227,6 +226,7 @@ class Node:
                 self._timer_loop,
                 self._presence_loop,
                 self._prune_loop,
+                self._clock_loop,
             ):
                 nursery.start_soon(task)
             await self._event_loop()
@@ -473,6 +473,15 @@ class Node:
             envelope = seal(self.keys, self.network_id, self.gateway.presence())
             await self.transport.publish(encode(envelope))
             await trio.sleep(PRESENCE_INTERVAL_MS / 1000)
+
+    async def _clock_loop(self) -> None:
+        """Compare this machine's clock with the peers' clocks."""
+        while True:
+            connected = self.transport.connected()
+            told = self.transport.clocks.compute_offset(connected, now_ms(), trio.current_time() * 1000)
+            if warning := self.clock.update(*told):
+                log.warning("%s", warning)
+            await trio.sleep(CLOCK_S)
 
     async def _prune_loop(self) -> None:
         while True:

@@ -99,6 +99,7 @@ def make_status(node: "Node", now_ms: Millis) -> dict[str, Any]:
         "addresses": list(node.transport.addresses()),
         "peers": list(node.transport.connected()),
         "traffic": dict(sorted(node.transport.counters.items())),
+        "clock": node.clock.to_status(),
         "chain": _chain_status(node),
     }
     if node.config.privacy.enabled:

@@ -124,7 +124,7 @@ async def start_js(ours: Libp2pTransport, task_status: trio.TaskStatus[trio.Proc
 async def speak(ours: Libp2pTransport, js: JsPeer, announcement: Announcement) -> None:
     identified = await js.expect("identified")
     assert identified["peer"] == ours.peer_id
-    assert {"/p2pfm/request/1", "/p2pfm/stream/1", "/p2pfm/peers/1", "/meshsub/1.1.0"} <= set(identified["protocols"])
+    assert {"/p2pfm/request/1", "/p2pfm/stream/1", "/p2pfm/peers/2", "/meshsub/1.1.0"} <= set(identified["protocols"])
     assert (identified["encryption"], identified["multiplexer"]) == ("/noise", "/yamux/1.0.0")
     assert 0 <= (await js.expect("pinged"))["rttMs"] < 10_000
     joined = await js.expect("joined")

@@ -111,7 +111,7 @@ requests = st.one_of(
 replies = st.one_of(
     st.builds(BlobReply, counts, st.binary(max_size=200)),
     st.builds(SyncReply, tuples_of(envelopes), st.none() | certificates),
-    st.builds(PeersReply, tuples_of(names)),
+    st.builds(PeersReply, tuples_of(names), counts),
     st.builds(TokenChunk, counts, tokens, st.text(max_size=20)),
 )
 

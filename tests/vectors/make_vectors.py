@@ -185,7 +185,7 @@ REPLIES: dict[str, Wire] = {
     "blob_reply_not_served": BlobReply(0, b""),
     "sync_reply": SyncReply((ENVELOPE,), CERTIFICATE),
     "sync_reply_nothing": SyncReply((), None),
-    "peers_reply": PeersReply((f"/ip4/127.0.0.1/tcp/4001/p2p/{KEYS[1].peer}",)),
+    "peers_reply": PeersReply((f"/ip4/127.0.0.1/tcp/4001/p2p/{KEYS[1].peer}",), 1_800_000_000_000),
     "tokens": TokenChunk(1, (5, 130, 70_000), "stop"),
 }
 KINDS = {"message": MESSAGES, "envelope": ENVELOPES, "request": REQUESTS, "reply": REPLIES}

@@ -1,4 +1,4 @@
-"""Peers tell one another who is there: `/p2pfm/peers/1`, one question and one answer.
+"""Peers tell one another who is there, and the time: `/p2pfm/peers/2`, one question and one answer.
 
 What is told is hearsay and goes into the peer book as such; knows no socket.
 """
@@ -11,13 +11,14 @@ import trio
 
 from p2pfm.errors import PeerUnreachable, Reject
 from p2pfm.messages import PeersReply, PeersRequest, decode_reply, decode_request, encode
+from p2pfm.runtime.clock import PeerClocks, now_ms
 from p2pfm.runtime.network.dialer import Dialer
 from p2pfm.runtime.network.frames import end_stream, read_frame, write_frame
 from p2pfm.runtime.network.limits import Blame, RuleBroken, TransportLimits
 from p2pfm.runtime.network.peer_book import PeerBook, is_credible, parse_address
 from p2pfm.types import PeerId
 
-PEERS_PROTOCOL = "/p2pfm/peers/1"
+PEERS_PROTOCOL = "/p2pfm/peers/2"
 EXCHANGE_S = 10.0  # between two exchanges; the first follows each own dial at once
 ASK_S = 5.0
 REQUEST_BYTES_MAX = 16 * 1024
@@ -38,6 +39,7 @@ class PeerExchange:
         own_addresses: Callable[[], Sequence[str]],
         ask: Ask,
         blame: Blame,
+        clocks: PeerClocks,
     ) -> None:
         self._book = book
         self._dialer = dialer
@@ -45,6 +47,7 @@ class PeerExchange:
         self._own_addresses = own_addresses
         self._ask = ask
         self._blame = blame
+        self._clocks = clocks
 
     async def run(self) -> None:
         """Ask one peer after the other who else is there, so that knowledge spreads even where nobody reconnects."""
@@ -58,6 +61,7 @@ class PeerExchange:
     async def exchange(self, peer: PeerId) -> None:
         """Tell a peer our addresses, and learn those that it recommends."""
         own = tuple(self._own_addresses()[:8])
+        asked_at = trio.current_time()
         try:
             reply = decode_reply(await self._ask(PEERS_PROTOCOL, peer, encode(PeersRequest(own)), ASK_S))
         except PeerUnreachable:
@@ -66,6 +70,7 @@ class PeerExchange:
             self._blame(peer, str(error))
             return
         if isinstance(reply, PeersReply):
+            self._clocks.hear(peer, reply.clock_ms, asked_at * 1000, trio.current_time() * 1000)
             self._learn(peer, random.sample(reply.addresses, min(TAKEN_MAX, len(reply.addresses))))
 
     def _learn(self, teller: PeerId, addresses: Sequence[str]) -> None:
@@ -89,7 +94,7 @@ class PeerExchange:
             if not isinstance(request, PeersRequest):
                 raise Reject("expected a PeersRequest")
             self._learn_own(peer, request.addresses)
-            await write_frame(stream, encode(PeersReply(self._recommend(peer))))
+            await write_frame(stream, encode(PeersReply(self._recommend(peer), now_ms())))
         except (RuleBroken, Reject) as error:
             self._blame(peer, str(error))
         finally:

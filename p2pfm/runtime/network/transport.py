@@ -22,6 +22,7 @@ from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
 from p2pfm.errors import OperatorError, PeerUnreachable, Reject
+from p2pfm.runtime.clock import PeerClocks
 from p2pfm.runtime.network.bans import Bans
 from p2pfm.runtime.network.dialer import Dialer
 from p2pfm.runtime.network.frames import cancel_at_end, end_stream, read_frame, write_frame
@@ -105,7 +106,11 @@ class Libp2pTransport:
         swarm = self._host.get_network()
         swarm.banned_until = self._bans.until
         self._dialer = Dialer(swarm, self.book, self._bans, self.limits, self.counters, self._on_dialled)
-        self._peer_exchange = PeerExchange(self.book, self._dialer, self.limits, self.addresses, self._ask, self._blame)
+        self.clocks = PeerClocks()
+        """What peers told of their clocks."""
+        self._peer_exchange = PeerExchange(
+            self.book, self._dialer, self.limits, self.addresses, self._ask, self._blame, self.clocks
+        )
         self._pubsub = GuardedPubsub(
             self._host, self._topic, self.limits, self._blame, self._on_gossip, self._is_passed_by_gate
         )
