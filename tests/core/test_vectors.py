@@ -38,7 +38,7 @@ from p2pfm.protocol.peer import SYNC_MS
 from p2pfm.runtime.envelopes import ID_PREFIX
 from p2pfm.runtime.gateway import PRESENCE_TTL_MS
 from p2pfm.runtime.network.bans import BAN_S
-from p2pfm.runtime.network.exchange import CHUNK_BYTES
+from p2pfm.runtime.network.blobs import CHUNK_BYTES
 from p2pfm.runtime.network.limits import TransportLimits
 from p2pfm.runtime.network.peer_exchange import PEERS_PROTOCOL
 from p2pfm.runtime.network.transport import REQUEST_PROTOCOL, STREAM_PROTOCOL
