@@ -5,7 +5,7 @@ validation: a wrong type, an unknown tag, a digest of another length or a messag
 Signatures are checked by the driver before the core hears of a message.
 """
 
-from typing import Annotated, TypeVar
+from typing import Annotated, TypeVar, get_args
 
 import msgspec
 
@@ -248,6 +248,8 @@ class TokenChunk(Wire, frozen=True, tag="tokens"):
 Request = BlobRequest | SyncRequest | PeersRequest | GenerateRequest
 Reply = BlobReply | SyncReply | PeersReply | TokenChunk
 
+_TAGS = frozenset(str(kind.__struct_config__.tag).encode() for kind in (*get_args(Request), *get_args(Reply)))
+
 T = TypeVar("T")
 
 _message: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
@@ -284,6 +286,17 @@ def decode_request(data: bytes, bytes_max: int = 1_000_000) -> Request:
 def decode_reply(data: bytes, bytes_max: int = 8_000_000) -> Reply:
     """An answer of another peer. Raises: Reject."""
     return _decode(_reply, data, bytes_max)
+
+
+def peek_tag(data: bytes) -> str:
+    """The tag of an encoded request or reply, without decoding the rest; "other" where there is none.
+
+    Only for counting: nothing but the tag is checked.
+    """
+    if len(data) < 2 or data[0] >> 4 != 0x9 or data[1] >> 5 != 0b101:
+        return "other"
+    tag = data[2 : 2 + (data[1] & 0x1F)]
+    return tag.decode() if tag in _TAGS else "other"
 
 
 def signed_bytes(network_id: Digest, author: PeerId, body: bytes) -> bytes:

@@ -50,12 +50,15 @@ from p2pfm.protocol.events import (
     SyncAnswered,
     Train,
 )
+from p2pfm.protocol.gossip import REPLY_MAX
 from p2pfm.runtime.auditor import Auditor
 from p2pfm.runtime.door import Door
 from p2pfm.runtime.envelopes import seal
 from p2pfm.runtime.gateway import Gateway
 from p2pfm.runtime.keys import Keys
-from p2pfm.runtime.network import exchange
+from p2pfm.runtime.metrics import OUT, MeteredRequests, NodeMetrics
+from p2pfm.runtime.network.blobs import Priority
+from p2pfm.runtime.network.exchange import Downloads
 from p2pfm.runtime.network.transport import Libp2pTransport
 from p2pfm.runtime.settler import Settler
 from p2pfm.runtime.store import Store
@@ -76,8 +79,8 @@ FAILURES = (WorldError, KeyError)
 SYNC_TIMEOUT_S = 5.0
 """A neighbour that does not answer an anti-entropy request in this time is asked again later."""
 
-FETCHES_MAX = 8
-"""Downloads at once."""
+FETCHES_MAX = {"payload": 8, "base": 2}
+"""Downloads of each kind at once."""
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +94,8 @@ class Effects:
         keys: Keys,
         store: Store,
         transport: Libp2pTransport,
+        downloads: Downloads,
+        metrics: NodeMetrics,
         learner: Learner,
         gateway: Gateway,
         settler: Settler,
@@ -124,7 +129,10 @@ class Effects:
         self._answers: dict[int, tuple[trio.Event, list[SyncReply]]] = {}
         # One model, one core: training, scoring and evaluation take turns. Merges are short and may not wait for them.
         self.model_turns = trio.CapacityLimiter(1)
-        self._downloads = trio.CapacityLimiter(FETCHES_MAX)
+        self._downloads = downloads
+        self._metrics = metrics
+        self._requests = MeteredRequests(transport, metrics)
+        self._fetches = {kind: trio.CapacityLimiter(number) for kind, number in FETCHES_MAX.items()}
 
     async def carry_out(self, action: AnyAction) -> None:
         """Start, or for what must be durable finish, one action."""
@@ -233,6 +241,7 @@ class Effects:
         if len(data) > self._transport.limits.gossip_bytes_max:
             log.warning("a %s of %d bytes is too large to gossip", type(message).__name__, len(data))
             return
+        self._metrics.on_gossip(OUT, message, len(data))
         self._nursery.start_soon(self._transport.publish, data)
 
     async def _use_model(self, action: Train | ScoreUpdates | Evaluate) -> None:
@@ -272,12 +281,13 @@ class Effects:
 
     async def _fetch(self, action: Fetch) -> None:
         """From disk, else from the providers; stored only when it is well-formed for its kind."""
-        async with self._downloads:
+        async with self._fetches[action.kind]:
             data = await trio.to_thread.run_sync(self._store.find, action.digest)
             try:
                 if data is None:
                     bytes_max = min(action.bytes_max, self._blob_bytes_max)
-                    data = await exchange.fetch(self._transport, action.digest, action.providers, bytes_max)
+                    priority = Priority.ROUND if action.kind == "payload" else Priority.HISTORY
+                    data = await self._downloads.fetch(action.digest, action.providers, bytes_max, priority)
             except (PeerUnreachable, Reject) as error:
                 log.info("could not fetch %s %s: %s", action.kind, action.digest.hex()[:10], error)
                 self._emit(FetchFailed(action.digest, is_malformed=False))
@@ -302,11 +312,14 @@ class Effects:
 
     async def _ask_sync(self, action: AskSync) -> None:
         try:
-            data = await self._transport.request(action.peer, encode(action.request), timeout_s=SYNC_TIMEOUT_S)
+            data = await self._requests.request(action.peer, encode(action.request), timeout_s=SYNC_TIMEOUT_S)
             reply = decode_reply(data)
             if not isinstance(reply, SyncReply):
                 raise Reject(f"expected a sync reply, got {type(reply).__name__}")
+            if len(reply.envelopes) > REPLY_MAX:
+                raise Reject(f"{len(reply.envelopes)} envelopes, at most {REPLY_MAX} were expected")
             for envelope in reply.envelopes:
+                await trio.lowlevel.checkpoint()  # each is a signature's work: others have their turn between
                 self._door.prove(envelope)
                 await self.receive(envelope)
             if reply.head is not None:

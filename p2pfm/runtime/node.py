@@ -23,6 +23,7 @@ from p2pfm.messages import (
     BlobReply,
     BlobRequest,
     Presence,
+    Request,
     SyncRequest,
     decode_envelope,
     decode_request,
@@ -40,12 +41,13 @@ from p2pfm.runtime.event_log import EventLogWriter
 from p2pfm.runtime.gateway import PRESENCE_INTERVAL_MS, Gateway
 from p2pfm.runtime.http_api import HttpApi, serve_http
 from p2pfm.runtime.keys import Keys
-from p2pfm.runtime.network import exchange
+from p2pfm.runtime.metrics import IN, OUT, MeteredRequests, NodeMetrics, NodeState
+from p2pfm.runtime.network.exchange import Downloads, answer_blob
 from p2pfm.runtime.network.transport import Libp2pTransport, Send
 from p2pfm.runtime.personal import Personal
 from p2pfm.runtime.replica_streams import ReplicaStreams, answer_generate
 from p2pfm.runtime.settler import Settler
-from p2pfm.runtime.status import NodeMetrics, RoundFigures, make_status
+from p2pfm.runtime.status import RoundFigures, make_status
 from p2pfm.runtime.store import Store
 from p2pfm.runtime.text import TextCodec
 from p2pfm.settlement import bls
@@ -142,7 +144,8 @@ class Node:
         self._make_peer = make_peer
         self._store = Store(Path(config.home))
         self._door = Door(config.network)
-        self._metrics = NodeMetrics(self.registry)
+        self.metrics = NodeMetrics(self.registry)
+        self.registry.register(NodeState(self))
         self.figures = RoundFigures()
         self.clock = ClockReport(compute_offset_max(config.network.phases))
         self._events_in, self._events = trio.open_memory_channel[AnyEvent](EVENTS_MAX)
@@ -159,6 +162,8 @@ class Node:
             self.network_id,
             memory=self._store.load_network_memory(),
         )
+        requests = MeteredRequests(self.transport, self.metrics)
+        self.downloads = Downloads(requests, on_whole=self.metrics.on_fetched)
         self.effects: Effects
         self.gateway: Gateway
 
@@ -202,6 +207,8 @@ class Node:
                 self.keys,
                 self._store,
                 self.transport,
+                self.downloads,
+                self.metrics,
                 learner,
                 self.gateway,
                 self.settler,
@@ -230,6 +237,11 @@ class Node:
             ):
                 nursery.start_soon(task)
             await self._event_loop()
+
+    @property
+    def num_events_waiting(self) -> int:
+        """Events that wait for the core."""
+        return self._events.statistics().current_buffer_used
 
     def status(self) -> Mapping[str, Any]:
         """What `/status` and `p2pfm node status` show."""
@@ -333,7 +345,7 @@ class Node:
                     return data_or_none
                 try:
                     peers = self.transport.connected()
-                    return await exchange.fetch(self.transport, digest, peers, PROBE_BYTES_MAX)
+                    return await self.downloads.fetch(digest, peers, PROBE_BYTES_MAX)
                 except (PeerUnreachable, Reject) as error:
                     log.info("probe: %s; asking again", error)
                     await trio.sleep(1)
@@ -410,11 +422,10 @@ class Node:
                 actions = self.peer.handle(event, now)
             except Exception:  # the driver's top loop: a bug in the core must not take serving down
                 log.exception("the core failed on %s", type(event).__name__)
-                self._metrics.core_failures.inc()
+                self.metrics.core_failures.inc()
                 continue
             self._log_event(now, event, actions)
-            self._metrics.events.labels(type(event).__name__).inc()
-            self._metrics.update(self)
+            self.metrics.events.labels(type(event).__name__).inc()
             self.figures.on_event(self.peer.round, event, self.transport.counters)
             for action in actions:
                 await self.effects.carry_out(action)
@@ -448,6 +459,8 @@ class Node:
         async for _, data in self.transport.gossip:
             envelope = decode_envelope(data)  # the gate has proven it
             message = await self.effects.receive(envelope)
+            if message is not None:
+                self.metrics.on_gossip(IN, message, len(data))
             if isinstance(message, Presence):
                 self.gateway.on_presence(envelope.author, message)
 
@@ -470,8 +483,10 @@ class Node:
 
     async def _presence_loop(self) -> None:
         while True:
-            envelope = seal(self.keys, self.network_id, self.gateway.presence())
-            await self.transport.publish(encode(envelope))
+            presence = self.gateway.presence()
+            data = encode(seal(self.keys, self.network_id, presence))
+            self.metrics.on_gossip(OUT, presence, len(data))
+            await self.transport.publish(data)
             await trio.sleep(PRESENCE_INTERVAL_MS / 1000)
 
     async def _clock_loop(self) -> None:
@@ -515,7 +530,7 @@ class Node:
         if data is None and digest in self.settler.data_digests:
             try:
                 bytes_max = self.config.network.limits.message_bytes_max
-                data = await exchange.fetch(self.transport, digest, self.transport.connected(), bytes_max)
+                data = await self.downloads.fetch(digest, self.transport.connected(), bytes_max)
             except (PeerUnreachable, Reject) as error:
                 log.info("data %s of a settled round: %s", digest.hex()[:10], error)
                 return None
@@ -524,13 +539,17 @@ class Node:
 
     async def _on_request(self, peer: PeerId, data: bytes) -> bytes:
         request = decode_request(data)
+        self.metrics.on_frame(IN, data)
+        reply = await self._answer_request(peer, request)
+        self.metrics.on_frame(OUT, reply)
+        return reply
+
+    async def _answer_request(self, peer: PeerId, request: Request) -> bytes:
         match request:
             case BlobRequest():
                 if self.stage != "running":
                     return encode(BlobReply(0, b""))
-                return encode(
-                    await trio.to_thread.run_sync(exchange.answer_blob, self._store, self._is_public, request)
-                )
+                return encode(await trio.to_thread.run_sync(answer_blob, self._store, self._is_public, request))
             case SyncRequest():
                 return await self._answer_sync(peer, request)
             case _:

@@ -1,4 +1,4 @@
-"""What a node tells people and machines of itself: /status, /metrics, and the bytes of each round.
+"""What a node tells people of itself: /status, and the bytes of each round.
 
 Reads other parts' public state; changes nothing.
 """
@@ -6,9 +6,6 @@ Reads other parts' public state; changes nothing.
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-
-from prometheus_client import CollectorRegistry, Gauge
-from prometheus_client import Counter as PrometheusCounter
 
 from p2pfm.messages import MICRO, PICO, DeclaredPrivacy
 from p2pfm.protocol.events import AnyEvent, Trained
@@ -51,37 +48,6 @@ class RoundFigures:
             if event.loss_nano is not None:
                 figures["train_loss_nano"] = event.loss_nano
             self.epsilon = None if event.privacy is None else event.privacy.epsilon_micro / MICRO
-
-
-class NodeMetrics:
-    """The node's own Prometheus metrics (serving has its own in `gateway`)."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self.events = PrometheusCounter("p2pfm_events", "Events handled by the core", ["kind"], registry=registry)
-        self.core_failures = PrometheusCounter(
-            "p2pfm_core_failures", "Events on which the core raised: each is a bug, see the log", registry=registry
-        )
-        self.round = Gauge("p2pfm_round", "Round this node is in", registry=registry)
-        self.phase = Gauge("p2pfm_phase", "Phase of the round: 0 TRAIN to 5 MERGE", registry=registry)
-        self.head = Gauge("p2pfm_certified_round", "Newest certified round held here", registry=registry)
-        self.loss = Gauge("p2pfm_held_out_loss_nats", "Held-out loss at the newest evaluated base", registry=registry)
-        self.peers = Gauge("p2pfm_peers", "Connected peers", registry=registry)
-        self.network = Gauge(
-            "p2pfm_network_total", "The transport's counters: bytes, messages, drops", ["what"], registry=registry
-        )
-
-    def update(self, node: "Node") -> None:
-        """Take the present values."""
-        peer = node.peer
-        if peer is not None:
-            self.round.set(peer.round)
-            self.phase.set(int(peer.phase))
-            self.head.set(peer.durable.head.proposal.round if peer.durable.head else -1)
-            if peer.losses:
-                self.loss.set(peer.losses[max(peer.losses)] / NANO)
-        self.peers.set(len(node.transport.connected()))
-        for name, value in node.transport.counters.items():
-            self.network.labels(name).set(value)
 
 
 def make_status(node: "Node", now_ms: Millis) -> dict[str, Any]:

@@ -82,6 +82,11 @@ class Dialer:
                 return str(remote[0])
         return ""
 
+    @property
+    def num_dialling(self) -> int:
+        """Peers that are being dialled, or wait for it."""
+        return len(self._dialling)
+
     def wake(self) -> None:
         """Something new is in the book."""
         self._wake.set()

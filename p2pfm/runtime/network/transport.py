@@ -186,6 +186,21 @@ class Libp2pTransport:
         peer_id = ID.from_base58(peer)
         return peer_id in self._pubsub.peers and peer_id in self._pubsub.peer_topics.get(self._topic, ())
 
+    @property
+    def num_banned(self) -> int:
+        """Peers that are banned now."""
+        return self._bans.count(trio.current_time())
+
+    def get_queues(self) -> dict[str, int]:
+        """What waits here: gossip for this node, the longest queue of gossip for a peer, dials, requests to answer."""
+        for_peers = (len(queue) for queue in self._pubsub.peer_queues.values())
+        return {
+            "gossip": self.gossip.statistics().current_buffer_used,
+            "gossip_out": max(for_peers, default=0),
+            "dials": self._dialer.num_dialling,
+            "requests": self._serving.statistics().tasks_waiting,
+        }
+
     # --- gossip ---
 
     def set_gate(self, gate: Gate) -> None:
