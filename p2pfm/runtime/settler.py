@@ -109,6 +109,9 @@ class Settler:
             self.head = head
             await self._emit(SettledChanged(head))
         if roster != self.roster:
+            if self.roster is None or roster.epoch > self.roster.epoch:
+                # Whoever drew: one draw an epoch is enough, and a second would outdate the round that is under way.
+                self._rotated_epoch = self._get_epoch()
             if self.roster and get_member(self.roster, self._me) and not get_member(roster, self._me):
                 log.warning("this node is no active member any more: it is leaving, or was slashed (p2pfm stake show)")
             self.roster = roster
@@ -141,7 +144,7 @@ class Settler:
             return
         size = self._config.scoring.committee_size
         has_room = len(roster.committee) < min(size, sum(m.active for m in roster.members))
-        epoch = self.head.round // self._config.settlement.rounds_per_epoch if self.head else 0
+        epoch = self._get_epoch()
         staked = tuple(m.index for m in roster.members if m.active)
         is_broken = not set(roster.committee) <= set(staked)  # somebody was slashed, or leaves
         is_due = has_room or is_broken or (len(roster.members) > size and epoch > self._rotated_epoch)
@@ -159,6 +162,10 @@ class Settler:
             return
         log.info("drew the next committee")
         await self._follow()
+
+    def _get_epoch(self) -> int:
+        """The settlement period of the newest round on chain."""
+        return self.head.round // self._config.settlement.rounds_per_epoch if self.head else 0
 
     async def _settle(self) -> None:
         """Submit what is due, in the order of rounds: each root links to the one before."""
