@@ -17,7 +17,7 @@ import signal
 import sys
 import tempfile
 from dataclasses import replace
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from nodes.explorer.command import explorer
+from nodes.logs import is_json, set_up_logging
 from nodes.rewards.cli import app as rewards_app
 from nodes.stakes import pool_app, stake_app
 from nodes.tied import end_with_stdin
@@ -38,6 +39,7 @@ CONFIG_NAME = "node.toml"
 
 out = Console()
 err = Console(stderr=True)
+log = logging.getLogger("nodes.cli")
 
 
 class Exit(IntEnum):
@@ -48,6 +50,13 @@ class Exit(IntEnum):
     OPERATOR = 2
     FINDING = 3
     INTERRUPTED = 130
+
+
+class LogFormat(StrEnum):
+    """Lines for people, or JSON objects."""
+
+    PLAIN = "plain"
+    JSON = "json"
 
 
 app = typer.Typer(
@@ -99,7 +108,10 @@ def main() -> None:
 
 
 def _fail(error: Exception, code: Exit) -> None:
-    err.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+    if is_json():
+        log.critical("%s", error)
+    else:
+        err.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
     raise SystemExit(int(code))
 
 
@@ -194,6 +206,7 @@ def node_run(
     password_file: Annotated[Path | None, typer.Option(help="File with the keys' password.")] = None,
     tied: Annotated[bool, typer.Option(hidden=True, help="End when standard input closes.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+    log_format: Annotated[LogFormat | None, typer.Option(help="Instead of what the TOML's log_json says.")] = None,
 ) -> None:
     """Run a peer until Ctrl-C: train, exchange, measure, certify, settle, serve.
 
@@ -201,32 +214,18 @@ def node_run(
     """
     from nodes.homes import open_keys, read_config
 
+    level = logging.DEBUG if verbose else logging.INFO
+    if log_format is not None:
+        set_up_logging(level, as_json=log_format is LogFormat.JSON)
     config = read_config(config_file)
     keys = open_keys(config, password_file)
     from nodes.run import run_node  # loads libp2p: after what is quick to refuse
 
-    _set_up_logging(logging.DEBUG if verbose else logging.INFO, as_json=config.log_json)
+    if log_format is None:
+        set_up_logging(level, as_json=config.log_json)
     if tied:
         end_with_stdin()
     run_node(config, keys)
-
-
-class _JsonLines(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        """One JSON object a line."""
-        told = {"time": record.created, "level": record.levelname, "name": record.name, "text": record.getMessage()}
-        if record.exc_info:
-            told["error"] = self.formatException(record.exc_info)
-        return json.dumps(told)
-
-
-def _set_up_logging(level: int, *, as_json: bool) -> None:
-    handler = logging.StreamHandler()
-    plain = logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s", "%H:%M:%S")
-    handler.setFormatter(_JsonLines() if as_json else plain)
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    for ours in ("p2pfm", "nodes"):
-        logging.getLogger(ours).setLevel(level)
 
 
 @node_app.command("status")

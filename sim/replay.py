@@ -11,9 +11,10 @@ from pathlib import Path
 import msgspec
 
 from p2pfm.errors import OperatorError
+from p2pfm.protocol.events import Durable
 from p2pfm.protocol.log import LogHeader, LogRecord, digest_actions, read_log
 from p2pfm.protocol.peer import Peer
-from p2pfm.types import Millis, PeerId, Round
+from p2pfm.types import Millis, PeerId, Round, compute_digest
 
 SUFFIX = ".events"
 
@@ -45,7 +46,14 @@ class ReplayReport(msgspec.Struct, frozen=True):
     last_round: Round
     head_round: int
     """The newest certified round at the end; -1: none."""
+    state: str
+    """SHA-256 (hex) of the durable state at the end: that of what the node saved, if it saved since its last change."""
     difference: Difference | None
+
+
+def digest_state(durable: Durable) -> str:
+    """What `ReplayReport.state` is of a durable state."""
+    return compute_digest(msgspec.msgpack.encode(durable)).hex()
 
 
 def replay(*parts: bytes) -> ReplayReport:
@@ -124,5 +132,6 @@ def _replay_records(header: LogHeader, records: Iterator[LogRecord]) -> ReplayRe
         first_round=first_round,
         last_round=peer.round,
         head_round=head.proposal.round if head else -1,
+        state=digest_state(peer.durable),
         difference=difference,
     )

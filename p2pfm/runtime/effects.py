@@ -176,7 +176,7 @@ class Effects:
                 self._nursery.start_soon(self._auditor.accuse, action)
             case Note(round=round, text=text):
                 self._note(round, text)
-                log.info("round %d: %s", round, text)
+                log.info("round %d: %s", round, text, extra={"round": round})
             case _:
                 assert_never(action)
 
@@ -184,7 +184,7 @@ class Effects:
         """Remember that a peer broke a rule, and tell the transport."""
         if peer in self.num_blamed or len(self.num_blamed) < BLAMED_MAX:
             self.num_blamed[peer] += 1
-        log.warning("peer %s broke a rule: %s", peer[-6:], reason)
+        log.warning("peer %s broke a rule: %s", peer[-6:], reason, extra={"peer": peer})
         self._transport.blame(peer, reason)
 
     def _note(self, round: Round, text: str) -> None:
@@ -259,7 +259,8 @@ class Effects:
             self._emit(await trio.to_thread.run_sync(run, limiter=self.model_turns))
         except FAILURES as error:
             self._note(action.round, f"{type(action).__name__} failed: {error}")
-            log.warning("%s of round %d failed: %s", type(action).__name__, action.round, error)
+            told = {"round": action.round}
+            log.warning("%s of round %d failed: %s", type(action).__name__, action.round, error, extra=told)
 
     async def _merge(self, action: Merge) -> None:
         try:
@@ -289,7 +290,8 @@ class Effects:
                     priority = Priority.ROUND if action.kind == "payload" else Priority.HISTORY
                     data = await self._downloads.fetch(action.digest, action.providers, bytes_max, priority)
             except (PeerUnreachable, Reject) as error:
-                log.info("could not fetch %s %s: %s", action.kind, action.digest.hex()[:10], error)
+                told = {"digest": action.digest.hex()}
+                log.info("could not fetch %s %s: %s", action.kind, action.digest.hex()[:10], error, extra=told)
                 self._emit(FetchFailed(action.digest, is_malformed=False))
                 return
             try:
