@@ -69,7 +69,7 @@ class Bans:
             offender.level = min(offender.level + 1, 10)
             offender.score = 0.0
             self.until[peer] = offender.until
-        self._forget(now)
+        self._forget(peer, now)
         return is_banned
 
     def is_banned(self, peer: str, now: float) -> bool:
@@ -87,10 +87,11 @@ class Bans:
         """Peers banned now."""
         return sum(until > now for until in self.until.values())
 
-    def _forget(self, now: float) -> None:
+    def _forget(self, newest: str, now: float) -> None:
         # Who is banned longest is forgotten last, so that a flood of new ids frees no old offender.
         if len(self._offenders) > self._peers_max:
-            self._remove(min(self._offenders, key=lambda name: self._rank(name, now)))
+            others = (peer for peer in self._offenders if peer != newest)
+            self._remove(min(others, key=lambda peer: self._rank(peer, now)))
         if len(self.seen) > self._peers_max:
             self.seen = Counter(dict(self.seen.most_common(self._peers_max // 2)))
 

@@ -116,7 +116,7 @@ class Dialer:
             return due[: max(0, min(wanted, DIALLING_MAX) - len(self._dialling))]
         if due and now >= self._explore_at:
             self._explore_at = now + self._limits.explore_s * random.uniform(0.7, 1.3)
-            return [random.choice(due)]
+            return [random.choice((due[0], random.choice(due)))]  # the most trusted, or any
         return []
 
     def _choose_to_leave(self, now: float) -> list[PeerId]:

@@ -303,6 +303,7 @@ class PeerBook:
         entry = self._entries.get(peer)
         if entry is None:
             return
+        self._tally(entry, -1)
         entry.is_connected = False
         entry.failures = 0
         entry.next_try_at = now + RETRY_FIRST_S * random.uniform(0.5, 1.5)
