@@ -3,51 +3,64 @@
 For experiments that judge a whole run. Knows no protocol beyond what a node writes down.
 """
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from nodes.localnet import LocalNode
+from p2pfm.messages import Proposal, encode
 from p2pfm.runtime.store import Store
-from p2pfm.types import Digest, Round
+from p2pfm.types import Round
 
 LOG_LEVEL = re.compile(rb"^\S+ (WARNING|ERROR|CRITICAL) +(\S+: .*)$", re.MULTILINE)
-VOID = re.compile(rb"round (\d+): round is void here: (.*)$", re.MULTILINE)
-NUMBER = re.compile(r"[0-9a-f]*\d[0-9a-f]*")
+VOID = re.compile(rb"round (\d+): (?:round is void here: |the chain )(.*)$", re.MULTILINE)
+NUMBER = re.compile(r"\b[0-9a-f]*\d[0-9a-f]*\b")
 
 
 @dataclass(frozen=True, slots=True)
 class Rounds:
     """Of all nodes together: what was certified, by round, and why a round was void where it ended without."""
 
-    bases: Mapping[Round, frozenset[Digest]]
-    """New bases of the certificates held; more than one of a round is a fork."""
+    proposals: Mapping[Round, tuple[Proposal, ...]]
+    """What the certificates certify; more than one of a round is a fork."""
     voids: Mapping[Round, frozenset[str]]
 
     @property
     def forked(self) -> tuple[Round, ...]:
-        """Rounds of which two nodes hold different bases."""
-        return tuple(round for round, bases in sorted(self.bases.items()) if len(bases) > 1)
+        """Rounds of which two nodes hold different certificates."""
+        return tuple(round for round, certified in sorted(self.proposals.items()) if len(certified) > 1)
 
-    def undecided(self, rounds: Iterable[Round]) -> tuple[Round, ...]:
+    def get_undecided(self, rounds: Iterable[Round]) -> tuple[Round, ...]:
         """Of these, those that nobody holds a certificate of and nobody called void."""
-        return tuple(round for round in rounds if round not in self.bases and round not in self.voids)
+        return tuple(round for round in rounds if round not in self.proposals and round not in self.voids)
+
+    def get_breaks(self, settled: Iterable[Round]) -> tuple[Round, ...]:
+        """Of the rounds that the chain took, those that do not go on from the base and root of the one it took before:
+        a round that is void, or voided by the chain, changes neither."""
+        lineage = [certified for round in sorted(settled) for certified in self.proposals.get(round, ())]
+        return tuple(
+            later.round
+            for earlier, later in itertools.pairwise(lineage)
+            if (later.base, later.prev_root) != (earlier.new_base, earlier.root)
+        )
 
 
 def read_rounds(nodes: Iterable[LocalNode]) -> Rounds:
     """Read the stores and logs of nodes that have ended."""
-    bases: dict[Round, set[Digest]] = {}
+    proposals: dict[Round, dict[bytes, Proposal]] = {}
     voids: dict[Round, set[str]] = {}
     for node in nodes:
         with Store(node.home) as store:
             for certificate in store.get_certificates(-1):
-                bases.setdefault(certificate.proposal.round, set()).add(certificate.proposal.new_base)
+                proposal = certificate.proposal
+                proposals.setdefault(proposal.round, {})[encode(proposal)] = proposal
         for number, reason in VOID.findall((node.home / "node.log").read_bytes()):
             voids.setdefault(Round(int(number)), set()).add(reason.decode(errors="replace"))
     return Rounds(
-        {round: frozenset(found) for round, found in bases.items()},
-        {round: frozenset(found) for round, found in voids.items()},
+        {round: tuple(told.values()) for round, told in proposals.items()},
+        {round: frozenset(told) for round, told in voids.items()},
     )
 
 
