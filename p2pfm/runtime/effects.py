@@ -58,7 +58,7 @@ from p2pfm.runtime.gateway import Gateway
 from p2pfm.runtime.keys import Keys
 from p2pfm.runtime.metrics import OUT, MeteredRequests, NodeMetrics
 from p2pfm.runtime.network.blobs import Priority
-from p2pfm.runtime.network.exchange import Downloads
+from p2pfm.runtime.network.exchange import Downloads, TooLarge
 from p2pfm.runtime.network.transport import Libp2pTransport
 from p2pfm.runtime.settler import Settler
 from p2pfm.runtime.store import Store
@@ -290,6 +290,8 @@ class Effects:
                     priority = Priority.ROUND if action.kind == "payload" else Priority.HISTORY
                     data = await self._downloads.fetch(action.digest, action.providers, bytes_max, priority)
             except (PeerUnreachable, Reject) as error:
+                if isinstance(error, TooLarge) and action.kind == "payload":
+                    self._blame_announcer(action, error)
                 told = {"digest": action.digest.hex()}
                 log.info("could not fetch %s %s: %s", action.kind, action.digest.hex()[:10], error, extra=told)
                 self._emit(FetchFailed(action.digest, is_malformed=False))
@@ -302,6 +304,11 @@ class Effects:
                 return
             await trio.to_thread.run_sync(self._store.put, data)
             self._emit(Fetched(action.digest, maker))
+
+    def _blame_announcer(self, action: Fetch, error: TooLarge) -> None:
+        """Who announces a payload is asked first: what it gives may not be larger than what it signed."""
+        if action.providers[0] in error.peers and action.bytes_max <= self._blob_bytes_max:
+            self.blame(action.providers[0], f"announced {action.bytes_max} bytes and gives more")
 
     async def _sign(self, action: Sign) -> None:
         signature = await trio.to_thread.run_sync(bls.sign, self._keys.bls_secret, action.message)

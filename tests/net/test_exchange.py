@@ -11,7 +11,7 @@ from net_peer_process import Blobs, make_blob
 from p2pfm.errors import PeerUnreachable, Reject
 from p2pfm.messages import BlobReply, BlobRequest, decode_request, encode
 from p2pfm.runtime.network.blobs import CHUNK_BYTES, HISTORY_CHUNKS_MAX, Priority
-from p2pfm.runtime.network.exchange import Downloads, answer_blob, fetch
+from p2pfm.runtime.network.exchange import Downloads, TooLarge, answer_blob, fetch
 from p2pfm.runtime.network.transport import Handler, Libp2pTransport
 from p2pfm.types import Digest, PeerId, compute_digest
 
@@ -123,8 +123,11 @@ def test_a_blob_announced_above_its_bound_is_refused_before_it_comes() -> None:
     async def main() -> None:
         async with network(2) as (asker, server):
             serve_blobs(server, 5_000_000)
-            with pytest.raises(Reject, match="at most 1000000"):
-                await fetch(asker, compute_digest(make_blob(5_000_000)), (server.peer_id,), 1_000_000)
+            requester = Blamed(asker)
+            with pytest.raises(TooLarge, match="at most 1000000") as told:
+                await fetch(requester, compute_digest(make_blob(5_000_000)), (server.peer_id,), 1_000_000)
+            assert told.value.peers == (server.peer_id,)
+            assert not requester.blamed, "it may have been announced too small by somebody else"
             assert asker.counters["request_bytes_in"] < 2 * CHUNK_BYTES
 
     trio.run(main)

@@ -33,6 +33,14 @@ PARTIALS_MAX = 8
 """Downloads that wait to be taken up again; also dropped, the oldest first, when another needs their memory."""
 
 
+class TooLarge(Reject):
+    """Peers say that the blob has more bytes than were allowed. Who lies is not told by that: it may be who allowed."""
+
+    def __init__(self, text: str, peers: tuple[PeerId, ...]) -> None:
+        super().__init__(text)
+        self.peers = peers
+
+
 class Requester(Protocol):
     """What of a transport this needs."""
 
@@ -89,6 +97,7 @@ class Downloads:
 
         Raises:
             PeerUnreachable: nobody gave all of it; says what each answered. What has come is kept for the next fetch.
+            TooLarge: the same, and some say that it has more bytes than `bytes_max`.
             Reject: nobody gave the right bytes, and some gave wrong ones; names them.
         """
         begun = trio.current_time()
@@ -138,6 +147,7 @@ class _Download:
         self._priority = priority
         self._failures: list[str] = []
         self._liars: list[PeerId] = []
+        self._too_large: list[PeerId] = []
         self._out: set[PeerId] = set()
         """Who failed or lied: not asked again."""
         self._sizes: dict[PeerId, int] = {}
@@ -165,6 +175,8 @@ class _Download:
             elif not able:
                 break
         reasons = f"blob {short(blob.digest)} could not be fetched: {'; '.join(self._failures) or 'no providers'}"
+        if self._too_large:
+            raise TooLarge(reasons, tuple(self._too_large))
         raise Reject(reasons) if self._liars else PeerUnreachable(reasons)
 
     def _sort(self, providers: Sequence[PeerId]) -> tuple[list[PeerId], list[PeerId]]:
@@ -229,7 +241,8 @@ class _Download:
         if not reply.total:
             raise PeerUnreachable(f"{short(provider)} does not serve it")
         if reply.total > self._blob.size_max:
-            raise Reject(
+            self._too_large.append(provider)
+            raise PeerUnreachable(
                 f"{short(provider)} says it has {reply.total} bytes, at most {self._blob.size_max} are allowed"
             )
         self._sizes[provider] = reply.total
