@@ -23,7 +23,7 @@ from p2pfm.config import WEI_PER_PFM, NodeConfig
 from p2pfm.errors import ChainError, ConfigError, OperatorError, P2PFMError
 from p2pfm.lora.samples import read_samples
 from p2pfm.runtime.clock import describe_offset
-from p2pfm.runtime.network.peer_book import parse_address
+from p2pfm.runtime.network.peer_book import PRIVATE, get_scope, parse_address
 from p2pfm.runtime.node import validate_rules
 from p2pfm.runtime.web3_ledger import READ_ONLY_KEY, Web3Ledger, open_ledger
 
@@ -68,6 +68,7 @@ def examine(config: NodeConfig, account: str) -> Iterator[Check]:
         "reachability": lambda: _check_listen(config),
         "bootstrap": lambda: _check_bootstrap(config),
         "node": lambda: _check_running(config),
+        "discovery": lambda: _check_discovery(config),
     }
     for name, check in checks.items():
         try:
@@ -224,6 +225,8 @@ def _check_listen(config: NodeConfig) -> Check:
             f"listens on {config.listen}: this machine only",
             "set `listen` to an address that others can reach; relay and hole punching are not built",
         )
+    if get_scope(host) == PRIVATE:
+        return Check("reachability", "ok", f"listens on {config.listen}: from the local network")
     return Check("reachability", "ok", f"listens on {config.listen}")
 
 
@@ -244,6 +247,18 @@ def _check_bootstrap(config: NodeConfig) -> Check:
     if not answers:
         return Check("bootstrap", "fail", found, "is one of them running? Ask for newer addresses: p2pfm node status")
     return Check("bootstrap", "ok", found)
+
+
+def _check_discovery(config: NodeConfig) -> Check:
+    status = _get_status(config)
+    if not status:
+        return Check("discovery", "warn", "not known: the node does not run", "see `node`")
+    reach: dict[str, dict[str, str]] = status.get("reach", {})
+    found = "; ".join(f"{name.replace('_', ' ')}: {way['found']}" for name, way in reach.items())
+    if reach and reach["inbound"]["state"] != "ok":
+        step = "nobody has dialled in yet: if that stays so, open the port of `listen` in the router or firewall"
+        return Check("discovery", "warn", found, step)
+    return Check("discovery", "ok", found)
 
 
 def _check_running(config: NodeConfig) -> Check:

@@ -32,6 +32,7 @@ def make_status_table(status: Mapping[str, Any]) -> Table:
     table.add_row("peers", f"{len(status['peers'])} connected")
     table.add_row("clock", _describe_clock(status["clock"]))
     table.add_row("listens on", "\n".join(status["addresses"]))
+    table.add_row("reach", "\n".join(_describe(name, way) for name, way in status.get("reach", {}).items()))
     table.add_row("account", status["account"])
     table.add_row("member", f"{chain['member']} of {chain['members']}, committee {chain['committee']}")
     settled = "no round settled yet" if chain["settled_round"] is None else f"settled round {chain['settled_round']}"
@@ -57,6 +58,12 @@ def make_status_table(status: Mapping[str, Any]) -> Table:
         )
         table.add_row("notes", "\n".join(f"round {n['round']}: {n['text']}" for n in protocol["notes"][-5:]))
     return table
+
+
+def _describe(name: str, way: Mapping[str, str]) -> str:
+    """One line of the transport's reach."""
+    found = way["found"] if way["state"] in ("ok", "none") else f"{way['state']} ({way['found']})"
+    return f"{name.replace('_', ' ')}: {found}"
 
 
 def _describe_clock(clock: Mapping[str, Any]) -> str:

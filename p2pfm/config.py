@@ -197,6 +197,16 @@ class PersonalConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Part of the own prompts that decides whether a refinement is an improvement; the rest is trained on."""
 
 
+class DiscoveryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How this node finds others, beside its bootstrap addresses and what peers tell one another. Local to the node."""
+
+    mdns: str = ""
+    """This machine's address in the local network, e.g. 192.168.1.5: peers there find each other without a bootstrap,
+    and everybody there can see that this node runs. Empty: off."""
+    dht: bool = False
+    """Look in a Kademlia table for peers of which no address works any more, and keep such records for others."""
+
+
 class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One node: its folder, addresses, data, and the network that it joins."""
 
@@ -210,6 +220,7 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """File with the network's probe set; empty: fetched from a peer by its digest."""
     listen: str = "/ip4/127.0.0.1/tcp/0"
     bootstrap: tuple[str, ...] = ()
+    discovery: DiscoveryConfig = DiscoveryConfig()
     http: HttpConfig = HttpConfig()
     serving: ServingConfig = ServingConfig()
     privacy: PrivacyConfig = PrivacyConfig()
@@ -251,7 +262,18 @@ def parse_node_config(text: str) -> NodeConfig:
         raise ConfigError(f"http.port: expected 0 to 65535, got {config.http.port}")
     _validate_personal(config)
     _validate_rank(config)
+    _validate_discovery(config.discovery)
     return config
+
+
+def _validate_discovery(discovery: DiscoveryConfig) -> None:
+    if discovery.mdns:
+        try:
+            ipaddress.IPv4Address(discovery.mdns)
+        except ValueError as error:
+            raise ConfigError(
+                f"discovery.mdns: expected this machine's IPv4 address in the local network, got {discovery.mdns!r}"
+            ) from error
 
 
 def _validate_rank(config: NodeConfig) -> None:

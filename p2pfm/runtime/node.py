@@ -161,6 +161,7 @@ class Node:
             config.bootstrap,
             self.network_id,
             memory=self._store.load_network_memory(),
+            discovery=config.discovery,
         )
         requests = MeteredRequests(self.transport, self.metrics)
         self.downloads = Downloads(requests, on_whole=self.metrics.on_fetched)

@@ -64,6 +64,7 @@ def make_status(node: "Node", now_ms: Millis) -> dict[str, Any]:
         "phase_ends_in_ms": position.ends_ms - now_ms,
         "addresses": list(node.transport.addresses()),
         "peers": list(node.transport.connected()),
+        "reach": node.transport.reach(),
         "traffic": dict(sorted(node.transport.counters.items())),
         "clock": node.clock.to_status(),
         "chain": _chain_status(node),

@@ -1,15 +1,18 @@
 """How peers find each other: islands that meet, full nodes, dead bootstrap nodes, liars."""
 
+import socket
 from contextlib import AsyncExitStack
 
 import pytest
 import trio
 from net_hosts import is_whole, make_transport, until
 
+from p2pfm.config import DiscoveryConfig
+from p2pfm.errors import OperatorError
 from p2pfm.runtime.network.limits import TransportLimits
 from p2pfm.runtime.network.peer_book import OPERATOR, TOLD_MAX
 from p2pfm.runtime.network.transport import Libp2pTransport
-from p2pfm.types import PeerId
+from p2pfm.types import PeerId, compute_digest
 
 SMALL = TransportLimits(connections_max=6, explore_s=2.0, visit_s=1.0)
 
@@ -138,5 +141,72 @@ def test_a_ban_and_the_peers_of_long_standing_are_known_after_a_restart() -> Non
                 before = liar.counters["dials"]
                 await until(lambda: liar.counters["dials"] >= before + 2, 20)
                 assert liar.peer_id not in again.connected()
+
+    trio.run(main)
+
+
+def can_multicast_on_loopback() -> bool:
+    """Whether a packet to mDNS's group, on a port of our own, comes back."""
+    group, loopback = socket.inet_aton("224.0.0.251"), socket.inet_aton("127.0.0.1")
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender,
+    ):
+        try:
+            receiver.bind(("224.0.0.251", 0))
+            receiver.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, group + loopback)
+            receiver.settimeout(1)
+            sender.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, loopback)
+            sender.sendto(b"x", ("224.0.0.251", receiver.getsockname()[1]))
+            return receiver.recv(1) == b"x"
+        except OSError:
+            return False
+
+
+@pytest.mark.skipif(not can_multicast_on_loopback(), reason="this machine does not multicast on loopback")
+def test_peers_of_one_network_find_each_other_by_mdns_without_any_address() -> None:
+    here = DiscoveryConfig(mdns="127.0.0.1")
+
+    async def main() -> None:
+        other = compute_digest(b"another network")
+        async with (
+            make_transport(1, discovery=here) as first,
+            make_transport(2, discovery=here) as second,
+            make_transport(3, discovery=here, network_id=other) as stranger,
+        ):
+            await until(lambda: is_whole(first, [second]) and is_whole(second, [first]), 20)
+            assert stranger.connected() == ()
+            # Who found the other first has dialled it; the other may hear of it only by that.
+            assert {peer.reach()["mdns"]["state"] for peer in (first, second)} & {"ok"}
+            assert stranger.reach()["mdns"]["state"] == "none"
+            assert not first.book.is_proven(stranger.peer_id)
+
+    trio.run(main)
+
+
+def test_an_interface_that_is_not_of_this_machine_is_told() -> None:
+    async def main() -> None:
+        with pytest.raises(OperatorError, match=r"discovery\.mdns"):
+            async with make_transport(1, discovery=DiscoveryConfig(mdns="192.0.2.1")):
+                pass
+
+    trio.run(main)
+
+
+def test_reach_tells_of_each_way() -> None:
+    async def main() -> None:
+        async with AsyncExitStack() as stack:
+            first = await stack.enter_async_context(make_transport(1))
+            assert first.reach()["inbound"]["state"] == "none"
+            second = await stack.enter_async_context(make_transport(2, first.addresses()))
+            await until(lambda: is_whole(first, [second]) and is_whole(second, [first]), 10)
+            assert first.reach()["inbound"]["found"].startswith("1 connections from others, from this machine")
+            assert second.reach()["bootstrap"] == {"state": "ok", "found": "1 of 1 connected"}
+            assert second.reach()["inbound"]["state"] == "none"
+            assert second.reach()["peer_exchange"]["found"] == "1 peers known, 1 proven by a dial"
+            for _ in range(3):
+                first.blame(second.peer_id, "a test")
+            assert first.reach()["bans"]["found"] == "1 peers banned now"
+            await until(lambda: second.reach()["bootstrap"]["state"] == "none", 10)
 
     trio.run(main)

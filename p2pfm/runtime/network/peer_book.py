@@ -154,6 +154,10 @@ class PeerBook:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def count_proven(self) -> int:
+        """Peers to which a dial has ever succeeded."""
+        return sum(entry.proven_since is not None for entry in self._entries.values())
+
     # --- learning ---
 
     def add_bootstrap(self, addresses: Sequence[str], now: float) -> None:

@@ -21,16 +21,19 @@ from libp2p.peer.id import ID
 from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
+from p2pfm.config import DiscoveryConfig
 from p2pfm.errors import OperatorError, PeerUnreachable, Reject
 from p2pfm.runtime.clock import PeerClocks
+from p2pfm.runtime.network import mdns
 from p2pfm.runtime.network.bans import Bans
 from p2pfm.runtime.network.dialer import Dialer
 from p2pfm.runtime.network.frames import cancel_at_end, end_stream, read_frame, write_frame
 from p2pfm.runtime.network.gossip import GuardedPubsub
 from p2pfm.runtime.network.host import GuardedHost
 from p2pfm.runtime.network.limits import RuleBroken, TokenBucket, TransportLimits
+from p2pfm.runtime.network.mdns import LocalPeers
 from p2pfm.runtime.network.memory import EMPTY_MEMORY, NetworkMemory
-from p2pfm.runtime.network.peer_book import PeerBook, parse_address
+from p2pfm.runtime.network.peer_book import LOOPBACK, NOWHERE, PRIVATE, PUBLIC, PeerBook, get_scope, parse_address
 from p2pfm.runtime.network.peer_exchange import PEERS_PROTOCOL, PeerExchange
 from p2pfm.types import Digest, PeerId, short
 
@@ -42,6 +45,11 @@ IDLE_STREAMS_MAX = 4  # kept open to one peer for the next request: 1,400 reques
 IDLE_S = 120.0
 SWEEP_S = 2.0
 THROTTLE_S = 0.5  # a peer that offended lately waits this long for each answer
+
+SCOPE_NAMES = {NOWHERE: "nowhere", LOOPBACK: "this machine", PRIVATE: "the local network", PUBLIC: "the internet"}
+RELAY_MISSING = "not built: two peers that nobody can dial do not meet directly"
+HOLE_PUNCHING_MISSING = "not built: it needs a relay; open the port of `listen` instead"
+DISCOVERY_DEFAULT = DiscoveryConfig()
 
 Handler: TypeAlias = Callable[[PeerId, bytes], Awaitable[bytes]]
 Send: TypeAlias = Callable[[bytes], Awaitable[None]]
@@ -59,6 +67,7 @@ class Libp2pTransport:
         network_id: peers of another network may connect, but share no gossip topic.
         limits: bounds against any sender.
         memory: what `get_memory` gave in an earlier run.
+        discovery: further ways to find peers.
 
     Raises (on entry):
         OperatorError: the address cannot be listened on, or a bootstrap address is malformed.
@@ -72,6 +81,7 @@ class Libp2pTransport:
         network_id: Digest,
         limits: TransportLimits | None = None,
         memory: NetworkMemory = EMPTY_MEMORY,
+        discovery: DiscoveryConfig = DISCOVERY_DEFAULT,
     ) -> None:
         self.limits = limits or TransportLimits()
         self.peer_id = PeerId(str(ID.from_pubkey(keypair.public_key)))
@@ -82,6 +92,8 @@ class Libp2pTransport:
         self.book = PeerBook(self.peer_id, self.limits.known_peers_max, self.limits.addresses_per_peer_max)
         self._bootstrap = tuple(bootstrap)
         self._memory = memory
+        self._discovery = discovery
+        self._local_peers: LocalPeers | None = None
         self.counters: Counter[str] = Counter()
         """What happened, by name: bytes and messages in and out, drops, dials, blames; for /metrics."""
         self._gossip_in, self.gossip = trio.open_memory_channel[tuple[PeerId, bytes]](self.limits.gossip_queue_max)
@@ -148,6 +160,11 @@ class Libp2pTransport:
             self._nursery.start_soon(self._dialer.run)
             self._nursery.start_soon(self._peer_exchange.run)
             self._nursery.start_soon(self._sweep_loop)
+            if self._discovery.mdns:
+                self._local_peers = LocalPeers(
+                    self.peer_id, self._network_id, self._discovery.mdns, self.addresses, self._on_local_peer
+                )
+                await stack.enter_async_context(self._local_peers)
         except BaseException:
             await stack.aclose()
             raise
@@ -424,6 +441,42 @@ class Libp2pTransport:
             self._last_peers = now
             _put_newest(self._changes_in, self.peers_changed, now, self.counters, "peers_changed_replaced")
 
+    def _on_local_peer(self, address: str) -> None:
+        if self.book.add(address, trio.current_time(), mdns.TELLER):
+            self._dialer.wake()
+
+    def reach(self) -> dict[str, dict[str, Any]]:
+        """The state of each way by which peers find this one and are found; JSON-able.
+
+        `state` of each is "ok", "off", "none" (it has found nobody yet) or "missing" (not built); `found` says it in
+        words.
+        """
+        connected = set(self.connected())
+        bootstrap = {parsed.peer for parsed in map(parse_address, self._bootstrap) if parsed} - {self.peer_id}
+        num_known, num_proven = len(self.book), self.book.count_proven()
+        inbound = self.counters["inbound"]
+        scopes = [get_scope(parsed.host) for parsed in map(parse_address, self._addresses) if parsed]
+        lan = self._local_peers
+        return {
+            "bootstrap": _state(
+                bool(bootstrap & connected) or not bootstrap,
+                f"{len(bootstrap & connected)} of {len(bootstrap)} connected",
+            ),
+            "peer_exchange": _state(num_known > 0, f"{num_known} peers known, {num_proven} proven by a dial"),
+            "mdns": _state(lan.num_found > 0, f"{lan.num_found} addresses heard on {self._discovery.mdns}")
+            if lan
+            else {"state": "off", "found": "discovery.mdns names no interface"},
+            "dht": {"state": "off", "found": "discovery.dht is not set"},
+            "inbound": _state(
+                inbound > 0,
+                f"{inbound} connections from others, from {SCOPE_NAMES[self._dialer.inbound_scope]}; "
+                f"listens on {SCOPE_NAMES[max(scopes, default=NOWHERE)] if NOWHERE not in scopes else 'all'} addresses",
+            ),
+            "relay": {"state": "missing", "found": RELAY_MISSING},
+            "hole_punching": {"state": "missing", "found": HOLE_PUNCHING_MISSING},
+            "bans": {"state": "ok", "found": f"{self._bans.count(trio.current_time())} peers banned now"},
+        }
+
     # --- blame ---
 
     def blame(self, peer: PeerId, reason: str) -> None:
@@ -472,6 +525,10 @@ class _Notices:
     async def listen(self, network: Any, multiaddr: Any) -> None: ...
 
     async def listen_close(self, network: Any, multiaddr: Any) -> None: ...
+
+
+def _state(is_ok: bool, found: str) -> dict[str, Any]:
+    return {"state": "ok" if is_ok else "none", "found": found}
 
 
 def _put_newest(send: Any, receive: Any, item: Any, counters: Counter[str], dropped: str) -> None:
