@@ -87,6 +87,10 @@ class Blob:
         self.givers = {start: giver for start, giver in self.givers.items() if giver not in gone}
         self._hash, self._num_hashed = hashlib.sha256(), 0
 
+    def is_hashed(self) -> bool:
+        """Nothing is left to do for `is_right`."""
+        return self._num_hashed == self.size
+
     def is_right(self) -> bool:
         """Whether all of it together has the digest."""
         while self._hash_next():

@@ -164,7 +164,7 @@ class _Download:
                 blob.forget(self._liars)
                 able, others = self._sort(providers)
             if blob.is_whole():
-                if await trio.to_thread.run_sync(blob.is_right):
+                if blob.is_right() if blob.is_hashed() else await trio.to_thread.run_sync(blob.is_right):
                     self._blame_for_sizes()
                     return blob.take_data()
                 async with self._disputes:
