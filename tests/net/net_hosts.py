@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import psutil
 import trio
 from libp2p.crypto.ed25519 import create_new_key_pair
 
@@ -58,11 +59,16 @@ class PeerProcess:
     """A peer in a process of its own (see net_peer_process.py), spoken to in lines of JSON."""
 
     def __init__(
-        self, number: int, bootstrap: tuple[str, ...], listen: str = ANY_PORT, launcher: Sequence[str] = ()
+        self,
+        number: int,
+        bootstrap: tuple[str, ...],
+        listen: str = ANY_PORT,
+        launcher: Sequence[str] = (),
+        limits: Mapping[str, float] | None = None,
     ) -> None:
         """`launcher`: what stands before the command, e.g. of a namespace (see namespaces.py)."""
         self._launcher = launcher
-        self._arguments = [str(number), listen, *bootstrap]
+        self._arguments = [str(number), listen, json.dumps(limits or {}), *bootstrap]
         self._process: trio.Process | None = None
         self._buffer = b""
         self.peer_id = PeerId("")
@@ -91,6 +97,11 @@ class PeerProcess:
             for pipe in (self._process.stdin, self._process.stdout):
                 assert pipe is not None
                 await pipe.aclose()
+
+    def get_memory(self) -> int:
+        """Resident bytes of the process."""
+        assert self._process is not None
+        return int(psutil.Process(self._process.pid).memory_info().rss)
 
     def signal(self, number: int) -> None:
         """Send a signal to the process."""

@@ -1,4 +1,7 @@
-"""One real peer: gossips, serves blobs, and tells its state in lines of JSON. Arguments: number, listen, bootstrap."""
+"""One real peer: gossips, serves blobs and endless streams, and tells its state in lines of JSON.
+
+Arguments: number, listen, limits (JSON), bootstrap.
+"""
 
 import itertools
 import json
@@ -12,6 +15,8 @@ from net_hosts import make_transport
 from p2pfm.errors import PeerUnreachable
 from p2pfm.messages import BlobRequest, decode_request, encode
 from p2pfm.runtime.network.exchange import answer_blob, fetch
+from p2pfm.runtime.network.limits import TransportLimits
+from p2pfm.runtime.network.transport import Send
 from p2pfm.types import Digest, PeerId, compute_digest
 
 
@@ -36,7 +41,7 @@ def say(**state: Any) -> None:
     print(json.dumps(state), flush=True)
 
 
-async def main(number: str, listen: str, *bootstrap: str) -> None:
+async def main(number: str, listen: str, limits: str, *bootstrap: str) -> None:
     blobs = Blobs(1_000_000, 5_000_000)
     heard: set[bytes] = set()
     positions = itertools.count()
@@ -47,15 +52,30 @@ async def main(number: str, listen: str, *bootstrap: str) -> None:
         return encode(answer_blob(blobs, lambda digest: True, request))
 
     async with (
-        make_transport(int(number), tuple(bootstrap), listen=listen) as transport,
+        make_transport(
+            int(number), tuple(bootstrap), listen=listen, limits=TransportLimits(**json.loads(limits))
+        ) as transport,
         trio.open_nursery() as nursery,
     ):
+        num_streams = 0
+
+        async def stream(peer: PeerId, data: bytes, send: Send) -> None:
+            nonlocal num_streams
+            num_streams += 1
+            try:
+                while True:
+                    await send(bytes(int(data)))
+                    await trio.sleep(0.02)
+            finally:
+                num_streams -= 1
+
         transport.set_handler(answer)
+        transport.set_stream_handler(stream)
 
         async def tell_peers() -> None:
             while True:
                 gossiping = [peer for peer in transport.connected() if transport.is_gossiping_with(peer)]
-                say(peers=transport.connected(), gossiping=gossiping, heard=len(heard))
+                say(peers=transport.connected(), gossiping=gossiping, heard=len(heard), streams=num_streams)
                 await trio.sleep(0.1)
 
         async def hear() -> None:
@@ -82,7 +102,9 @@ async def main(number: str, listen: str, *bootstrap: str) -> None:
             for line in lines:
                 command = json.loads(line)
                 for _ in range(command.get("publish", 0)):
-                    await transport.publish(b"%s %d" % (number.encode(), next(positions)) + bytes(1000))
+                    await transport.publish(
+                        b"%s %d" % (number.encode(), next(positions)) + bytes(command.get("size", 1000))
+                    )
                 if "fetch" in command:
                     nursery.start_soon(take, command["fetch"], command["providers"])
         nursery.cancel_scope.cancel()
