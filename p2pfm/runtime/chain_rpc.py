@@ -14,9 +14,11 @@ from functools import partial
 from importlib.resources import files
 from typing import Any, TypeVar
 
+import requests
 from eth_account import Account
 from eth_hash.auto import keccak
 from hexbytes import HexBytes
+from requests.adapters import HTTPAdapter
 from requests.exceptions import HTTPError, RequestException
 from web3 import HTTPProvider, Web3
 from web3.exceptions import (
@@ -40,6 +42,8 @@ LOST_LOOKS = 5
 """A nonce that is used without our receipt must look so this often: machines behind one address may lag each other."""
 TAKER_BLOCKS = 32
 """So many blocks before the signing, and all after it, are searched for the transaction that took a nonce."""
+CONNECTIONS_MAX = 4
+"""Kept to the endpoint: settler, auditor and door ask at the same time now and then; more are closed after use."""
 SENT_MAX = 256
 """Signed transactions kept, to send them again when the chain forgets blocks that held them."""
 REFUSALS = {*range(400, 429)} - {408}
@@ -61,6 +65,14 @@ class Unreachable(ChainError):
     """The endpoint does not answer: worth trying again."""
 
 
+def _make_session() -> requests.Session:
+    """One for all threads. web3 8.0.0 would keep one a thread, a hundred in all, long after the threads have gone."""
+    session = requests.Session()
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, HTTPAdapter(pool_connections=1, pool_maxsize=CONNECTIONS_MAX))
+    return session
+
+
 class Rpc:
     """Reads of anybody, changes of one account."""
 
@@ -77,6 +89,7 @@ class Rpc:
         provider = HTTPProvider(
             url,
             request_kwargs={"timeout": REQUEST_SECONDS_MAX},
+            session=_make_session(),
             cache_allowed_requests=True,  # web3 asks for the chain id before every call
             cacheable_requests={RPCEndpoint("eth_chainId")},
             exception_retry_configuration=None,

@@ -26,8 +26,8 @@ NUM_FALLS = 9
 """The last one is back three minutes after the first fell."""
 RECOVERY_S = 25
 CERTIFIED_SHARE_MIN = 0.35
-"""A round is void when its first-ranked member is away, or was for a part of it: one of eight always is, two while one of
-them starts. Measured: 12 of 17 on a busy machine; chance alone gives fewer than 6 once in a thousand runs."""
+"""A round is void when its first-ranked member is away, or was for a part of it: one of eight always is, two while one
+starts. Measured: 12 of 17 on a busy machine; chance alone gives fewer than 6 once in a thousand runs."""
 
 How = Literal["killed", "frozen", "frozen, then killed"]
 HOWS: tuple[How, ...] = ("killed", "frozen", "frozen, then killed")
@@ -56,7 +56,7 @@ class Churn:
     def __init__(self, net: Localnet) -> None:
         self.net = net
         self.away: LocalNode | None = None
-        self.bases: dict[int, set[str]] = {}
+        self.bases: dict[int | None, set[str]] = {}
         """By round, as the nodes' /status told them."""
         self.settled: set[Round] = set()
         """What the chain took."""
@@ -69,7 +69,7 @@ class Churn:
         told = [status for status in told if status.get("stage") == "running"]
         for status in told:
             protocol = status["protocol"]
-            self.bases.setdefault(protocol["certified_round"] or -1, set()).add(protocol["base"])
+            self.bases.setdefault(protocol["certified_round"], set()).add(protocol["base"])
         return told
 
     def fall(self, node: LocalNode, how: How) -> None:
