@@ -11,52 +11,48 @@ from collections.abc import Callable
 from typing import Any
 
 import trio
-from libp2p.exceptions import ParseError
-from libp2p.io.exceptions import MessageTooLarge
 from libp2p.peer.id import ID
-from libp2p.pubsub.gossipsub import PROTOCOL_ID_V11, GossipSub
 from libp2p.pubsub.pb import rpc_pb2
 from libp2p.pubsub.pubsub import Pubsub
+from libp2p.pubsub.rpc_queue import RpcQueue
 from libp2p.pubsub.validators import signature_validator
-from libp2p.utils.varint import read_varint_prefixed_bytes_limited
+from libp2p.utils import encode_varint_prefixed
 
 from p2pfm.runtime.network.host import GuardedHost, GuardedTasks
 from p2pfm.runtime.network.limits import Blame, RuleBroken, TokenBucket, TransportLimits
+from p2pfm.runtime.network.mesh import GuardedRouter
 
 log = logging.getLogger(__name__)
 
+SEEN_S = 120.0
+SEEN_MAX = 65_536
+READ_BYTES = 64 * 1024
+WRITE_BYTES = 48 * 1024  # what waits for a peer is written together, in one frame and one encryption
+LENGTH_BYTES_MAX = 5  # of the varint before an RPC
+RPC_S = 30.0  # an RPC that has begun must end within this
 
-class GuardedRouter(GossipSub):  # type: ignore[misc]
-    """GossipSub 1.1 without the features that punish honest forwarders."""
 
-    def __init__(self, limits: TransportLimits) -> None:
-        super().__init__(
-            protocols=[PROTOCOL_ID_V11],
-            degree=6,
-            degree_low=4,
-            degree_high=limits.connections_max,  # below the number of connections, pruning isolates nodes
-            heartbeat_interval=1,
-            prune_back_off=5,
-            adaptive_gossip_enabled=False,
-            spam_protection_enabled=False,
-            eclipse_protection_enabled=False,
-        )
+class Seen:
+    """Ids of messages that were seen, for a time and up to a number; the oldest go first.
 
-    @property
-    def manager(self) -> Any:
-        """The service's tasks, guarded."""
-        return GuardedTasks(self._manager)
+    The library's cache knows no bound, and has a thread of its own that nobody ends.
+    """
 
-    async def publish(self, msg_forwarder: ID, pubsub_msg: rpc_pb2.Message) -> None:
-        """Forward to the mesh. The stock method adds a signed address record to every copy, which costs more than
-        the message, and files state under topics that strangers choose."""
-        self.mcache.put(pubsub_msg)
-        msg_id = self.pubsub.get_message_id(pubsub_msg)
-        rpc = rpc_pb2.RPC(publish=[pubsub_msg])
-        for peer_id in self._get_peers_to_send(
-            pubsub_msg.topicIDs, msg_forwarder=msg_forwarder, origin=ID(pubsub_msg.from_id), msg_id=msg_id
-        ):
-            self.send_rpc(peer_id, rpc)
+    def __init__(self) -> None:
+        self._times: OrderedDict[bytes, float] = OrderedDict()
+
+    def has(self, mid: bytes) -> bool:
+        """Whether a message of this id was seen lately."""
+        seen_at = self._times.get(mid)
+        return seen_at is not None and trio.current_time() - seen_at < SEEN_S
+
+    def add(self, mid: bytes) -> None:
+        """A message was seen now."""
+        now = trio.current_time()
+        self._times[mid] = now
+        self._times.move_to_end(mid)
+        while len(self._times) > SEEN_MAX or now - next(iter(self._times.values())) > SEEN_S:
+            self._times.popitem(last=False)
 
 
 class GuardedPubsub(Pubsub):  # type: ignore[misc]
@@ -67,6 +63,8 @@ class GuardedPubsub(Pubsub):  # type: ignore[misc]
     no is remembered for 300 s against a message that may only have come too early.
     """
 
+    seen_messages: Any
+
     def __init__(
         self,
         host: GuardedHost,
@@ -76,14 +74,18 @@ class GuardedPubsub(Pubsub):  # type: ignore[misc]
         deliver: Callable[[str, bytes], None],
         gate: Callable[[bytes], bool],
     ) -> None:
+        self.dropped: Counter[str] = Counter()
+        """Messages and entries that went no further, by reason, and what lazy gossip asked for and sent again."""
         super().__init__(
             host,
-            GuardedRouter(limits),
+            GuardedRouter(topic, limits, self.dropped),
             strict_signing=True,
             allowed_topics={topic},
             max_subscriptions_per_rpc=16,
             max_subscriptions_per_peer=1,
         )
+        self.seen_messages.stop()
+        self.seen_messages = Seen()
         # Message ids are author + this counter. The stock one starts at the time in seconds, so that a node which is
         # restarted within the seen-cache's 120 s repeats its numbers and is not heard.
         self.counter = time.time_ns()
@@ -93,7 +95,7 @@ class GuardedPubsub(Pubsub):  # type: ignore[misc]
         self._deliver = deliver
         self._gate = gate
         self._buckets: OrderedDict[bytes, TokenBucket] = OrderedDict()
-        self.dropped: Counter[str] = Counter()
+        self._reading: dict[ID, Any] = {}
 
     @property
     def manager(self) -> Any:
@@ -101,47 +103,58 @@ class GuardedPubsub(Pubsub):  # type: ignore[misc]
         return GuardedTasks(self._manager)
 
     async def stream_handler(self, stream: Any) -> None:
-        """Read one peer's gossip until its stream ends, whatever it sends."""
+        """Read one peer's gossip until its stream ends, whatever it sends. A further stream takes the former's place:
+        each may hold a whole RPC in memory."""
         peer_id = stream.muxed_conn.peer_id
+        former, self._reading[peer_id] = self._reading.get(peer_id), stream
+        if former is not None:
+            await _reset(former)
         try:
             await self.continuously_read_stream(stream)
-        except (RuleBroken, MessageTooLarge, ParseError) as error:
+        except RuleBroken as error:
             self._blame(str(peer_id), f"gossip: {error}")
         except Exception as error:  # noqa: BLE001 - strangers' protobuf; ends a stock host with one packet
             log.debug("gossip stream of %s ended with %r", peer_id, error)
-        with trio.move_on_after(1.0):
-            await stream.reset()
-        self._handle_dead_peer(peer_id)
+        await _reset(stream)
+        if self._reading.get(peer_id) is stream:
+            del self._reading[peer_id]
+            self._handle_dead_peer(peer_id)
 
     async def continuously_read_stream(self, stream: Any) -> None:
         """Messages of our topic, subscriptions, and control entries about our topic; nothing else enters."""
         peer_id = stream.muxed_conn.peer_id
+        buffer = bytearray()
+        begun_at = 0.0
         while True:
-            data = await read_varint_prefixed_bytes_limited(stream, self.max_inbound_rpc_size)
-            rpc = rpc_pb2.RPC()
-            try:
-                rpc.ParseFromString(data)
-            except Exception as error:  # protobuf's own error classes differ between its back ends
-                raise RuleBroken("a gossip frame that is no protobuf") from error
-            rpc.ClearField("senderRecord")  # addresses of strangers, verified anew with every message
-            for subscription in rpc.subscriptions[: self.max_subscriptions_per_rpc]:
-                self.handle_subscription(peer_id, subscription)
-            for message in rpc.publish:
-                if list(message.topicIDs) == [self._topic]:
-                    await self.push_msg(peer_id, message)
-                else:
-                    self.dropped["topic"] += 1
-            if rpc.HasField("control"):
-                self._keep_own_topic(rpc.control)
-                await self.router.handle_rpc(rpc, peer_id)
+            while (data := _cut_rpc(buffer, self.max_inbound_rpc_size)) is not None:
+                begun_at = 0.0
+                await self._read_rpc(peer_id, data)
+            begun_at = begun_at or trio.current_time()
+            with trio.CancelScope(deadline=begun_at + RPC_S if buffer else float("inf")) as scope:
+                chunk = await stream.read(READ_BYTES)
+            if scope.cancelled_caught:
+                raise RuleBroken("an RPC that stalls")
+            if not chunk:
+                return
+            buffer += chunk
 
-    def _keep_own_topic(self, control: rpc_pb2.ControlMessage) -> None:
-        # State by topic grows for ever in the router; keep only entries about the one topic there is.
-        lists: tuple[Any, ...] = (control.ihave, control.graft, control.prune)
-        for entries in lists:
-            kept = [entry for entry in entries if entry.topicID == self._topic]
-            del entries[:]
-            entries.extend(kept[:16])
+    async def _read_rpc(self, peer_id: ID, data: bytes) -> None:
+        rpc = rpc_pb2.RPC()
+        try:
+            rpc.ParseFromString(data)
+        except Exception as error:  # protobuf's own error classes differ between its back ends
+            raise RuleBroken("a gossip frame that is no protobuf") from error
+        for subscription in rpc.subscriptions[: self.max_subscriptions_per_rpc]:
+            self.handle_subscription(peer_id, subscription)
+        for position, message in enumerate(rpc.publish):
+            if position % 64 == 63:
+                await trio.lowlevel.checkpoint()  # an RPC may hold thousands
+            if list(message.topicIDs) == [self._topic]:
+                await self.push_msg(peer_id, message)
+            else:
+                self.dropped["topic"] += 1
+        if rpc.HasField("control"):
+            await self.router.handle_rpc(rpc, peer_id)
 
     async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
         """Check, deliver and forward one message, each at most once. No checkpoint between the check and the mark, so
@@ -162,7 +175,9 @@ class GuardedPubsub(Pubsub):  # type: ignore[misc]
             self._blame(name, f"a gossip message of {len(msg.data)} bytes")
         elif self._is_msg_seen(msg) or ID(msg.from_id) == self.my_id:
             self.dropped["seen"] += 1
-        elif self._is_too_fast(b"from " + forwarder.to_bytes(), self._limits.forwarder_burst_max):
+        elif self._is_too_fast(b"from " + forwarder.to_bytes(), self._limits.forwarder_burst_max) or self._is_too_fast(
+            b"bytes from " + forwarder.to_bytes(), self._limits.forwarder_bytes_max, len(msg.data)
+        ):
             self.dropped["rate"] += 1
         elif not self._is_signed(msg):
             self._blame(name, "a gossip message whose signature is not its author's")
@@ -175,14 +190,14 @@ class GuardedPubsub(Pubsub):  # type: ignore[misc]
             return True
         return False
 
-    def _is_too_fast(self, sender: bytes, burst: int) -> bool:
+    def _is_too_fast(self, sender: bytes, burst: int, amount: int = 1) -> bool:
         bucket = self._buckets.get(sender)
         if bucket is None:
             bucket = self._buckets[sender] = TokenBucket(burst, burst / 2)
             if len(self._buckets) > self._limits.known_peers_max:
                 self._buckets.popitem(last=False)
         self._buckets.move_to_end(sender)
-        return bucket.take(trio.current_time()) > 0
+        return bucket.take(trio.current_time(), amount) > 0
 
     def _is_signed(self, msg: rpc_pb2.Message) -> bool:
         try:
@@ -196,8 +211,58 @@ class GuardedPubsub(Pubsub):  # type: ignore[misc]
         if queue is not None:
             queue._queue.max_size = self._limits.peer_queue_max
 
+    def get_hello_packet(self) -> rpc_pb2.RPC:
+        """Our subscription, without the address record that the stock method signs."""
+        return rpc_pb2.RPC(
+            subscriptions=[rpc_pb2.RPC.SubOpts(subscribe=True, topicid=topic) for topic in self.topic_ids]
+        )
+
+    async def handle_sending_messages(self, peer_id: ID, stream: Any, queue: RpcQueue) -> None:
+        """Write what waits for one peer until its queue is closed. The stock loop writes each RPC alone."""
+        try:
+            while (rpc := await queue.pop()) is not None:
+                data = encode_varint_prefixed(rpc.SerializeToString())
+                while len(data) < WRITE_BYTES and (rpc := queue._queue.pop()) is not None:
+                    data += encode_varint_prefixed(rpc.SerializeToString())
+                await stream.write(data)
+        except Exception as error:  # noqa: BLE001 - the library's streams raise a dozen unrelated classes when they end
+            log.debug("sending gossip to %s ended with %r", peer_id, error)
+            if self.peers.get(peer_id) is stream:
+                self._handle_dead_peer(peer_id)
+
     def _handle_dead_peer(self, peer_id: ID) -> None:
+        self.router.forget(peer_id)
         try:
             super()._handle_dead_peer(peer_id)
         except Exception:
             log.debug("forgetting %s failed", peer_id, exc_info=True)
+
+
+def _cut_rpc(buffer: bytearray, bytes_max: int) -> bytes | None:
+    """The next RPC that is whole, taken off the buffer's front; None when there is none yet.
+
+    Raises:
+        RuleBroken: it is announced longer than `bytes_max`, or in a length without an end.
+    """
+    size = 0
+    for position, byte in enumerate(buffer[:LENGTH_BYTES_MAX]):
+        size |= (byte & 0x7F) << 7 * position
+        if byte < 0x80:
+            break
+    else:
+        if len(buffer) >= LENGTH_BYTES_MAX:
+            raise RuleBroken("an RPC whose length does not end")
+        return None
+    if size > bytes_max:
+        raise RuleBroken(f"an RPC of {size} bytes, at most {bytes_max} are allowed")
+    start = position + 1
+    if len(buffer) < start + size:
+        return None
+    data = bytes(buffer[start : start + size])
+    del buffer[: start + size]
+    return data
+
+
+async def _reset(stream: Any) -> None:
+    with trio.move_on_after(1.0):
+        await stream.reset()

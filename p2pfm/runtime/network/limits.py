@@ -25,8 +25,10 @@ class TransportLimits(msgspec.Struct, frozen=True):
     author_burst_max: int = 400
     """Messages of one author at once, half as many a second: twice what an honest author can publish. The excess is
     dropped and blames nobody."""
-    forwarder_burst_max: int = 4000
+    forwarder_burst_max: int = 2000
     """The same for one forwarder, counted before the signature is checked."""
+    forwarder_bytes_max: int = 32 * 1024 * 1024
+    """The same in bytes."""
     peer_queue_max: int = 256
     """RPCs that wait for one slow gossip peer."""
     request_bytes_max: int = 1_000_000
@@ -80,12 +82,12 @@ class TokenBucket:
         self._tokens = burst
         self._at = 0.0
 
-    def take(self, now: float) -> float:
-        """Take one token; returns 0.0 when there was one, else the seconds until there is (nothing is taken)."""
+    def take(self, now: float, amount: int = 1) -> float:
+        """Take tokens; returns 0.0 when there were so many, else the seconds until there are (nothing is taken)."""
         if self._at:
             self._tokens = min(self._burst, self._tokens + (now - self._at) * self._per_s)
         self._at = now
-        if self._tokens >= 1:
-            self._tokens -= 1
+        if self._tokens >= amount:
+            self._tokens -= amount
             return 0.0
-        return (1 - self._tokens) / self._per_s
+        return (amount - self._tokens) / self._per_s

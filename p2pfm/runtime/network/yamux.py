@@ -161,6 +161,10 @@ class GuardedYamux(Yamux):  # type: ignore[misc]
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch)
             while not self.event_shutting_down.is_set():
+                quiet_s = trio.current_time() - self._heard_at
+                if quiet_s < self.limits.ping_s:  # it lives: its own ping told so, or its data
+                    await trio.sleep(self.limits.ping_s - quiet_s)
+                    continue
                 self._ping_id += 1
                 self._ping_sent_time = trio.current_time()
                 ping = bytes((0, YAMUX_PING, 0, YAMUX_SYN, 0, 0, 0, 0)) + (self._ping_id % 2**32).to_bytes(4, "big")
