@@ -28,7 +28,7 @@ DIALLING_MAX = 16  # peers whose turn has come or is waited for; the rest stay i
 LOOKUP_S = 30.0  # between two searches for one peer of which no address works
 LOOKUPS_MAX = 256
 
-Lookup = Callable[[PeerId], Awaitable[None]]
+Lookup = Callable[[PeerId], Awaitable[object]]
 
 
 class Dialer:

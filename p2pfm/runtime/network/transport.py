@@ -9,7 +9,7 @@ import logging
 import socket
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import Any, Self, TypeAlias
@@ -23,11 +23,12 @@ from multiaddr import Multiaddr
 
 from p2pfm.config import DiscoveryConfig
 from p2pfm.errors import OperatorError, PeerUnreachable, Reject
-from p2pfm.runtime.clock import PeerClocks
+from p2pfm.runtime.clock import PeerClocks, now_ms
 from p2pfm.runtime.network import mdns
 from p2pfm.runtime.network.bans import Bans
+from p2pfm.runtime.network.dht import PeerTable
 from p2pfm.runtime.network.dialer import Dialer
-from p2pfm.runtime.network.frames import cancel_at_end, end_stream, read_frame, write_frame
+from p2pfm.runtime.network.frames import end_stream, read_frame, write_frame
 from p2pfm.runtime.network.gossip import GuardedPubsub
 from p2pfm.runtime.network.host import GuardedHost
 from p2pfm.runtime.network.limits import RuleBroken, TokenBucket, TransportLimits
@@ -35,6 +36,7 @@ from p2pfm.runtime.network.mdns import LocalPeers
 from p2pfm.runtime.network.memory import EMPTY_MEMORY, NetworkMemory
 from p2pfm.runtime.network.peer_book import LOOPBACK, NOWHERE, PRIVATE, PUBLIC, PeerBook, get_scope, parse_address
 from p2pfm.runtime.network.peer_exchange import PEERS_PROTOCOL, PeerExchange
+from p2pfm.runtime.network.server import Handler, Server, StreamHandler
 from p2pfm.types import Digest, PeerId, short
 
 log = logging.getLogger(__name__)
@@ -42,18 +44,13 @@ log = logging.getLogger(__name__)
 REQUEST_PROTOCOL = "/p2pfm/request/1"
 STREAM_PROTOCOL = "/p2pfm/stream/1"
 IDLE_STREAMS_MAX = 4  # kept open to one peer for the next request: 1,400 requests/s against 200 with a stream for each
-IDLE_S = 120.0
 SWEEP_S = 2.0
-THROTTLE_S = 0.5  # a peer that offended lately waits this long for each answer
 
 SCOPE_NAMES = {NOWHERE: "nowhere", LOOPBACK: "this machine", PRIVATE: "the local network", PUBLIC: "the internet"}
 RELAY_MISSING = "not built: two peers that nobody can dial do not meet directly"
 HOLE_PUNCHING_MISSING = "not built: it needs a relay; open the port of `listen` instead"
 DISCOVERY_DEFAULT = DiscoveryConfig()
 
-Handler: TypeAlias = Callable[[PeerId, bytes], Awaitable[bytes]]
-Send: TypeAlias = Callable[[bytes], Awaitable[None]]
-StreamHandler: TypeAlias = Callable[[PeerId, bytes, Send], Awaitable[None]]
 Gate: TypeAlias = Callable[[bytes], None]
 
 
@@ -94,6 +91,7 @@ class Libp2pTransport:
         self._memory = memory
         self._discovery = discovery
         self._local_peers: LocalPeers | None = None
+        self._table: PeerTable | None = None
         self.counters: Counter[str] = Counter()
         """What happened, by name: bytes and messages in and out, drops, dials, blames; for /metrics."""
         self._gossip_in, self.gossip = trio.open_memory_channel[tuple[PeerId, bytes]](self.limits.gossip_queue_max)
@@ -102,15 +100,11 @@ class Libp2pTransport:
         """`peers_changed`: the peers connected now, whenever that set has changed; only the newest is kept."""
         self._last_peers: tuple[PeerId, ...] = ()
         self._addresses: tuple[str, ...] = ()
-        self._handler: Handler | None = None
-        self._stream_handler: StreamHandler | None = None
         self._gate: Gate | None = None
         self._idle: dict[PeerId, deque[Any]] = defaultdict(deque)
-        self._serving = trio.CapacityLimiter(self.limits.requests_served_max)
-        self._streaming = trio.CapacityLimiter(self.limits.streams_served_max)
-        self._serving_by_peer: dict[PeerId, trio.CapacityLimiter] = {}
         self._publish_bucket = TokenBucket(self.limits.gossip_burst_max, self.limits.gossip_per_s)
         self._bans = Bans(self.limits.known_peers_max)
+        self._server = Server(self.limits, self._blame, self._is_throttled, self.counters)
         self.has_banned = trio.Event()
         """Set, and replaced by a new one, at each ban: it must outlive a crash."""
         self._stack = AsyncExitStack()
@@ -140,8 +134,8 @@ class Libp2pTransport:
         self.book.restore(self._memory.addresses, trio.current_time(), time.time())
         self._bans.restore(self._memory.bans, trio.current_time(), time.time())
         for protocol, serve in (
-            (REQUEST_PROTOCOL, self._serve_requests),
-            (STREAM_PROTOCOL, self._serve_stream),
+            (REQUEST_PROTOCOL, self._server.serve_requests),
+            (STREAM_PROTOCOL, self._server.serve_stream),
             (PEERS_PROTOCOL, self._peer_exchange.serve),
         ):
             self._host.set_stream_handler(TProtocol(protocol), serve)
@@ -160,6 +154,12 @@ class Libp2pTransport:
             self._nursery.start_soon(self._dialer.run)
             self._nursery.start_soon(self._peer_exchange.run)
             self._nursery.start_soon(self._sweep_loop)
+            if self._discovery.dht:
+                self._table = PeerTable(
+                    self._keypair, self._network_id, self._host, self.book, self._dialer, self.addresses, now_ms
+                )
+                self._dialer.lookup = self._table.look_up
+                self._nursery.start_soon(self._table.run)
             if self._discovery.mdns:
                 self._local_peers = LocalPeers(
                     self.peer_id, self._network_id, self._discovery.mdns, self.addresses, self._on_local_peer
@@ -215,7 +215,7 @@ class Libp2pTransport:
             "gossip": self.gossip.statistics().current_buffer_used,
             "gossip_out": max(for_peers, default=0),
             "dials": self._dialer.num_dialling,
-            "requests": self._serving.statistics().tasks_waiting,
+            "requests": self._server.num_waiting,
         }
 
     # --- gossip ---
@@ -357,63 +357,11 @@ class Libp2pTransport:
 
     def set_handler(self, handler: Handler) -> None:
         """`handler(peer, data)` answers requests; when it raises `Reject`, the asker is blamed and gets no answer."""
-        self._handler = handler
+        self._server.handler = handler
 
     def set_stream_handler(self, handler: StreamHandler) -> None:
         """`handler(peer, data, send)` answers stream requests; it is cancelled when the asker closes the stream."""
-        self._stream_handler = handler
-
-    async def _serve_requests(self, stream: Any) -> None:
-        peer = PeerId(str(stream.muxed_conn.peer_id))
-        is_clean = False
-        try:
-            while True:
-                data = await read_frame(stream, self.limits.request_bytes_max, wait_s=IDLE_S)
-                if data is None or self._handler is None:
-                    is_clean = True
-                    return
-                await write_frame(stream, await self._answer(peer, data, self._handler))
-        except (RuleBroken, Reject) as error:
-            self._blame(peer, str(error))
-        finally:
-            await end_stream(stream, is_clean=is_clean)
-
-    async def _answer(self, peer: PeerId, data: bytes, handler: Handler) -> bytes:
-        limit = self._serving_by_peer.setdefault(peer, trio.CapacityLimiter(self.limits.requests_served_per_peer_max))
-        try:
-            if self._bans.is_throttled(peer, trio.current_time()):
-                await trio.sleep(THROTTLE_S)
-            async with limit, self._serving:
-                reply = await handler(peer, data)
-        finally:
-            if not limit.borrowed_tokens and not limit.statistics().tasks_waiting:
-                self._serving_by_peer.pop(peer, None)
-        assert len(reply) <= self.limits.reply_bytes_max
-        self.counters["requests_served"] += 1
-        self.counters["request_bytes_out"] += len(reply)
-        return reply
-
-    async def _serve_stream(self, stream: Any) -> None:
-        peer = PeerId(str(stream.muxed_conn.peer_id))
-        is_clean = False
-
-        async def send(frame: bytes) -> None:
-            assert 0 < len(frame) <= self.limits.frame_bytes_max
-            await write_frame(stream, frame)
-
-        try:
-            data = await read_frame(stream, self.limits.request_bytes_max)
-            async with self._streaming, trio.open_nursery() as nursery:
-                if data is not None and self._stream_handler is not None:
-                    nursery.start_soon(cancel_at_end, stream, nursery.cancel_scope)
-                    await self._stream_handler(peer, data, send)
-                    await write_frame(stream, b"")
-                    is_clean = True
-                nursery.cancel_scope.cancel()
-        except* (RuleBroken, Reject) as group:
-            self._blame(peer, "; ".join(str(error) for error in group.exceptions))
-        finally:
-            await end_stream(stream, is_clean=is_clean)
+        self._server.stream_handler = handler
 
     # --- connections ---
 
@@ -456,7 +404,7 @@ class Libp2pTransport:
         num_known, num_proven = len(self.book), self.book.count_proven()
         inbound = self.counters["inbound"]
         scopes = [get_scope(parsed.host) for parsed in map(parse_address, self._addresses) if parsed]
-        lan = self._local_peers
+        lan, table = self._local_peers, self._table
         return {
             "bootstrap": _state(
                 bool(bootstrap & connected) or not bootstrap,
@@ -466,7 +414,12 @@ class Libp2pTransport:
             "mdns": _state(lan.num_found > 0, f"{lan.num_found} addresses heard on {self._discovery.mdns}")
             if lan
             else {"state": "off", "found": "discovery.mdns names no interface"},
-            "dht": {"state": "off", "found": "discovery.dht is not set"},
+            "dht": _state(
+                table.num_stored > 0,
+                f"stored {table.num_stored} times, holds {table.num_records} records, {table.num_found} searches answered",
+            )
+            if table
+            else {"state": "off", "found": "discovery.dht is not set"},
             "inbound": _state(
                 inbound > 0,
                 f"{inbound} connections from others, from {SCOPE_NAMES[self._dialer.inbound_scope]}; "
@@ -487,6 +440,9 @@ class Libp2pTransport:
     def blamed(self) -> dict[str, int]:
         """How many rules each peer has broken in this run."""
         return dict(self._bans.seen)
+
+    def _is_throttled(self, peer: PeerId) -> bool:
+        return self._bans.is_throttled(peer, trio.current_time())
 
     def _blame(self, peer: str, reason: str) -> None:
         self.counters["blames"] += 1
