@@ -6,6 +6,8 @@ import sys
 import time
 from types import TracebackType
 
+from p2pfm.runtime.log_limit import LogLimit
+
 PLAIN = ("%(asctime)s %(levelname)-7s %(name)s: %(message)s", "%H:%M:%S")
 STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName", "color_message"}
 """What every record has; anything else was given as a field (`extra=`)."""
@@ -35,6 +37,7 @@ def set_up_logging(level: int, *, as_json: bool) -> None:
     """Ours from `level` on, other libraries' warnings; to standard error. As JSON nothing else is written there."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines() if as_json else logging.Formatter(*PLAIN))
+    handler.addFilter(LogLimit())  # strangers choose how often some lines are reached
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     for ours in ("p2pfm", "nodes"):
         logging.getLogger(ours).setLevel(level)

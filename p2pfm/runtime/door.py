@@ -3,7 +3,9 @@
 Knows no socket; blocking (BLS), so the node calls it in a thread.
 """
 
+import time
 from collections import OrderedDict
+from collections.abc import Callable
 
 from p2pfm.config import NetworkConfig
 from p2pfm.errors import Reject, Unjudged
@@ -13,17 +15,20 @@ from p2pfm.messages import (
     Envelope,
     Message,
     Presence,
+    decode_envelope,
     decode_message,
+    encode,
     proposal_digest,
 )
 from p2pfm.protocol.events import AnyEvent, RosterChanged, SettledChanged
 from p2pfm.protocol.membership import get_member
 from p2pfm.runtime.envelopes import verify_envelope
+from p2pfm.runtime.network.limits import TokenBucket
 from p2pfm.settlement import bls
 from p2pfm.settlement.ledger import Roster, SettledRound
 from p2pfm.settlement.rewards import proposal_message
 from p2pfm.settlement.sampling import compute_quorum
-from p2pfm.types import Digest, PeerId, compute_digest
+from p2pfm.types import Digest, PeerId, compute_digest, short
 
 ROSTERS_MAX = 8
 """Committees remembered: a certificate of an earlier epoch can still arrive."""
@@ -32,16 +37,25 @@ ROSTERS_MAX = 8
 PROVEN_MAX = 1024
 """Bodies remembered as proven: more than a round has of them."""
 
+BLS_BURST = 16
+BLS_PER_S = 1.0
+"""Signatures of one author that are verified: an honest member has two a round. Each costs milliseconds."""
+
+AUTHORS_MAX = 1024
+"""Authors whose rate is remembered: more than a registry has."""
+
 
 class Door:
     """Remembers whose keys count. Every method raises `Reject` for what an honest peer never sends."""
 
-    def __init__(self, config: NetworkConfig) -> None:
+    def __init__(self, config: NetworkConfig, clock_s: Callable[[], float] = time.monotonic) -> None:
         self._config = config
+        self._clock_s = clock_s
         self._network_id = config.network_id()
         self._rosters: OrderedDict[tuple[int, int], Roster] = OrderedDict()
         self._settled: SettledRound | None = None
         self._proven: OrderedDict[Digest, None] = OrderedDict()
+        self._verified: OrderedDict[PeerId, TokenBucket] = OrderedDict()
 
     def on_event(self, event: AnyEvent) -> None:
         """Learn what the chain tells: committees, and the newest round."""
@@ -64,13 +78,27 @@ class Door:
         """
         verify_envelope(self._network_id, envelope)
 
+    def prove_bytes(self, data: bytes) -> None:
+        """The same of an envelope's bytes, which must be its one encoding: nobody can say one thing in many ways.
+
+        Raises:
+            Reject: otherwise.
+        """
+        envelope = decode_envelope(data)
+        if encode(envelope) != data:
+            raise Reject("an envelope in other bytes than its encoding")
+        self.prove(envelope)
+
     def open(self, envelope: Envelope) -> Message:
         """The message inside a proven envelope; where it carries BLS signatures, they are of who it names.
 
         Raises:
-            Reject: not decodable, a wrong signature, or an oversized body.
+            Reject: not decodable, not in its one encoding, a wrong signature, or an oversized body.
+            Unjudged: who sent it is not known here, or sends more signatures than a member ever has.
         """
         message = decode_message(envelope.body, self._config.limits.message_bytes_max)
+        if encode(message) != envelope.body:  # what is known by its digest would have several
+            raise Reject("a message in other bytes than its encoding")
         digest = compute_digest(envelope.body)
         if digest in self._proven:  # gossip and sync bring the same again: BLS costs milliseconds
             return message
@@ -82,6 +110,7 @@ class Door:
             case Presence() | Certificate() if not self._is_registered(envelope.author):
                 raise Unjudged("serving and certificates are registered peers' affair")  # BLS costs 3 ms: no stranger's
             case Certificate():
+                self._take_turn(envelope.author)
                 self.verify_certificate(message)
             case _:
                 pass
@@ -114,6 +143,15 @@ class Door:
         if not bls.fast_aggregate_verify(keys, message, certificate.signature):
             raise Reject(f"certificate of round {proposal.round}: its signature does not verify")
 
+    def _take_turn(self, author: PeerId) -> None:
+        """Before each BLS verification. Raises: Unjudged."""
+        bucket = self._verified.setdefault(author, TokenBucket(BLS_BURST, BLS_PER_S))
+        self._verified.move_to_end(author)
+        if len(self._verified) > AUTHORS_MAX:
+            self._verified.popitem(last=False)
+        if bucket.take(self._clock_s()):
+            raise Unjudged(f"{short(author)} sends more signatures than a member has")
+
     def _newest(self) -> Roster | None:
         return next(reversed(self._rosters.values()), None)
 
@@ -129,5 +167,6 @@ class Door:
         member = roster.members[attestation.member]
         if member.peer != author:
             raise Reject(f"speaks for member {attestation.member}, which is not its own registry index")
+        self._take_turn(author)
         if not bls.verify(member.bls_key, attestation.message, attestation.signature):
             raise Reject(f"attestation of member {attestation.member}: its signature does not verify")

@@ -43,7 +43,8 @@ from p2pfm.runtime.http_api import HttpApi, serve_http
 from p2pfm.runtime.keys import Keys
 from p2pfm.runtime.metrics import IN, OUT, MeteredRequests, NodeMetrics, NodeState
 from p2pfm.runtime.network.exchange import Downloads, answer_blob
-from p2pfm.runtime.network.transport import Libp2pTransport, Send
+from p2pfm.runtime.network.server import Send
+from p2pfm.runtime.network.transport import Libp2pTransport
 from p2pfm.runtime.personal import Personal
 from p2pfm.runtime.replica_streams import ReplicaStreams, answer_generate
 from p2pfm.runtime.settler import Settler
@@ -405,7 +406,7 @@ class Node:
 
     def _prove(self, data: bytes) -> None:
         """The transport's gate: gossip that its author did not sign is neither heard nor passed on."""
-        self._door.prove(decode_envelope(data))
+        self._door.prove_bytes(data)
 
     def _emit(self, event: AnyEvent) -> None:
         self._events_in.send_nowait(event)

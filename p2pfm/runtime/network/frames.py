@@ -1,6 +1,7 @@
 """Frames on a stream: a length, then so many bytes; bounded in size and in time."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import trio
@@ -12,16 +13,27 @@ log = logging.getLogger(__name__)
 
 LENGTH_BYTES = 4  # every frame: its length, big endian, then its bytes
 READ_BYTES = 256 * 1024
+COPIED_BYTES = 65_507 - LENGTH_BYTES  # with its length it fills one frame of the muxer
 FRAME_S = 30.0  # a frame that has begun must end within this
 
 
 async def write_frame(stream: Any, data: bytes) -> None:
     """One frame; raises what the library's stream raises."""
-    await stream.write(len(data).to_bytes(LENGTH_BYTES, "big") + data)
+    # Only its beginning is copied: a frame may wait long for a slow reader.
+    await stream.write(len(data).to_bytes(LENGTH_BYTES, "big") + data[:COPIED_BYTES])
+    if len(data) > COPIED_BYTES:
+        await stream.write(memoryview(data)[COPIED_BYTES:])
 
 
-async def read_frame(stream: Any, bytes_max: int, wait_s: float | None = FRAME_S) -> bytes | None:
+def _count_nothing(size: int) -> None: ...
+
+
+async def read_frame(
+    stream: Any, bytes_max: int, wait_s: float | None = FRAME_S, grow: Callable[[int], None] = _count_nothing
+) -> bytes | None:
     """The next frame; None at a clean end or when none begins within `wait_s` (None: waits for ever).
+
+    `grow` is told how many bytes came, as they come.
 
     Raises:
         RuleBroken: the frame is announced longer than `bytes_max`, or it stalls. Nothing is allocated before.
@@ -37,17 +49,18 @@ async def read_frame(stream: Any, bytes_max: int, wait_s: float | None = FRAME_S
         if size > bytes_max:
             raise RuleBroken(f"a frame of {size} bytes, at most {bytes_max} are allowed")
         body = bytearray()
-        await _read_until(stream, body, size)
+        await _read_until(stream, body, size, grow)
         return bytes(body)
     raise RuleBroken("a frame that stalls")
 
 
-async def _read_until(stream: Any, buffer: bytearray, size: int) -> None:
+async def _read_until(stream: Any, buffer: bytearray, size: int, grow: Callable[[int], None] = _count_nothing) -> None:
     while len(buffer) < size:
         chunk = await _read_some(stream, min(READ_BYTES, size - len(buffer)))
         if not chunk:
             raise RuleBroken("a frame that ends early")
         buffer += chunk
+        grow(len(chunk))
 
 
 async def _read_some(stream: Any, size: int) -> bytes:

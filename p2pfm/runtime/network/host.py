@@ -4,6 +4,7 @@ Each subclass overrides the one place where the measured fault lies (NETWORK, "W
 Knows nothing of rounds, requests or discovery: it tells a `Blame` callback who broke which rule.
 """
 
+import ipaddress
 import logging
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
@@ -13,19 +14,24 @@ import trio
 from libp2p.crypto.keys import KeyPair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
 from libp2p.custom_types import TProtocol
+from libp2p.exceptions import ParseError
 from libp2p.host.basic_host import BasicHost
+from libp2p.identity.identify_push.identify_push import ID_PUSH as PUSH_PROTOCOL
+from libp2p.io.exceptions import MessageTooLarge
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.exceptions import SwarmException
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStore
+from libp2p.protocol_muxer import multiselect_communicator
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_PROTOCOL
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_PROTOCOL
 from libp2p.stream_muxer.yamux.yamux import Yamux
 from libp2p.transport.tcp.tcp import TCP
 from libp2p.transport.upgrader import TransportUpgrader
+from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 
 from p2pfm.runtime.network.limits import Blame, TransportLimits
 from p2pfm.runtime.network.yamux import GuardedMuxers
@@ -33,6 +39,37 @@ from p2pfm.runtime.network.yamux import GuardedMuxers
 log = logging.getLogger(__name__)
 # The library logs every failed dial as an error, and Python prints errors of loggers that have no handler.
 logging.getLogger("libp2p").addHandler(logging.NullHandler())
+
+
+NAME_BYTES_MAX = 1024
+"""What multistream-select takes as a protocol's name in other implementations, too."""
+
+
+async def _read_name(reader: Any) -> bytes:
+    """One delimited message, its announced length checked before anything is kept."""
+    try:
+        data: bytes = await read_varint_prefixed_bytes_limited(reader, NAME_BYTES_MAX)
+        data.decode()
+    except (MessageTooLarge, UnicodeDecodeError) as error:
+        raise ParseError("a protocol's name that is too long, or no text") from error
+    if data[-1:] != b"\n":
+        raise ParseError("a protocol's name that is not ended")
+    return data[:-1]
+
+
+# The library (0.8.1) reads names of any announced length, before a stranger has said who it is, and passes on what is
+# no text. Every negotiation reads through this one name.
+multiselect_communicator.read_delim = _read_name
+
+
+def get_address_group(host: str) -> str:
+    """What is bounded as one sender: an IPv4 address; of IPv6 the first 64 bits, since one line has all below them."""
+    address = ipaddress.ip_address(host.split("%")[0])
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is not None:
+            return str(address.ipv4_mapped)
+        return str(ipaddress.ip_network((int(address) >> 64 << 64, 64)))
+    return str(address)
 
 
 class GuardedTasks:
@@ -131,7 +168,7 @@ class GuardedSwarm(Swarm):  # type: ignore[misc]
         remote = read_write_closer.get_remote_address()
         if remote is None:
             return
-        address = remote[0]
+        address = get_address_group(remote[0])
         if (
             self._by_address[address] >= self._limits.connections_per_address_max
             or self._by_address.total() >= self._limits.inbound_max
@@ -152,6 +189,8 @@ class GuardedSwarm(Swarm):  # type: ignore[misc]
         waiting = self._handshakes.setdefault(address, deque())
         if len(waiting) >= self._limits.handshakes_per_address_max:
             waiting.popleft().cancel()
+        elif sum(map(len, self._handshakes.values())) >= self._limits.handshakes_max:
+            max(self._handshakes.values(), key=len).popleft().cancel()
         try:
             with trio.move_on_after(self._limits.negotiate_s) as scope:
                 waiting.append(scope)
@@ -176,6 +215,8 @@ class GuardedHost(BasicHost):  # type: ignore[misc]
             negotiate_timeout=int(limits.negotiate_s),
             disable_identify_address_discovery=True,
         )
+        # Nobody here reads what is pushed: addresses come from peer exchange.
+        self.multiselect.remove_handler(TProtocol(PUSH_PROTOCOL))
 
     async def _swarm_stream_handler(self, net_stream: Any) -> None:
         # Any exception that escapes here ends a stock host; a disconnect-like one leaves a connection that is dead.

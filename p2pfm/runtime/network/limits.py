@@ -31,20 +31,29 @@ class TransportLimits(msgspec.Struct, frozen=True):
     """The same in bytes."""
     peer_queue_max: int = 256
     """RPCs that wait for one slow gossip peer."""
+    peer_queue_bytes_max: int = 16 * 1024 * 1024
+    """The same in bytes: a whole burst of the largest messages fits."""
     request_bytes_max: int = 1_000_000
     reply_bytes_max: int = 8_000_000
     frame_bytes_max: int = 1_000_000
     requests_served_max: int = 64
     requests_served_per_peer_max: int = 16
     streams_served_max: int = 64
+    streams_served_per_peer_max: int = 32
+    held_bytes_max: int = 24 * 1024 * 1024
+    """Requests half read and replies half written, of all peers together; beyond it the oldest are dropped."""
     connections_max: int = 300
     connections_per_address_max: int = 128
     handshakes_per_address_max: int = 32
     """Beyond it the oldest unfinished handshake of the same address is cut, so silent sockets block nobody."""
+    handshakes_max: int = 256
+    """The same for all addresses together: the address that has most loses its oldest."""
     streams_per_connection_max: int = 512
     syn_per_s: float = 500.0
     syn_burst_max: int = 1500
-    buffered_per_connection_max: int = 32 * 1024 * 1024
+    buffered_per_connection_max: int = 24 * 1024 * 1024
+    buffered_max: int = 96 * 1024 * 1024
+    """What lies unread in the streams of all connections together; beyond it the connection with most of it ends."""
     window_slack_bytes: int = 256 * 1024
     negotiate_s: float = 10.0
     """For each step of a handshake. Not short: a short one turns a busy machine into one that only retries; silent
@@ -54,6 +63,8 @@ class TransportLimits(msgspec.Struct, frozen=True):
     """A connection that sends nothing, not even pongs, for this long is closed."""
     write_stall_s: float = 30.0
     """A writer waits this long for window credit (back-pressure), then its stream is reset."""
+    write_bytes_per_s_min: int = 16 * 1024
+    """A write of n bytes has n / this many seconds beside `write_stall_s`: credit in drips holds nothing for ever."""
     dials_max: int = 3
     dial_s: float = 10.0
     explore_s: float = 20.0

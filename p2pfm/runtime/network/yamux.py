@@ -26,6 +26,7 @@ YAMUX_DATA, YAMUX_WINDOW_UPDATE, YAMUX_PING = 0, 1, 2
 YAMUX_SYN = 1
 WINDOW_INITIAL_BYTES = 256 * 1024  # fixed by the Yamux specification
 WINDOW_BYTES_MAX = 1024 * 1024  # a stream buffers at most this much for a reader that does not read
+CLOSED_TICK_S = 0.25  # a waiting writer looks this often whether its stream was closed
 FRAME_BODY_BYTES_MAX = 65_507  # with its header it fits one Noise message; a full Yamux frame needs two (NETWORK)
 
 
@@ -69,6 +70,21 @@ class _BatchedStream(YamuxStream):  # type: ignore[misc]
     """A Yamux stream that gives credit back at half a window, and treats a slow reader as back-pressure."""
 
     _pending_recv_release: int
+    _credit: trio.Event | None = None
+
+    @property
+    def send_window(self) -> int:
+        """Bytes that the peer still takes."""
+        return int(self.__dict__["send_window"])
+
+    @send_window.setter
+    def send_window(self, size: int) -> None:
+        # The library adds credit to this attribute; a waiting writer must hear of it. Looking again every 10 ms, as the
+        # stock writer does, lets a thousand slow readers keep a core busy.
+        self.__dict__["send_window"] = size
+        if self._credit is not None:
+            self._credit.set()
+            self._credit = None
 
     async def _auto_tune_and_send_window_update(self, *, bytes_read: int = 0) -> None:
         # The stock rule answers nearly every read with a frame; CPU a delivery falls 2 to 4 times without it (NETWORK).
@@ -85,15 +101,18 @@ class _BatchedStream(YamuxStream):  # type: ignore[misc]
     async def write(self, data: bytes) -> None:
         view = memoryview(data)
         sent = 0
+        ends_at = (
+            trio.current_time() + self.conn.limits.write_stall_s + len(view) / self.conn.limits.write_bytes_per_s_min
+        )
         while sent < len(view):
-            size = await self._take_credit(min(FRAME_BODY_BYTES_MAX, len(view) - sent))
+            size = await self._take_credit(min(FRAME_BODY_BYTES_MAX, len(view) - sent), ends_at)
             header = bytes((0, YAMUX_DATA, 0, 0)) + self.stream_id.to_bytes(4, "big") + size.to_bytes(4, "big")
             await self.conn._write_frame(header + view[sent : sent + size])
             sent += size
 
-    async def _take_credit(self, wanted: int) -> int:
+    async def _take_credit(self, wanted: int, ends_at: float) -> int:
         """Bytes that may be sent now, waiting for the peer to read (the stock muxer gives up after 5 s)."""
-        deadline = trio.current_time() + self.conn.limits.write_stall_s
+        deadline = min(trio.current_time() + self.conn.limits.write_stall_s, ends_at)
         while True:
             if self.send_closed or self.closed:
                 raise MuxedStreamError("the stream is closed for sending")
@@ -103,7 +122,10 @@ class _BatchedStream(YamuxStream):  # type: ignore[misc]
                 return int(size)
             if trio.current_time() > deadline:
                 raise MuxedStreamError("the peer has read nothing for too long")
-            await trio.sleep(0.005)
+            if self._credit is None:
+                self._credit = trio.Event()
+            with trio.move_on_after(CLOSED_TICK_S):
+                await self._credit.wait()
 
 
 class _Streams(dict[int, Any]):
@@ -117,7 +139,9 @@ class _Streams(dict[int, Any]):
 class GuardedYamux(Yamux):  # type: ignore[misc]
     """Yamux with bounds on streams, windows and memory, and a heartbeat that finds frozen peers."""
 
-    def __init__(self, conn: Any, peer_id: ID, limits: TransportLimits, blame: Blame) -> None:
+    def __init__(self, conn: Any, peer_id: ID, limits: TransportLimits, blame: Blame, all: "set[GuardedYamux]") -> None:
+        """`all`: the connections that live; this one adds itself while it runs."""
+
         async def on_close() -> None: ...
 
         super().__init__(_FrameReader(conn, self._check), peer_id, is_initiator=conn.is_initiator, on_close=on_close)
@@ -126,7 +150,10 @@ class GuardedYamux(Yamux):  # type: ignore[misc]
         self.streams = _Streams()
         self._syn = TokenBucket(limits.syn_burst_max, limits.syn_per_s)
         self._heard_at = trio.current_time()
+        self._all = all
         self._unmeasured = 0
+        self.buffered = 0
+        """Bytes that lay unread when they were last counted."""
 
     def _check(self, kind: int, flags: int, stream_id: int, length: int) -> None:
         """Refuse a frame that breaks a rule before a byte of its body is read."""
@@ -146,8 +173,25 @@ class GuardedYamux(Yamux):  # type: ignore[misc]
             self._unmeasured += length
             if self._unmeasured > WINDOW_BYTES_MAX:
                 self._unmeasured = 0
-                if sum(map(len, self.stream_buffers.values())) > self.limits.buffered_per_connection_max:
-                    self._refuse("fills streams that nobody reads")
+                self._bound_buffers()
+
+    def _bound_buffers(self) -> None:
+        self.buffered = self._count_buffered()
+        if self.buffered > self.limits.buffered_per_connection_max:
+            self._refuse("fills streams that nobody reads")
+        if sum(conn.buffered for conn in self._all) <= self.limits.buffered_max:
+            return
+        for conn in self._all:
+            conn.buffered = conn._count_buffered()
+        if sum(conn.buffered for conn in self._all) > self.limits.buffered_max:
+            greatest = max(self._all, key=lambda conn: conn.buffered)
+            log.info("peer %s has %d bytes unread here, most of all: closing", greatest.peer_id, greatest.buffered)
+            greatest.buffered = 0
+            if greatest._nursery is not None:
+                greatest._nursery.start_soon(greatest._cleanup_on_error)
+
+    def _count_buffered(self) -> int:
+        return sum(map(len, self.stream_buffers.values()))
 
     def _refuse(self, rule: str) -> None:
         self._blame(str(self.peer_id), rule)
@@ -190,11 +234,14 @@ class GuardedYamux(Yamux):  # type: ignore[misc]
 
     async def start(self) -> None:
         """Run until the connection ends."""
+        self._all.add(self)
         try:
             await super().start()
         except Exception:
             log.debug("connection of %s ended with an error", self.peer_id, exc_info=True)
             await self._cleanup_on_error()
+        finally:
+            self._all.discard(self)
 
 
 class GuardedMuxers(MuxerMultistream):  # type: ignore[misc]
@@ -204,8 +251,11 @@ class GuardedMuxers(MuxerMultistream):  # type: ignore[misc]
         super().__init__({TProtocol(YAMUX_PROTOCOL): Yamux}, int(limits.negotiate_s))
         self._limits = limits
         self._blame = blame
+        self._all: set[GuardedYamux] = set()
 
     async def new_conn(self, conn: Any, peer_id: ID) -> Any:
         """A muxed connection over a secured one."""
         protocol, _ = await self._selector.select(conn, conn.is_initiator, self.negotiate_timeout)
-        return self._annotate_connection(GuardedYamux(conn, peer_id, self._limits, self._blame), conn, protocol)
+        return self._annotate_connection(
+            GuardedYamux(conn, peer_id, self._limits, self._blame, self._all), conn, protocol
+        )
