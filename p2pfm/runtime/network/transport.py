@@ -416,7 +416,7 @@ class Libp2pTransport:
             else {"state": "off", "found": "discovery.mdns names no interface"},
             "dht": _state(
                 table.num_stored > 0,
-                f"stored {table.num_stored} times, holds {table.num_records} records, {table.num_found} searches answered",
+                f"stored {table.num_stored} times, holds {table.num_records} records, {table.num_found} answers",
             )
             if table
             else {"state": "off", "found": "discovery.dht is not set"},
