@@ -7,11 +7,11 @@ from p2pfm.config import ChainConfig, NetworkConfig
 from p2pfm.errors import Reject, Unjudged
 from p2pfm.messages import Attestation, Certificate, Envelope, Message, Presence, Proposal, encode
 from p2pfm.protocol.events import RosterChanged
-from p2pfm.runtime.door import Door
+from p2pfm.runtime.door import BLS_BURST, Door
 from p2pfm.settlement import bls
 from p2pfm.settlement.ledger import Member, Roster
 from p2pfm.settlement.rewards import proposal_message
-from p2pfm.types import Digest, MemberIndex, Millis, PeerId, Round, Wei
+from p2pfm.types import Digest, MemberIndex, Millis, PeerId, Round, Wei, compute_digest
 
 ZERO = Digest(bytes(32))
 CONFIG = NetworkConfig("test", Millis(0), "toy", "0" * 64, ChainConfig(1, "0x" + "11" * 20, "0x" + "22" * 20))
@@ -98,3 +98,32 @@ def test_without_a_registry_nothing_is_judged_and_nobody_blamed() -> None:
 def test_a_body_that_is_no_message_is_rejected(door: Door) -> None:
     with pytest.raises(Reject):
         door.open(Envelope(NAMES[0], b"junk", b""))
+
+
+def test_one_value_has_one_encoding(door: Door) -> None:
+    """What is known by the digest of its bytes would otherwise be many messages."""
+    body = encode(certificate())
+    longer = b"\xdc\x00" + bytes([body[0] & 0x0F]) + body[1:]
+    assert door.open(Envelope(NAMES[0], body, b"")) == certificate()
+    with pytest.raises(Reject, match="other bytes"):
+        door.open(Envelope(NAMES[0], longer, b""))
+    with pytest.raises(Reject, match="other bytes"):
+        door.prove_bytes(b"\xdc\x00\x03" + encode(Envelope(NAMES[0], body, bytes(64)))[1:])
+
+
+def test_an_author_gets_so_many_signatures_verified_and_no_more() -> None:
+    now = [100.0]
+    door = Door(CONFIG, lambda: now[0])
+    door.on_event(RosterChanged(ROSTER))
+
+    def send(number: int) -> None:
+        message = compute_digest(b"%d" % number)
+        door.open(sealed(NAMES[1], Attestation(Round(3), MemberIndex(1), message, bls.sign(SECRETS[1], message))))
+
+    for number in range(BLS_BURST):
+        send(number)
+    with pytest.raises(Unjudged, match="more signatures"):
+        send(99)
+    assert door.open(sealed(NAMES[0], attestation(0, by=0))), "others are not touched by it"
+    now[0] += 5
+    send(99)
