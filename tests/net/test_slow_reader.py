@@ -20,7 +20,8 @@ pytestmark = pytest.mark.slow
 STALL_S = 5
 MESSAGE_BYTES = 500_000
 NUM_MESSAGES, BATCH = 80, 20
-MEMORY_MAX = 64 << 20
+MEMORY_MAX = 40 << 20
+"""The queue of 16 MiB for each peer, and what the allocator keeps."""
 
 
 @asynccontextmanager

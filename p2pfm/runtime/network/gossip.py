@@ -14,10 +14,11 @@ import trio
 from libp2p.peer.id import ID
 from libp2p.pubsub.pb import rpc_pb2
 from libp2p.pubsub.pubsub import Pubsub
-from libp2p.pubsub.rpc_queue import RpcQueue
+from libp2p.pubsub.rpc_queue import PriorityQueue, RpcQueue
 from libp2p.pubsub.validators import signature_validator
 from libp2p.utils import encode_varint_prefixed
 
+from p2pfm.runtime.network.frames import end_stream
 from p2pfm.runtime.network.host import GuardedHost, GuardedTasks
 from p2pfm.runtime.network.limits import Blame, RuleBroken, TokenBucket, TransportLimits
 from p2pfm.runtime.network.mesh import GuardedRouter
@@ -209,7 +210,9 @@ class GuardedPubsub(Pubsub):  # type: ignore[misc]
         await super()._handle_new_peer(peer_id)
         queue = self.peer_queues.get(peer_id)
         if queue is not None:
-            queue._queue.max_size = self._limits.peer_queue_max
+            stock, queue._queue = queue._queue, _BoundedQueue(self._limits)
+            while (rpc := stock.pop()) is not None:
+                queue.push(rpc)
 
     def get_hello_packet(self) -> rpc_pb2.RPC:
         """Our subscription, without the address record that the stock method signs."""
@@ -229,6 +232,7 @@ class GuardedPubsub(Pubsub):  # type: ignore[misc]
             log.debug("sending gossip to %s ended with %r", peer_id, error)
             if self.peers.get(peer_id) is stream:
                 self._handle_dead_peer(peer_id)
+            await end_stream(stream, is_clean=False)  # or each further one to a slow reader leaks a stream
 
     def _handle_dead_peer(self, peer_id: ID) -> None:
         self.router.forget(peer_id)
@@ -236,6 +240,28 @@ class GuardedPubsub(Pubsub):  # type: ignore[misc]
             super()._handle_dead_peer(peer_id)
         except Exception:
             log.debug("forgetting %s failed", peer_id, exc_info=True)
+
+
+class _BoundedQueue(PriorityQueue):  # type: ignore[misc]
+    """What waits for one peer, bounded in bytes too: the stock queue counts RPCs, whatever they weigh."""
+
+    def __init__(self, limits: TransportLimits) -> None:
+        super().__init__(limits.peer_queue_max)
+        self._bytes_max = limits.peer_queue_bytes_max
+        self._num_bytes = 0
+
+    def push(self, rpc: rpc_pb2.RPC, priority: bool = False) -> bool:
+        size = rpc.ByteSize()
+        if self._num_bytes + size > self._bytes_max or not super().push(rpc, priority):
+            return False
+        self._num_bytes += size
+        return True
+
+    def pop(self) -> rpc_pb2.RPC | None:
+        rpc: rpc_pb2.RPC | None = super().pop()
+        if rpc is not None:
+            self._num_bytes -= rpc.ByteSize()
+        return rpc
 
 
 def _cut_rpc(buffer: bytearray, bytes_max: int) -> bytes | None:
