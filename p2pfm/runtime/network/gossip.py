@@ -235,11 +235,15 @@ class GuardedPubsub(Pubsub):  # type: ignore[misc]
             await end_stream(stream, is_clean=False)  # or each further one to a slow reader leaks a stream
 
     def _handle_dead_peer(self, peer_id: ID) -> None:
+        # Its subscription came on its own stream: while that one lives, it is not said again.
+        is_heard = peer_id in self._reading and peer_id in self.peer_topics.get(self._topic, ())
         self.router.forget(peer_id)
         try:
             super()._handle_dead_peer(peer_id)
         except Exception:
             log.debug("forgetting %s failed", peer_id, exc_info=True)
+        if is_heard:
+            self.handle_subscription(peer_id, rpc_pb2.RPC.SubOpts(subscribe=True, topicid=self._topic))
 
 
 class _BoundedQueue(PriorityQueue):  # type: ignore[misc]
