@@ -7,14 +7,13 @@ can mend it. Nothing here moves a clock, and no rule depends on it. Knows no soc
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
-from statistics import median_low
 from typing import Any
 
 from p2pfm.config import PhaseConfig
 from p2pfm.types import Millis, PeerId
 
-TELLERS_MAX = 256
-"""Peers whose word is kept."""
+TELLERS_MIN, TELLERS_MAX = 3, 256
+"""Peers whose word is waited for (all, where fewer are connected), and peers whose word is kept."""
 
 
 def now_ms() -> Millis:
@@ -63,19 +62,21 @@ class PeerClocks:
     def compute_offset(
         self, connected: Collection[PeerId], wall_ms: Millis, monotonic_ms: float
     ) -> tuple[int | None, int]:
-        """How far this clock is ahead of the median peer's beyond doubt [ms] (None: nobody told), and of how many.
+        """How far this clock is ahead of the median peer's beyond doubt [ms] (None: too few told), and of how many.
 
         Own wall time is read now, not when they told: a clock that was set meanwhile is right at once.
         """
         told = [word for peer, word in self._words.items() if peer in connected]
-        if not told:
-            return None, 0
+        if not told or len(told) < min(TELLERS_MIN, len(connected)):
+            return None, 0  # or the first to tell could say anything
         offsets = []
         for word in told:
             offset = wall_ms - monotonic_ms - word.ahead_of_monotonic_ms
             beyond_doubt = max(0.0, abs(offset) - word.doubt_ms)
             offsets.append(round(beyond_doubt if offset > 0 else -beyond_doubt))
-        return median_low(offsets), len(told)
+        offsets.sort()
+        middle = offsets[(len(offsets) - 1) // 2], offsets[len(offsets) // 2]
+        return min(middle, key=abs), len(told)  # half of the peers accuse nobody
 
 
 @dataclass(slots=True)

@@ -51,6 +51,13 @@ def test_only_connected_peers_count_and_nobody_is_nothing() -> None:
     assert clocks.compute_offset([name(1)], WALL, MONOTONIC) == (300_000, 1)
 
 
+def test_one_liar_of_two_or_the_first_of_three_to_tell_accuses_nobody() -> None:
+    for lie_ms in (-300_000, 300_000):
+        clocks = clocks_of(lie_ms, 0)
+        assert clocks.compute_offset(everybody(2), WALL, MONOTONIC) == (0, 2)
+        assert clocks.compute_offset(everybody(3), WALL, MONOTONIC) == (None, 0)
+
+
 def test_a_clock_that_is_set_is_right_at_once() -> None:
     clocks = clocks_of(0, 0, 0)
     later = MONOTONIC + 60_000
