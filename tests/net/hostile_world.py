@@ -20,6 +20,7 @@ from net_hosts import ANY_PORT, until
 from net_victim_process import HONEST, PHASES_MS, PROBE, ROUND_MS, make_keys, make_network
 from rogue import Rogue
 
+from p2pfm.errors import PeerUnreachable
 from p2pfm.messages import BlobReply, BlobRequest, Presence, decode_envelope, decode_message, decode_reply, encode
 from p2pfm.runtime.envelopes import seal
 from p2pfm.runtime.network.transport import Libp2pTransport
@@ -148,7 +149,11 @@ class World:
         request = encode(BlobRequest(compute_digest(PROBE), 0, 1000))
         while True:
             begun = trio.current_time()
-            await self.honest.request(self.victim, request, ALIVE_S)
+            while trio.current_time() < begun + ALIVE_S:
+                with suppress(PeerUnreachable):  # asks again, as nodes do: what counts is how long it takes in all
+                    await self.honest.request(self.victim, request, ALIVE_S)
+                    break
+                await trio.sleep(0.1)
             self.worst_s = max(self.worst_s, trio.current_time() - begun)
             await trio.sleep(0.1)
 

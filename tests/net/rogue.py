@@ -84,7 +84,7 @@ class Channel:
     async def read(self, size: int) -> bytes:
         """Exactly so many bytes, and gives credit for them. Raises: Cut."""
         while len(self.inbox) < size:
-            if self.is_over:
+            if self.is_over or self.mux.is_cut.is_set():
                 raise Cut("the stream was ended")
             await self.changed.wait()
         data = bytes(self.inbox[:size])
@@ -103,7 +103,7 @@ class Channel:
 
     async def wait_for_end(self) -> None:
         """Until the victim has closed or reset this stream."""
-        while not self.is_over:
+        while not self.is_over and not self.mux.is_cut.is_set():
             await self.changed.wait()
 
     def tell(self) -> None:

@@ -589,9 +589,6 @@ async def an_honest_message_is_replayed(rogue: Rogue, world: World) -> None:
 async def hear_honest(rogue: Rogue, world: World) -> rpc_pb2.Message:
     """A message of the honest peer or the victim, as gossip brings it."""
     async with rogue.session() as mux:
-        channel = await rogue.gossip(mux)
-        await channel.write(rpc(control=rpc_pb2.ControlMessage(graft=[rpc_pb2.ControlGraft(topicID=rogue.topic)])))
-        mux.answer = None
         heard: trio.Event = trio.Event()
         found: list[rpc_pb2.Message] = []
 
@@ -616,6 +613,8 @@ async def hear_honest(rogue: Rogue, world: World) -> rpc_pb2.Message:
                         heard.set()
 
         mux.serve = serve
+        channel = await rogue.gossip(mux)
+        await channel.write(rpc(control=rpc_pb2.ControlMessage(graft=[rpc_pb2.ControlGraft(topicID=rogue.topic)])))
         with trio.fail_after(10):
             await heard.wait()
         return found[0]

@@ -49,8 +49,11 @@ async def read_frame(
         if size > bytes_max:
             raise RuleBroken(f"a frame of {size} bytes, at most {bytes_max} are allowed")
         body = bytearray()
-        await _read_until(stream, body, size, grow)
-        return bytes(body)
+        try:
+            await _read_until(stream, body, size, grow)
+            return bytes(body)
+        finally:
+            body.clear()  # the error that ends a stream keeps this frame alive until the next garbage collection
     raise RuleBroken("a frame that stalls")
 
 

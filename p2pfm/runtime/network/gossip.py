@@ -123,8 +123,14 @@ class GuardedPubsub(Pubsub):  # type: ignore[misc]
 
     async def continuously_read_stream(self, stream: Any) -> None:
         """Messages of our topic, subscriptions, and control entries about our topic; nothing else enters."""
-        peer_id = stream.muxed_conn.peer_id
         buffer = bytearray()
+        try:
+            await self._read_rpcs(stream, buffer)
+        finally:
+            buffer.clear()  # the error that ends a stream keeps this frame alive until the next garbage collection
+
+    async def _read_rpcs(self, stream: Any, buffer: bytearray) -> None:
+        peer_id = stream.muxed_conn.peer_id
         begun_at = 0.0
         while True:
             while (data := _cut_rpc(buffer, self.max_inbound_rpc_size)) is not None:
