@@ -271,7 +271,7 @@ class Libp2pTransport:
             raise ValueError(f"a request has at most {self.limits.request_bytes_max} bytes, got {len(data)}")
         reply: bytes | None = None
         with trio.move_on_after(timeout_s):
-            idle = self._idle[peer] if protocol == REQUEST_PROTOCOL else deque()
+            idle = self._idle[peer] if protocol == REQUEST_PROTOCOL else None
             while idle:
                 # A kept stream may have died with its peer: then ask once more, on a fresh one.
                 reply = await self._ask_on(idle.popleft(), idle, data)
@@ -284,8 +284,8 @@ class Libp2pTransport:
             return reply
         raise PeerUnreachable(f"{short(peer)} did not answer within {timeout_s:g} s")
 
-    async def _ask_on(self, stream: Any, idle: deque[Any], data: bytes) -> bytes | None:
-        """The reply, or None when the stream broke. The stream goes back to `idle`, or is reset."""
+    async def _ask_on(self, stream: Any, idle: deque[Any] | None, data: bytes) -> bytes | None:
+        """The reply, or None when the stream broke. The stream goes back to `idle`, if that is any, or ends."""
         is_whole = False
         try:
             await write_frame(stream, data)
@@ -301,7 +301,7 @@ class Libp2pTransport:
             log.debug("request to %s failed: %r", stream.muxed_conn.peer_id, error)
             return None
         finally:
-            if is_whole and len(idle) < IDLE_STREAMS_MAX:
+            if is_whole and idle is not None and len(idle) < IDLE_STREAMS_MAX:
                 idle.append(stream)
             else:
                 await end_stream(stream, is_clean=is_whole)
