@@ -126,7 +126,7 @@ class World:
                 await attack(rogue, self)
                 nursery.cancel_scope.cancel()
         await self.check_alive()
-        with trio.move_on_after(15):
+        with trio.move_on_after(6):
             while self._memory().rss > before + KEPT_BYTES_MAX:
                 await trio.sleep(0.1)
         kept = self._memory().rss - before
