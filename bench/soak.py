@@ -132,7 +132,7 @@ def run_fleet(folder: Path, num_nodes: int, seconds: float) -> dict[str, Any]:
         failures = sum(read_metric(node, "p2pfm_core_failures_total") for node in net.nodes)
         cpu_s = [sum(psutil.Process(node.process.pid).cpu_times()[:2]) for node in net.nodes if node.process]
         statuses = get_all(net)
-        settled = len([entry for entry in net.ledger.get_rounds(Round(0)) if entry.round >= first_round])
+        settled = len([entry for entry in net.ledger.get_rounds(Round(0)) if first_round <= entry.round <= last_round])
         span_s = time.monotonic() - start
     rounds = read_rounds(net.nodes)
     asked = [Round(number) for number in range(max(0, first_round), last_round + 1)]
