@@ -38,7 +38,7 @@ from p2pfm.settlement.memory_ledger import InMemoryLedger
 from p2pfm.settlement.rewards import compute_leaves, is_payout_round, submission_message
 from p2pfm.types import Digest, MemberIndex, Round, Wei
 
-EXAMPLES = 30
+EXAMPLES = 12
 STEPS = 25
 UNIT_S = 100_000
 """All periods are multiples of it."""

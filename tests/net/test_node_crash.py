@@ -13,7 +13,7 @@ from p2pfm.protocol.events import Durable
 from p2pfm.runtime.store import Store
 from p2pfm.types import Millis
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 
 NUM_KILLS = 8
 QUICK = Preset(
