@@ -6,6 +6,7 @@ GossipSub 1.2 and Pubsub with their defaults (degree 6, 4 to 12: it has none), d
 was delivered; CPU is of the process from the first publish to the last delivery, so keeping connections alive counts.
 """
 
+import gc
 import json
 import os
 import random
@@ -37,6 +38,7 @@ SETTLE_S = 20.0
 """Waited for what is still missing after the last publish."""
 CPU_RATIO_MAX = 0.5
 SEED = 1
+GC_THRESHOLDS = 100_000, 50, 1000
 
 
 class _Ours:
@@ -144,6 +146,8 @@ async def wait_for_peers(hosts: list[Any], count: int, seconds: float) -> None:
 
 async def measure_one_process(kind: str, num_hosts: int, num_messages: int, rate: float) -> Figure:
     """All hosts in this process."""
+    # The collector looks through 32 hosts at once and stops all of them for a second, of either kind.
+    gc.set_threshold(*GC_THRESHOLDS)
     async with AsyncExitStack() as stack:
         hosts: list[Any] = []
         for number in range(1, num_hosts + 1):

@@ -3,6 +3,7 @@
 Knows every part and no rule: rules are in `protocol`, work in `work`, verdicts on bytes in `door`.
 """
 
+import gc
 import logging
 import math
 import sqlite3
@@ -225,6 +226,10 @@ class Node:
                 self.personal = Personal(self.config.personal, home, learners.own, learner, self.gateway, turns)
                 await self.personal.restore()
                 nursery.start_soon(self.personal.run)
+            # Models and libraries stay: a collector that went on looking through them would stop the network for up to
+            # a second at a time.
+            gc.collect()
+            gc.freeze()
             self.stage = "running"
             for task in (
                 self.settler.run,

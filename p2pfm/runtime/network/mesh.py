@@ -5,7 +5,7 @@ message then comes once from each of them), it never tells mesh peers what it ha
 as it is asked, and keeps state for ever that strangers name. Knows no payloads and no rules of them.
 
 Delivery does not rest on the mesh: every connected peer outside it is told of every message within LAZY_BEATS seconds,
-and so is a mesh peer whose queue was full; what they lack they ask for.
+and so is one that comes into the mesh or whose queue was full; what they lack they ask for.
 """
 
 import random
@@ -198,7 +198,12 @@ class GuardedRouter(GossipSub):  # type: ignore[misc]
         if len(self._mesh) >= DEGREE_HIGH or self._check_back_off(sender, self._topic):
             await self.emit_prune(self._topic, sender, False, False)
         else:
-            self._mesh.add(sender)
+            self._take(sender)
+
+    def _take(self, peer: ID) -> None:
+        """Into the mesh. What was said just before it hears of now: from now on it is not told in turn."""
+        self._mesh.add(peer)
+        self._behind.add(peer)
 
     # --- heartbeat ---
 
@@ -219,7 +224,7 @@ class GuardedRouter(GossipSub):  # type: ignore[misc]
         if len(mesh) < DEGREE_LOW:
             free = _sort(peer for peer in known - mesh if not self._check_back_off(peer, self._topic))
             for peer in random.sample(free, min(len(free), DEGREE - len(mesh))):
-                mesh.add(peer)
+                self._take(peer)
                 await self.emit_graft(self._topic, peer)
         elif len(mesh) > DEGREE_HIGH:
             kept = set(random.sample(_sort(self._chosen), min(len(self._chosen), DEGREE_CHOSEN)))
