@@ -617,6 +617,7 @@ def test_the_status_screen_tells_the_nodes_own_epsilon_and_its_peers():
         "network": {"name": "n", "backbone": "b"},
         "peers": [],
         "addresses": [],
+        "clock": {"offset_ms": None, "num_peers": 0, "is_off": False},
         "account": "0x0",
         "chain": {"member": 0, "members": 1, "committee": [], "settled_round": None, "rpc": "r", "error": ""},
         "privacy": {"epsilon": 3.2, "delta": 1e-5, "epsilon_max": 8.0},

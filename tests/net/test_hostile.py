@@ -1052,17 +1052,7 @@ def members() -> Iterator[int]:
     return iter(range(FIRST_ROGUE, FIRST_ROGUE + MEMBERS))
 
 
-KNOWN = {"three_hundred_gossip_streams_of_half_messages": "leaves 280 MB behind: who keeps them is not found yet"}
-"""Attacks that the node survives, but not within its bounds: faults that are still to be mended."""
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(reason=KNOWN[name], strict=True)) if name in KNOWN else name
-        for name in ATTACKS
-    ],
-)
+@pytest.mark.parametrize("name", list(ATTACKS))
 def test_after_an_attack_the_node_is_what_it_was(run: Run, members: Iterator[int], name: str) -> None:
     told = ATTACKS[name]
 

@@ -96,7 +96,8 @@ class GuardedPubsub(Pubsub):  # type: ignore[misc]
         self._deliver = deliver
         self._gate = gate
         self._buckets: OrderedDict[bytes, TokenBucket] = OrderedDict()
-        self._reading: dict[ID, Any] = {}
+        self._reading: dict[ID, trio.CancelScope] = {}
+        """By peer, of the one stream that is read."""
 
     @property
     def manager(self) -> Any:
@@ -107,17 +108,18 @@ class GuardedPubsub(Pubsub):  # type: ignore[misc]
         """Read one peer's gossip until its stream ends, whatever it sends. A further stream takes the former's place:
         each may hold a whole RPC in memory."""
         peer_id = stream.muxed_conn.peer_id
-        former, self._reading[peer_id] = self._reading.get(peer_id), stream
-        if former is not None:
-            await _reset(former)
-        try:
-            await self.continuously_read_stream(stream)
-        except RuleBroken as error:
-            self._blame(str(peer_id), f"gossip: {error}")
-        except Exception as error:  # noqa: BLE001 - strangers' protobuf; ends a stock host with one packet
-            log.debug("gossip stream of %s ended with %r", peer_id, error)
-        await _reset(stream)
-        if self._reading.get(peer_id) is stream:
+        if former := self._reading.get(peer_id):
+            former.cancel()  # to reset its stream would not wake its reader (py-libp2p 0.8.1)
+        with trio.CancelScope() as scope:
+            self._reading[peer_id] = scope
+            try:
+                await self.continuously_read_stream(stream)
+            except RuleBroken as error:
+                self._blame(str(peer_id), f"gossip: {error}")
+            except Exception as error:  # noqa: BLE001 - strangers' protobuf; ends a stock host with one packet
+                log.debug("gossip stream of %s ended with %r", peer_id, error)
+        await end_stream(stream, is_clean=False)
+        if self._reading.get(peer_id) is scope:
             del self._reading[peer_id]
             self._handle_dead_peer(peer_id)
 
@@ -297,8 +299,3 @@ def _cut_rpc(buffer: bytearray, bytes_max: int) -> bytes | None:
     data = bytes(buffer[start : start + size])
     del buffer[: start + size]
     return data
-
-
-async def _reset(stream: Any) -> None:
-    with trio.move_on_after(1.0):
-        await stream.reset()

@@ -307,12 +307,16 @@ class Libp2pTransport:
                 await end_stream(stream, is_clean=is_whole)
 
     async def _open(self, protocol: str, peer: PeerId) -> Any:
-        if peer not in self.connected():
-            await self._dialer.dial(peer)
-        try:
-            return await self._host.new_stream(ID.from_base58(peer), [TProtocol(protocol)])
-        except Exception as error:  # the library raises a dozen unrelated classes here
-            raise PeerUnreachable(f"no stream to {short(peer)}: {error!r}") from error
+        """A fresh stream; tried once more, since a connection may end or be replaced while one is opened."""
+        failure: Exception | None = None
+        for _ in range(2):
+            if peer not in self.connected():
+                await self._dialer.dial(peer)
+            try:
+                return await self._host.new_stream(ID.from_base58(peer), [TProtocol(protocol)])
+            except Exception as error:  # noqa: BLE001 - the library raises a dozen unrelated classes here
+                failure = error
+        raise PeerUnreachable(f"no stream to {short(peer)}: {failure!r}") from failure
 
     @asynccontextmanager
     async def open_stream_request(self, peer: PeerId, data: bytes) -> AsyncIterator[AsyncIterator[bytes]]:
