@@ -254,7 +254,8 @@ def _check_discovery(config: NodeConfig) -> Check:
     if not status:
         return Check("discovery", "warn", "not known: the node does not run", "see `node`")
     reach: dict[str, dict[str, str]] = status.get("reach", {})
-    found = "; ".join(f"{name.replace('_', ' ')}: {way['found']}" for name, way in reach.items())
+    ways = [f"{name.replace('_', ' ')}: {way['found']}" for name, way in reach.items() if way["state"] == "ok"]
+    found = "; ".join(ways) or "no way to find peers works yet: `p2pfm node status` shows each"
     if reach and reach["inbound"]["state"] != "ok":
         step = "nobody has dialled in yet: if that stays so, open the port of `listen` in the router or firewall"
         return Check("discovery", "warn", found, step)
