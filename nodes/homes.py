@@ -54,7 +54,7 @@ def write_secret(path: Path, text: str) -> None:
 
 
 def write_config(path: Path, config: NodeConfig) -> None:
-    """The configuration as TOML, all keys spelled out."""
+    """The configuration as TOML, all keys spelled out but those of `limits`."""
     values: dict[str, Any] = msgspec.to_builtins(config)
     path.write_text(tomli_w.dumps(values), encoding="utf-8")
 

@@ -15,6 +15,8 @@ from p2pfm.errors import ConfigError
 from p2pfm.types import Digest, Millis, Wei, compute_digest
 
 WEI_PER_PFM = 10**18
+GOSSIP_BYTES_MAX = 1_000_000
+"""py-libp2p 0.8.1 sends what is larger to nobody, and says nothing."""
 ALL_LINEAR = "all-linear"
 """As the only one of `AdapterConfig.targets`: all linear layers but the vocabulary's projection."""
 
@@ -207,6 +209,73 @@ class DiscoveryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Look in a Kademlia table for peers of which no address works any more, and keep such records for others."""
 
 
+class TransportLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Bounds of one node against any sender; all local, none agreed on. Times in seconds, sizes in bytes."""
+
+    gossip_bytes_max: int = 512 * 1024
+    gossip_queue_max: int = 2048
+    """Messages that wait for the node; beyond it the oldest is dropped and counted."""
+    gossip_burst_max: int = 30
+    """Own messages published at once; the stock queues lose what exceeds 32."""
+    gossip_per_s: float = 100.0
+    author_burst_max: int = 400
+    """Messages of one author at once, half as many a second: twice what an honest author can publish. The excess is
+    dropped and blames nobody."""
+    forwarder_burst_max: int = 2000
+    """The same for one forwarder, counted before the signature is checked."""
+    forwarder_bytes_max: int = 32 * 1024 * 1024
+    """The same in bytes."""
+    peer_queue_max: int = 256
+    """RPCs that wait for one slow gossip peer."""
+    peer_queue_bytes_max: int = 16 * 1024 * 1024
+    """The same in bytes: a whole burst of the largest messages fits."""
+    request_bytes_max: int = 1_000_000
+    reply_bytes_max: int = 8_000_000
+    frame_bytes_max: int = 1_000_000
+    requests_served_max: int = 64
+    requests_served_per_peer_max: int = 16
+    streams_served_max: int = 64
+    streams_served_per_peer_max: int = 32
+    held_bytes_max: int = 24 * 1024 * 1024
+    """Requests half read and replies half written, of all peers together; beyond it the oldest are dropped."""
+    connections_max: int = 300
+    connections_per_address_max: int = 128
+    handshakes_per_address_max: int = 32
+    """Beyond it the oldest unfinished handshake of the same address is cut, so silent sockets block nobody."""
+    handshakes_max: int = 256
+    """The same for all addresses together: the address that has most loses its oldest."""
+    streams_per_connection_max: int = 512
+    syn_per_s: float = 500.0
+    syn_burst_max: int = 1500
+    buffered_per_connection_max: int = 24 * 1024 * 1024
+    buffered_max: int = 96 * 1024 * 1024
+    """What lies unread in the streams of all connections together; beyond it the connection with most of it ends."""
+    window_slack_bytes: int = 256 * 1024
+    negotiate_s: float = 10.0
+    """For each step of a handshake. Not short: a short one turns a busy machine into one that only retries; silent
+    sockets are cut by number, not by time."""
+    ping_s: float = 3.0
+    silent_s: float = 9.0
+    """A connection that sends nothing, not even pongs, for this long is closed."""
+    write_stall_s: float = 30.0
+    """A writer waits this long for window credit (back-pressure), then its stream is reset."""
+    write_bytes_per_s_min: int = 16 * 1024
+    """A write of n bytes has n / this many seconds beside `write_stall_s`: credit in drips holds nothing for ever."""
+    dials_max: int = 3
+    dial_s: float = 10.0
+    explore_s: float = 20.0
+    """A node that has connections enough dials one further peer this often, so that no group keeps to itself."""
+    visit_s: float = 5.0
+    """A connection beyond three quarters of the bound is kept this long at least: enough to exchange peers."""
+    known_peers_max: int = 1024
+    addresses_per_peer_max: int = 8
+
+    @property
+    def inbound_max(self) -> int:
+        """Connections that others may open here: the last eighth is for those that this node dials itself."""
+        return self.connections_max - max(1, self.connections_max // 8)
+
+
 class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One node: its folder, addresses, data, and the network that it joins."""
 
@@ -221,6 +290,8 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     listen: str = "/ip4/127.0.0.1/tcp/0"
     bootstrap: tuple[str, ...] = ()
     discovery: DiscoveryConfig = DiscoveryConfig()
+    limits: TransportLimits = TransportLimits()
+    """What strangers may take of this node; `p2pfm init` writes none, so that better defaults reach old nodes."""
     http: HttpConfig = HttpConfig()
     serving: ServingConfig = ServingConfig()
     privacy: PrivacyConfig = PrivacyConfig()
@@ -263,7 +334,26 @@ def parse_node_config(text: str) -> NodeConfig:
     _validate_personal(config)
     _validate_rank(config)
     _validate_discovery(config.discovery)
+    _validate_limits(config.limits)
     return config
+
+
+def _validate_limits(limits: TransportLimits) -> None:
+    for name in limits.__struct_fields__:
+        if getattr(limits, name) <= 0:
+            raise ConfigError(f"limits.{name}: expected a positive number, got {getattr(limits, name)}")
+    if limits.gossip_bytes_max > GOSSIP_BYTES_MAX:
+        raise ConfigError(
+            f"limits.gossip_bytes_max: at most {GOSSIP_BYTES_MAX} (above it messages are lost without a word), "
+            f"got {limits.gossip_bytes_max}"
+        )
+    if limits.negotiate_s < 1:
+        raise ConfigError(f"limits.negotiate_s: expected at least 1 (whole seconds count), got {limits.negotiate_s:g}")
+    if limits.silent_s < 2 * limits.ping_s:
+        raise ConfigError(
+            f"limits.silent_s: expected at least twice ping_s ({limits.ping_s:g} s), or peers that live are cut; got "
+            f"{limits.silent_s:g}"
+        )
 
 
 def _validate_discovery(discovery: DiscoveryConfig) -> None:

@@ -162,6 +162,7 @@ class Node:
             config.listen,
             config.bootstrap,
             self.network_id,
+            config.limits,
             memory=self._store.load_network_memory(),
             discovery=config.discovery,
         )

@@ -24,7 +24,7 @@ from py_ecc.optimized_bls12_381 import normalize
 from vectors.make_vectors import COMPRESSION, HERE, KINDS, make_base, make_files, to_plain
 from vectors.plain_payload import read_update
 
-from p2pfm.config import ChainConfig, CompressionConfig
+from p2pfm.config import ChainConfig, CompressionConfig, TransportLimits
 from p2pfm.errors import Reject
 from p2pfm.lora.compress import MAGIC as COMPRESS_MAGIC
 from p2pfm.lora.compress import compress, decode_payload
@@ -39,7 +39,6 @@ from p2pfm.runtime.envelopes import ID_PREFIX
 from p2pfm.runtime.gateway import PRESENCE_TTL_MS
 from p2pfm.runtime.network.bans import BAN_S
 from p2pfm.runtime.network.blobs import CHUNK_BYTES
-from p2pfm.runtime.network.limits import TransportLimits
 from p2pfm.runtime.network.peer_exchange import PEERS_PROTOCOL
 from p2pfm.runtime.network.transport import REQUEST_PROTOCOL, STREAM_PROTOCOL
 from p2pfm.runtime.replica_streams import FRAME_BYTES_MAX

@@ -14,7 +14,7 @@ import psutil
 import trio
 from libp2p.crypto.ed25519 import create_new_key_pair
 
-from p2pfm.runtime.network.limits import TransportLimits
+from p2pfm.config import TransportLimits
 from p2pfm.runtime.network.transport import Libp2pTransport
 from p2pfm.types import PeerId, compute_digest
 

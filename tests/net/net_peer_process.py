@@ -12,10 +12,10 @@ from typing import Any
 import trio
 from net_hosts import make_transport
 
+from p2pfm.config import TransportLimits
 from p2pfm.errors import PeerUnreachable
 from p2pfm.messages import BlobRequest, decode_request, encode
 from p2pfm.runtime.network.exchange import answer_blob, fetch
-from p2pfm.runtime.network.limits import TransportLimits
 from p2pfm.runtime.network.server import Send
 from p2pfm.types import Digest, PeerId, compute_digest
 

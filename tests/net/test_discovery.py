@@ -7,9 +7,8 @@ import pytest
 import trio
 from net_hosts import is_whole, make_transport, until
 
-from p2pfm.config import DiscoveryConfig
+from p2pfm.config import DiscoveryConfig, TransportLimits
 from p2pfm.errors import OperatorError
-from p2pfm.runtime.network.limits import TransportLimits
 from p2pfm.runtime.network.peer_book import OPERATOR, TOLD_MAX
 from p2pfm.runtime.network.transport import Libp2pTransport
 from p2pfm.types import PeerId, compute_digest

@@ -14,9 +14,9 @@ from libp2p.pubsub.validators import PUBSUB_SIGNING_PREFIX
 from libp2p.utils import encode_varint_prefixed
 from net_hosts import PeerProcess, make_transport, network, until
 
+from p2pfm.config import TransportLimits
 from p2pfm.errors import Reject
 from p2pfm.runtime.network import gossip, mesh
-from p2pfm.runtime.network.limits import TransportLimits
 from p2pfm.runtime.network.transport import Libp2pTransport
 
 MESHSUB = "/meshsub/1.1.0"

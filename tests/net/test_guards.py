@@ -33,8 +33,8 @@ from libp2p.utils import encode_varint_prefixed
 from multiaddr import Multiaddr
 from net_hosts import make_transport, network, until
 
+from p2pfm.config import TransportLimits
 from p2pfm.messages import PeersRequest, encode
-from p2pfm.runtime.network.limits import TransportLimits
 from p2pfm.runtime.network.transport import PEERS_PROTOCOL, REQUEST_PROTOCOL, STREAM_PROTOCOL, Libp2pTransport
 from p2pfm.types import PeerId
 

@@ -15,9 +15,9 @@ from libp2p.peer.id import ID
 from libp2p.rcmgr import Direction
 from multiaddr import Multiaddr
 
+from p2pfm.config import TransportLimits
 from p2pfm.errors import PeerUnreachable
 from p2pfm.runtime.network.bans import Bans
-from p2pfm.runtime.network.limits import TransportLimits
 from p2pfm.runtime.network.peer_book import NOWHERE, PeerBook, get_scope
 from p2pfm.types import PeerId, short
 

@@ -18,9 +18,10 @@ from libp2p.pubsub.rpc_queue import PriorityQueue, RpcQueue
 from libp2p.pubsub.validators import signature_validator
 from libp2p.utils import encode_varint_prefixed
 
+from p2pfm.config import TransportLimits
 from p2pfm.runtime.network.frames import end_stream
 from p2pfm.runtime.network.host import GuardedHost, GuardedTasks
-from p2pfm.runtime.network.limits import Blame, RuleBroken, TokenBucket, TransportLimits
+from p2pfm.runtime.network.limits import Blame, RuleBroken, TokenBucket
 from p2pfm.runtime.network.mesh import GuardedRouter
 
 log = logging.getLogger(__name__)

@@ -33,7 +33,8 @@ from libp2p.transport.tcp.tcp import TCP
 from libp2p.transport.upgrader import TransportUpgrader
 from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 
-from p2pfm.runtime.network.limits import Blame, TransportLimits
+from p2pfm.config import TransportLimits
+from p2pfm.runtime.network.limits import Blame
 from p2pfm.runtime.network.yamux import GuardedMuxers
 
 log = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ from libp2p.peer.id import ID
 from libp2p.pubsub.gossipsub import PROTOCOL_ID_V11, GossipSub
 from libp2p.pubsub.pb import rpc_pb2
 
+from p2pfm.config import TransportLimits
 from p2pfm.runtime.network.host import GuardedTasks
-from p2pfm.runtime.network.limits import TransportLimits
 
 DEGREE, DEGREE_LOW, DEGREE_HIGH = 6, 4, 12  # GossipSub's own
 DEGREE_CHOSEN = 3  # of the mesh are peers we chose ourselves: strangers that all graft us cannot have it alone

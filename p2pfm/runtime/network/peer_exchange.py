@@ -9,12 +9,13 @@ from typing import Any
 
 import trio
 
+from p2pfm.config import TransportLimits
 from p2pfm.errors import PeerUnreachable, Reject
 from p2pfm.messages import PeersReply, PeersRequest, decode_reply, decode_request, encode
 from p2pfm.runtime.clock import PeerClocks, now_ms
 from p2pfm.runtime.network.dialer import Dialer
 from p2pfm.runtime.network.frames import end_stream, read_frame, write_frame
-from p2pfm.runtime.network.limits import Blame, RuleBroken, TransportLimits
+from p2pfm.runtime.network.limits import Blame, RuleBroken
 from p2pfm.runtime.network.peer_book import PeerBook, is_credible, parse_address
 from p2pfm.types import PeerId
 

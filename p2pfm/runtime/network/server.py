@@ -10,10 +10,11 @@ from typing import Any, TypeAlias
 
 import trio
 
+from p2pfm.config import TransportLimits
 from p2pfm.errors import Reject
 from p2pfm.runtime.network.frames import cancel_at_end, end_stream, read_frame, write_frame
 from p2pfm.runtime.network.held import HeldBytes
-from p2pfm.runtime.network.limits import Blame, RuleBroken, TransportLimits
+from p2pfm.runtime.network.limits import Blame, RuleBroken
 from p2pfm.types import PeerId
 
 IDLE_S = 120.0

@@ -21,7 +21,7 @@ from libp2p.peer.id import ID
 from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
-from p2pfm.config import DiscoveryConfig
+from p2pfm.config import DiscoveryConfig, TransportLimits
 from p2pfm.errors import OperatorError, PeerUnreachable, Reject
 from p2pfm.runtime.clock import PeerClocks, now_ms
 from p2pfm.runtime.network import mdns
@@ -31,7 +31,7 @@ from p2pfm.runtime.network.dialer import Dialer
 from p2pfm.runtime.network.frames import end_stream, read_frame, write_frame
 from p2pfm.runtime.network.gossip import GuardedPubsub
 from p2pfm.runtime.network.host import GuardedHost
-from p2pfm.runtime.network.limits import RuleBroken, TokenBucket, TransportLimits
+from p2pfm.runtime.network.limits import RuleBroken, TokenBucket
 from p2pfm.runtime.network.mdns import LocalPeers
 from p2pfm.runtime.network.memory import EMPTY_MEMORY, NetworkMemory
 from p2pfm.runtime.network.peer_book import LOOPBACK, NOWHERE, PRIVATE, PUBLIC, PeerBook, get_scope, parse_address

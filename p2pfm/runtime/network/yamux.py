@@ -17,7 +17,8 @@ from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_PROTOCOL
 from libp2p.stream_muxer.yamux.yamux import Yamux, YamuxStream
 
-from p2pfm.runtime.network.limits import Blame, RuleBroken, TokenBucket, TransportLimits
+from p2pfm.config import TransportLimits
+from p2pfm.runtime.network.limits import Blame, RuleBroken, TokenBucket
 
 log = logging.getLogger(__name__)
 
