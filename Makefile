@@ -22,13 +22,13 @@ demo: $(READY) $(if $(filter anvil,$(CHAIN)),$(CONTRACTS))
 	@$(BIN)/p2pfm demo $(if $(JSON),--json '$(JSON)')
 
 # The tests that compile contracts, use anvil or start a js-libp2p peer need Node.js; without it they are skipped.
-# Most wait more than they compute, so two files run at a time; networks that keep to the clock run alone. TESTS='...'
+# Most wait more than they compute, so three files run at a time; networks that keep to the clock run alone. TESTS='...'
 # runs just what is named.
 test: $(READY) $(CONTRACTS) $(JS_PEER)
 ifdef TESTS
 	$(BIN)/python -m pytest $(TESTS)
 else
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m 'not alone'
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile -m 'not alone'
 	$(BIN)/python -m pytest -m alone
 endif
 

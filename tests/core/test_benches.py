@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 SHARED = {"attacked", "harness", "tasks"}
-SCRIPTS = sorted(path.stem for path in (ROOT / "bench").glob("*.py") if path.stem not in SHARED)
+RUN_ELSEWHERE = {"soak"}  # by tests/net/test_soak.py, for longer
+SCRIPTS = sorted(path.stem for path in (ROOT / "bench").glob("*.py") if path.stem not in SHARED | RUN_ELSEWHERE)
 
 
 @pytest.mark.slow
