@@ -243,6 +243,16 @@ class GuardedPubsub(Pubsub):  # type: ignore[misc]
                 self._handle_dead_peer(peer_id)
             await end_stream(stream, is_clean=False)  # or each further one to a slow reader leaks a stream
 
+    def forget_ended(self, peer_id: ID) -> None:
+        """Drop the stream to a peer if it ended, or its connection did: while nothing is written nobody notices, and a
+        peer that froze and came back on a new connection would stay unheard."""
+        stream = self.peers.get(peer_id)
+        if stream is None:
+            return
+        muxed = stream.muxed_stream
+        if muxed.closed or muxed.send_closed or stream.muxed_conn.is_closed:
+            self._handle_dead_peer(peer_id)
+
     def _handle_dead_peer(self, peer_id: ID) -> None:
         # Its subscription came on its own stream: while that one lives, it is not said again.
         is_heard = peer_id in self._reading and peer_id in self.peer_topics.get(self._topic, ())

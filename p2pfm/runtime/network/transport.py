@@ -375,6 +375,7 @@ class Libp2pTransport:
             await trio.sleep(SWEEP_S)
             for peer in self.connected():
                 peer_id = ID.from_base58(peer)
+                self._pubsub.forget_ended(peer_id)
                 if peer_id in self._pubsub.peers:
                     continue
                 with trio.move_on_after(self.limits.negotiate_s):
