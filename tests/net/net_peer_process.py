@@ -15,7 +15,7 @@ from net_hosts import make_transport
 from p2pfm.config import TransportLimits
 from p2pfm.errors import PeerUnreachable
 from p2pfm.messages import BlobRequest, decode_request, encode
-from p2pfm.runtime.network.exchange import answer_blob, fetch
+from p2pfm.runtime.network.exchange import Downloads, answer_blob
 from p2pfm.runtime.network.server import Send
 from p2pfm.types import Digest, PeerId, compute_digest
 
@@ -84,11 +84,14 @@ async def main(number: str, listen: str, limits: str, *bootstrap: str) -> None:
 
         async def take(size: int, providers: list[PeerId]) -> None:
             start = trio.current_time()
+            downloads = Downloads(transport)
             while True:
                 try:
-                    data = await fetch(transport, compute_digest(make_blob(size)), providers, size)
-                except PeerUnreachable:
-                    continue  # as a node does: the connection may have been lost in between
+                    data = await downloads.fetch(compute_digest(make_blob(size)), providers, size)
+                except PeerUnreachable as error:
+                    print(f"{trio.current_time() - start:.1f} s: {error}", file=sys.stderr, flush=True)
+                    await trio.sleep(0.5)  # as a node does: the connection may have been lost in between
+                    continue
                 assert data == make_blob(size)
                 return say(fetched_s=trio.current_time() - start)
 

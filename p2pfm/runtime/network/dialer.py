@@ -60,7 +60,8 @@ class Dialer:
         self._on_dialled = on_dialled
         self._slots = trio.CapacityLimiter(limits.dials_max)
         self._doubtful_slots = trio.CapacityLimiter(max(1, limits.dials_max - 1))
-        self._dialling: set[PeerId] = set()
+        self._dialling: dict[PeerId, trio.Event] = {}
+        """Set when the dial has ended."""
         self._dialled: set[PeerId] = set()
         """Connected by a dial of our own."""
         self._since: dict[PeerId, float] = {}
@@ -142,7 +143,7 @@ class Dialer:
             log.debug("%s", error)
 
     async def dial(self, peer: PeerId) -> None:
-        """Connect to a peer, trying its addresses one by one.
+        """Connect to a peer, trying its addresses one by one; while it is being dialled, wait for how that ends.
 
         Goes around the library's dialling, which tries one address and then locks the peer out for 60 s.
 
@@ -150,8 +151,11 @@ class Dialer:
             PeerUnreachable: no address works now; the peer book will try again with growing delays.
         """
         if peer in self._dialling:
-            raise PeerUnreachable(f"{short(peer)} is being dialled")
-        self._dialling.add(peer)
+            await self._dialling[peer].wait()
+            if peer in self.connected():
+                return
+            raise PeerUnreachable(f"no address of {short(peer)} answers")
+        self._dialling[peer] = trio.Event()
         try:
             if self._book.is_proven(peer):
                 is_there = await self._try_addresses(peer)
@@ -159,7 +163,7 @@ class Dialer:
                 async with self._doubtful_slots:
                     is_there = await self._try_addresses(peer)
         finally:
-            self._dialling.discard(peer)
+            self._dialling.pop(peer).set()
         if not is_there:
             raise PeerUnreachable(f"no address of {short(peer)} answers")
 

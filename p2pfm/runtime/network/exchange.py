@@ -21,11 +21,11 @@ from p2pfm.messages import BlobReply, BlobRequest, decode_reply, encode
 from p2pfm.runtime.network.blobs import CHUNK_BYTES, Blob, Gate, Memory, Priority, Todo
 from p2pfm.types import Digest, PeerId, short
 
-CHUNK_TIMEOUT_S = 10.0
+CHUNK_TIMEOUT_S = 10.0  # in which nothing of it comes
 PROVIDERS_AT_ONCE = 3
 DEPTH = 2
 """Chunks asked for at once from one provider: while one is on its way the next is being read."""
-PROVIDER_S_MIN, RATE_MIN = 10.0, 1 << 17
+PROVIDER_S_MIN, RATE_MIN = 30.0, 1 << 17
 """A provider has these seconds, and one more for so many bytes: who trickles would hold a download for hours."""
 MEMORY_BYTES_MAX = 256 * 1024 * 1024
 """Of all downloads together, those that wait to be taken up again included; history has half of it."""
@@ -45,7 +45,7 @@ class Requester(Protocol):
     """What of a transport this needs."""
 
     async def request(self, peer: PeerId, data: bytes, timeout_s: float) -> bytes:
-        """One request, one reply. Raises: PeerUnreachable."""
+        """One request, one reply. Raises: PeerUnreachable: among others, when nothing comes for `timeout_s`."""
         ...
 
     def blame(self, peer: PeerId, reason: str) -> None:

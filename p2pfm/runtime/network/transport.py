@@ -262,7 +262,8 @@ class Libp2pTransport:
         """One request, one reply.
 
         Raises:
-            PeerUnreachable: no connection, no answer within `timeout_s`, or the peer broke off.
+            PeerUnreachable: no connection, no byte of an answer for `timeout_s`, or the peer broke off. A reply that
+                has begun may take `frames.FRAME_S`.
         """
         return await self._ask(REQUEST_PROTOCOL, peer, data, timeout_s)
 
@@ -270,26 +271,32 @@ class Libp2pTransport:
         if len(data) > self.limits.request_bytes_max:
             raise ValueError(f"a request has at most {self.limits.request_bytes_max} bytes, got {len(data)}")
         reply: bytes | None = None
-        with trio.move_on_after(timeout_s):
+        with trio.move_on_after(timeout_s) as scope:
+
+            def live_on(size: int) -> None:  # a slow link is no dead one
+                scope.deadline = trio.current_time() + timeout_s
+
             idle = self._idle[peer] if protocol == REQUEST_PROTOCOL else None
             while idle:
                 # A kept stream may have died with its peer: then ask once more, on a fresh one.
-                reply = await self._ask_on(idle.popleft(), idle, data)
+                reply = await self._ask_on(idle.popleft(), idle, data, live_on)
                 if reply is not None:
                     return reply
             stream = await self._open(protocol, peer)
-            reply = await self._ask_on(stream, idle, data)
+            reply = await self._ask_on(stream, idle, data, live_on)
             if reply is None:
                 raise PeerUnreachable(f"{short(peer)} broke off before it answered")
             return reply
-        raise PeerUnreachable(f"{short(peer)} did not answer within {timeout_s:g} s")
+        raise PeerUnreachable(f"{short(peer)} said nothing for {timeout_s:g} s")
 
-    async def _ask_on(self, stream: Any, idle: deque[Any] | None, data: bytes) -> bytes | None:
+    async def _ask_on(
+        self, stream: Any, idle: deque[Any] | None, data: bytes, live_on: Callable[[int], None]
+    ) -> bytes | None:
         """The reply, or None when the stream broke. The stream goes back to `idle`, if that is any, or ends."""
         is_whole = False
         try:
             await write_frame(stream, data)
-            reply = await read_frame(stream, self.limits.reply_bytes_max)
+            reply = await read_frame(stream, self.limits.reply_bytes_max, grow=live_on)
             is_whole = reply is not None
             self.counters["request_bytes_in"] += len(reply or b"")
             self.counters["requests_sent"] += 1
