@@ -63,7 +63,7 @@ def test_every_message_and_a_blob_arrive_with_30_percent_loss_and_300_ms_delay()
                 # 30% of round trips are lost, and they take 300 ms. As before, TCP alone needs minutes for a megabyte.
                 switch.loss, switch.delay_s = 0.163, 0.15
                 await peers[3].tell(fetch=1_000_000, providers=[peer.peer_id for peer in peers[:3]])
-                # Some 10 s; but TCP may stall for longer than a silent peer is believed alive: then all are dialled anew.
+                # Some 10 s; but TCP may stall for longer than a silent peer is believed alive: then all are dialled.
                 with trio.fail_after(240):
                     await peers[3].listen_until(lambda: "fetched_s" in peers[3].state)
                 print(f"120 deliveries in {took_s:.1f} s, 1 MB in {peers[3].state['fetched_s']:.1f} s,", end=" ")
