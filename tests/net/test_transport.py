@@ -1,12 +1,15 @@
 """The network in one process: discovery, gossip, requests, streams."""
 
+from typing import Any
+
 import pytest
 import trio
 from net_hosts import ANY_PORT, is_whole, make_transport, network, until
 
 from p2pfm.errors import OperatorError, PeerUnreachable, Reject
+from p2pfm.runtime.network.frames import read_frame
 from p2pfm.runtime.network.server import Send
-from p2pfm.runtime.network.transport import Libp2pTransport
+from p2pfm.runtime.network.transport import REQUEST_PROTOCOL, Libp2pTransport
 from p2pfm.types import PeerId, compute_digest
 
 
@@ -142,7 +145,7 @@ def test_a_request_that_nobody_answers_is_unreachable_in_time() -> None:
     async def main() -> None:
         async with network(2) as (asker, server):
             server.set_handler(sleep)
-            with trio.fail_after(2), pytest.raises(PeerUnreachable, match=r"within 0\.2 s"):
+            with trio.fail_after(2), pytest.raises(PeerUnreachable, match=r"nothing for 0\.2 s"):
                 await asker.request(server.peer_id, b"x", timeout_s=0.2)
             server.set_handler(refuse)
             with pytest.raises(PeerUnreachable):
@@ -262,5 +265,50 @@ def test_a_port_in_use_and_a_bad_address_are_told() -> None:
             await make_transport(2, ("/ip4/127.0.0.1/tcp/1",), listen=ANY_PORT).__aenter__()
         with pytest.raises(OperatorError, match="listen"):
             await make_transport(2, listen="localhost:80").__aenter__()
+
+    trio.run(main)
+
+
+def test_requests_to_a_peer_that_is_being_dialled_wait_for_it() -> None:
+    async def echo(peer: PeerId, data: bytes) -> bytes:
+        return data
+
+    async def main() -> None:
+        async with network(2) as (asker, server), trio.open_nursery() as nursery:
+            server.set_handler(echo)
+            await asker._dialer.disconnect(server.peer_id)
+            await until(lambda: server.peer_id not in asker.connected(), 5)
+            replies: list[bytes] = []
+
+            async def ask(number: int) -> None:
+                replies.append(await asker.request(server.peer_id, b"%d" % number))
+
+            for number in range(4):
+                nursery.start_soon(ask, number)
+            await until(lambda: len(replies) == 4, 10)
+            assert sorted(replies) == [b"0", b"1", b"2", b"3"]
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize(("pause_s", "is_answered"), [(0.4, True), (1.5, False)])
+def test_a_reply_that_comes_slowly_is_waited_for_and_one_that_stops_is_not(pause_s: float, is_answered: bool) -> None:
+    async def trickle(stream: Any) -> None:
+        await read_frame(stream, 100)
+        await stream.write((5).to_bytes(4, "big"))
+        for _ in range(5):
+            await trio.sleep(pause_s)
+            await stream.write(b"x")
+
+    async def main() -> None:
+        async with network(2) as (asker, server):
+            server._host.set_stream_handler(REQUEST_PROTOCOL, trickle)
+            start = trio.current_time()
+            if is_answered:
+                assert await asker.request(server.peer_id, b"?", timeout_s=1.0) == b"x" * 5
+                assert trio.current_time() - start > 5 * pause_s
+            else:
+                with pytest.raises(PeerUnreachable, match="said nothing for 1 s"):
+                    await asker.request(server.peer_id, b"?", timeout_s=1.0)
 
     trio.run(main)
