@@ -7,6 +7,7 @@ import trio
 from net_hosts import ANY_PORT, is_whole, make_transport, network, until
 
 from p2pfm.errors import OperatorError, PeerUnreachable, Reject
+from p2pfm.runtime.network import transport
 from p2pfm.runtime.network.frames import read_frame
 from p2pfm.runtime.network.server import Send
 from p2pfm.runtime.network.transport import REQUEST_PROTOCOL, Libp2pTransport
@@ -291,8 +292,13 @@ def test_requests_to_a_peer_that_is_being_dialled_wait_for_it() -> None:
     trio.run(main)
 
 
-@pytest.mark.parametrize(("pause_s", "is_answered"), [(0.4, True), (1.5, False)])
-def test_a_reply_that_comes_slowly_is_waited_for_and_one_that_stops_is_not(pause_s: float, is_answered: bool) -> None:
+@pytest.mark.parametrize(
+    ("pause_s", "frame_s", "failure"),
+    [(0.4, 30.0, None), (1.5, 30.0, "said nothing for 1 s"), (0.8, 2.0, "did not end its answer within 2 s")],
+)
+def test_a_reply_may_come_slowly_but_not_stop_nor_trickle_for_ever_and_nobody_is_blamed(
+    pause_s: float, frame_s: float, failure: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def trickle(stream: Any) -> None:
         await read_frame(stream, 100)
         await stream.write((5).to_bytes(4, "big"))
@@ -304,11 +310,13 @@ def test_a_reply_that_comes_slowly_is_waited_for_and_one_that_stops_is_not(pause
         async with network(2) as (asker, server):
             server._host.set_stream_handler(REQUEST_PROTOCOL, trickle)
             start = trio.current_time()
-            if is_answered:
+            if failure is None:
                 assert await asker.request(server.peer_id, b"?", timeout_s=1.0) == b"x" * 5
                 assert trio.current_time() - start > 5 * pause_s
             else:
-                with pytest.raises(PeerUnreachable, match="said nothing for 1 s"):
+                with pytest.raises(PeerUnreachable, match=failure):
                     await asker.request(server.peer_id, b"?", timeout_s=1.0)
+            assert asker.counters["blames"] == 0
 
+    monkeypatch.setattr(transport, "FRAME_S", frame_s)
     trio.run(main)

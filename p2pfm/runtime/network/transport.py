@@ -28,7 +28,7 @@ from p2pfm.runtime.network import mdns
 from p2pfm.runtime.network.bans import Bans
 from p2pfm.runtime.network.dht import PeerTable
 from p2pfm.runtime.network.dialer import Dialer
-from p2pfm.runtime.network.frames import end_stream, read_frame, write_frame
+from p2pfm.runtime.network.frames import FRAME_S, end_stream, read_frame, write_frame
 from p2pfm.runtime.network.gossip import GuardedPubsub
 from p2pfm.runtime.network.host import GuardedHost
 from p2pfm.runtime.network.limits import RuleBroken, TokenBucket
@@ -262,8 +262,8 @@ class Libp2pTransport:
         """One request, one reply.
 
         Raises:
-            PeerUnreachable: no connection, no byte of an answer for `timeout_s`, or the peer broke off. A reply that
-                has begun may take `frames.FRAME_S`.
+            PeerUnreachable: no connection, no byte of an answer for `timeout_s`, an answer that takes longer than
+                `FRAME_S`, or the peer broke off.
         """
         return await self._ask(REQUEST_PROTOCOL, peer, data, timeout_s)
 
@@ -271,10 +271,13 @@ class Libp2pTransport:
         if len(data) > self.limits.request_bytes_max:
             raise ValueError(f"a request has at most {self.limits.request_bytes_max} bytes, got {len(data)}")
         reply: bytes | None = None
+        # A slow link is no dead one; nor a broken rule, as `read_frame` would say after FRAME_S: this ends before it.
+        start = trio.current_time()
+        end = start + max(timeout_s, FRAME_S)
         with trio.move_on_after(timeout_s) as scope:
 
-            def live_on(size: int) -> None:  # a slow link is no dead one
-                scope.deadline = trio.current_time() + timeout_s
+            def live_on(size: int) -> None:
+                scope.deadline = min(end, trio.current_time() + timeout_s)
 
             idle = self._idle[peer] if protocol == REQUEST_PROTOCOL else None
             while idle:
@@ -287,6 +290,8 @@ class Libp2pTransport:
             if reply is None:
                 raise PeerUnreachable(f"{short(peer)} broke off before it answered")
             return reply
+        if trio.current_time() >= end > start + timeout_s:
+            raise PeerUnreachable(f"{short(peer)} did not end its answer within {FRAME_S:g} s")
         raise PeerUnreachable(f"{short(peer)} said nothing for {timeout_s:g} s")
 
     async def _ask_on(
