@@ -73,9 +73,14 @@ async def main(number: str, listen: str, limits: str, *bootstrap: str) -> None:
         transport.set_stream_handler(stream)
 
         async def tell_peers() -> None:
+            said: dict[str, Any] = {}
             while True:
-                gossiping = [peer for peer in transport.connected() if transport.is_gossiping_with(peer)]
-                say(peers=transport.connected(), gossiping=gossiping, heard=len(heard), streams=num_streams)
+                peers = transport.connected()
+                gossiping = [peer for peer in peers if transport.is_gossiping_with(peer)]
+                now = {"peers": peers, "gossiping": gossiping, "heard": len(heard), "streams": num_streams}
+                if now != said:  # a test reads one peer at a time: a pipe that is full stops this process
+                    say(**now)
+                said = now
                 await trio.sleep(0.1)
 
         async def hear() -> None:
