@@ -19,7 +19,7 @@ from p2pfm.runtime.node import Learners, Models
 from p2pfm.runtime.text import TextCodec
 from p2pfm.serving.session import Vocabulary
 from p2pfm.types import compute_digest
-from sim.learners import LinearLearner, Problem
+from sim.learners.convex import LinearLearner, Problem
 
 PLACE_BYTES = 6
 """Of the shard's digest: enough that no two shards give one place."""

@@ -1,6 +1,6 @@
 """The only door to a model. Knows nothing of torch, peers or rounds' messages.
 
-`p2pfm.lora.torch_learner` implements it with peft on a transformer; `sim.learners` with a convex problem whose
+`p2pfm.lora.torch_learner` implements it with peft on a transformer; `sim.learners.convex` with a convex problem whose
 optimum is known.
 """
 

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from p2pfm.errors import OperatorError
 from p2pfm.types import Round
 from sim.checks import Violation
-from sim.learners import LinearLearner, Problem
+from sim.churn import ChurnModel
 from sim.network import NetworkModel
 from sim.replay import ReplayReport, replay_path
 from sim.report import SimReport, make_report, render
@@ -105,7 +105,7 @@ def _make_scenario(
         seed=seed,
         num_peers=peers,
         num_rounds=rounds,
-        crash=crash,
+        churn=ChurnModel(crash=crash),
         network=NetworkModel(loss=loss),
         adversaries=msgspec.convert(tuple(adversaries or ()), tuple[AdversaryKind, ...]),
     )
@@ -120,8 +120,7 @@ def _parse_scenario(text: str) -> Scenario:
 
 def _simulate(scenario: Scenario, screen: Console, logs: Path | None) -> SimReport:
     started_s = time.process_time()
-    problem = Problem(scenario.seed)
-    world = World(scenario, lambda index: LinearLearner(problem, index, work_steps=scenario.work_steps))
+    world = World(scenario)
     columns = (TextColumn("rounds"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=screen, transient=True) as progress:
         task = progress.add_task("rounds", total=scenario.num_rounds)
@@ -134,7 +133,7 @@ def _simulate(scenario: Scenario, screen: Console, logs: Path | None) -> SimRepo
         finally:
             if logs is not None:
                 _write_logs(world, logs)
-    return make_report(world, problem, time.process_time() - started_s)
+    return make_report(world, time.process_time() - started_s)
 
 
 def _write_logs(world: World, folder: Path) -> None:

@@ -25,14 +25,12 @@ from typing import Literal, NamedTuple, assert_never
 import msgspec
 import numpy as np
 
-from p2pfm.config import NetworkConfig
 from p2pfm.learner import Learner, Training
-from p2pfm.lora.compress import compress
 from p2pfm.lora.delta import compute_layout, flatten, get_shapes, subtract, unflatten, zeros
 from p2pfm.messages import Announcement, Attestation, Proposal, ScoreCommit, ScoreReveal
 from p2pfm.protocol.events import AnyAction, AnyEvent, Publish, Scored, ScoreUpdates, Serve
-from p2pfm.types import Array, Digest, Round, Tensors, compute_digest
-from p2pfm.work import BlobStore, join_payload
+from p2pfm.types import Array, Digest, PeerId, Round, Tensors, compute_digest
+from p2pfm.work import BlobStore
 from sim import attacks
 from sim.scenarios import AdversaryKind
 
@@ -42,6 +40,10 @@ BOOST = 10
 """Honest peers that a boosted update outweighs in a plain mean."""
 GAUSSIAN_SCALE = 10.0
 """Size of gaussian noise by an honest update's."""
+
+
+MakeEmpty = Callable[[PeerId], bytes]
+"""A well-formed payload of an update that changes nothing, by its maker."""
 
 
 class Deed(NamedTuple):
@@ -76,8 +78,8 @@ class Liar(Honest):
 class Equivocator(Honest):
     """Announces its update to one half of its peers, and an empty one, which it serves too, to the others."""
 
-    def __init__(self, network: NetworkConfig, shapes: dict[str, tuple[int, ...]], blobs: BlobStore) -> None:
-        self._coded, _ = compress(zeros(shapes), network.compression)
+    def __init__(self, make_empty: MakeEmpty, blobs: BlobStore) -> None:
+        self._make_empty = make_empty
         self._digest: Digest | None = None
         self._blobs = blobs
 
@@ -86,7 +88,7 @@ class Equivocator(Honest):
         deeds: list[Deed] = []
         for action in actions:
             if isinstance(action, Publish) and isinstance(action.message, Announcement):
-                empty = join_payload(action.message.peer, self._coded)
+                empty = self._make_empty(action.message.peer)
                 self._digest = self._blobs.put(empty)
                 other = msgspec.structs.replace(action.message, payload=self._digest, payload_bytes=len(empty))
                 deeds += [Deed(action, "even"), Deed(Publish(other), "odd")]
@@ -263,15 +265,13 @@ def make_learner(kind: AdversaryKind | None, honest: Learner, make_victim: Calla
             assert_never(kind)
 
 
-def make_filter(
-    kind: AdversaryKind | None, network: NetworkConfig, shapes: dict[str, tuple[int, ...]], blobs: BlobStore
-) -> Honest:
+def make_filter(kind: AdversaryKind | None, make_empty: MakeEmpty, blobs: BlobStore) -> Honest:
     """What stands between a peer of this kind and its driver."""
     match kind:
         case "liar":
             return Liar()
         case "equivocator":
-            return Equivocator(network, shapes, blobs)
+            return Equivocator(make_empty, blobs)
         case "two_faced":
             return TwoFaced()
         case "silent":

@@ -1,40 +1,15 @@
 """One simulated machine: a Peer, its disk, and what survives when it is killed. Knows no network and no other host."""
 
-from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from random import Random
 
-from p2pfm.learner import Learner
 from p2pfm.messages import Certificate
 from p2pfm.protocol.events import Durable
 from p2pfm.protocol.peer import Peer
-from p2pfm.types import Digest, Millis, PeerId, Round, compute_digest
+from p2pfm.types import Digest, Millis, PeerId, Round
+from sim.disk import Disk
 from sim.faults import Honest
 from sim.scenarios import AdversaryKind
-
-
-class Disk:
-    """A host's blob store. All hosts of a world share one pool of bytes, since equal digests mean equal bytes.
-
-    Implements `work.BlobStore`.
-    """
-
-    def __init__(self, pool: MutableMapping[Digest, bytes]) -> None:
-        self._pool = pool
-        self.held: set[Digest] = set()
-
-    def put(self, data: bytes) -> Digest:
-        """See BlobStore."""
-        digest = compute_digest(data)
-        self._pool.setdefault(digest, data)
-        self.held.add(digest)
-        return digest
-
-    def get(self, digest: Digest) -> bytes:
-        """See BlobStore."""
-        if digest not in self.held:
-            raise KeyError(f"{digest.hex()[:10]} is not on this disk")
-        return self._pool[digest]
 
 
 @dataclass(slots=True)
@@ -44,7 +19,6 @@ class Host:
     index: int
     me: PeerId
     kind: AdversaryKind | None
-    learner: Learner
     filter: Honest
     disk: Disk
     rng: Random

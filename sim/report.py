@@ -7,7 +7,6 @@ from rich.text import Text
 
 from p2pfm.config import WEI_PER_PFM
 from p2pfm.types import NANO, PeerId, Round
-from sim.learners import Problem
 from sim.scenarios import Scenario
 from sim.world import World
 
@@ -52,7 +51,7 @@ class SimReport(msgspec.Struct, frozen=True):
     peers: tuple[PeerReport, ...]
 
 
-def make_report(world: World, problem: Problem, cpu_s: float) -> SimReport:
+def make_report(world: World, cpu_s: float) -> SimReport:
     """All figures of a finished world."""
     checks, losses = world.checks, world.losses
     rounds = []
@@ -78,7 +77,7 @@ def make_report(world: World, problem: Problem, cpu_s: float) -> SimReport:
     return SimReport(
         scenario=world.scenario,
         trace=world.trace_digest(),
-        optimum_loss_nats=problem.optimum_loss,
+        optimum_loss_nats=world.workshop.get_optimum_loss() or 0.0,
         num_steps=checks.num_steps,
         num_crashes=world.num_crashes,
         num_bases=len({host.durable.base for host in world.hosts}),

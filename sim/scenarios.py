@@ -3,6 +3,7 @@
 Knows no peer; a Scenario and nothing else decides a run, to the last byte of its trace.
 """
 
+from random import Random
 from typing import Literal
 
 import msgspec
@@ -19,7 +20,11 @@ from p2pfm.config import (
 )
 from p2pfm.errors import ConfigError
 from p2pfm.types import Millis, compute_digest
+from sim.churn import ChurnModel
 from sim.network import NetworkModel
+
+COMMITTEE_SIZE = 9
+"""Members of a committee where a scenario does not say."""
 
 AdversaryKind = Literal[
     "zero",
@@ -41,7 +46,16 @@ AdversaryKind = Literal[
 """See `sim.faults`, which makes them."""
 
 
-class WorkTimes(msgspec.Struct, frozen=True):
+class ClockModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How peers' clocks differ from the true time, each drawn once."""
+
+    skew_ms: int = 100
+    """Off by at most this at the start, to either side."""
+    drift_ppm: float = 0.0
+    """Faster or slower by at most this [millionths]: 100 is 8.6 s a day."""
+
+
+class WorkTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Virtual time that heavy work takes: least and greatest [ms]."""
 
     train_ms: tuple[int, int] = (3_000, 8_000)
@@ -52,29 +66,46 @@ class WorkTimes(msgspec.Struct, frozen=True):
     aggregate_ms: tuple[int, int] = (5, 30)
 
 
-class Outage(msgspec.Struct, frozen=True):
+class Outage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The chain cannot be reached from `start_ms` to `end_ms` after genesis."""
 
     start_ms: int
     end_ms: int
 
 
-class Scenario(msgspec.Struct, frozen=True, kw_only=True):
+class LearnerModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the peers learn, and how much of it is real.
+
+    digests  no tensors: payloads are names, contributions are drawn. For the protocol alone, at 10,000 peers.
+    convex   linear regression with a known optimum (`sim.learners.convex`).
+    mlp      a 50,000-parameter classifier of handwritten digits, all peers' steps batched (`sim.learners.mlp`).
+    lora     LoRA adapters on one shared transformer backbone, batched the same way (`sim.learners.lora`).
+    """
+
+    kind: Literal["digests", "convex", "mlp", "lora"] = "convex"
+    batched: bool = True
+    """Train the peers of a round together; False: one after the other, with the same result within 1e-5."""
+
+
+class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One run."""
 
+    title: str = ""
+    """One line for people."""
     seed: int = 1
     num_peers: int = 8
     """All participants, adversaries included."""
     num_rounds: int = 3
-    crash: float = 0.0
-    """Share of the peers that are killed in each round, at a random action; they come back with their disk."""
-    down_ms: tuple[int, int] = (2_000, 40_000)
-    """How long a crashed peer stays away."""
+    learner: LearnerModel = LearnerModel()
+    churn: ChurnModel = ChurnModel()
     network: NetworkModel = NetworkModel()
-    clock_skew_ms: int = 100
-    """Peers' clocks are off by at most this, to either side."""
+    clocks: ClockModel = ClockModel()
     adversaries: tuple[AdversaryKind, ...] = ()
     """One peer each, from the first peer on."""
+    adversary_shares: dict[AdversaryKind, float] = {}
+    """Share of all peers that is of a kind, beside `adversaries`; which ones is drawn from the seed."""
+    ledger: Literal["memory", "evm"] = "memory"
+    """The contract's specification in memory, or the contract itself in a real EVM (slow: for small runs)."""
     outages: tuple[Outage, ...] = ()
     work: WorkTimes = WorkTimes()
     phases: PhaseConfig = PhaseConfig(
@@ -85,7 +116,10 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
         attest_ms=Millis(8_000),
         merge_ms=Millis(7_000),
     )
-    committee_size: int = 9
+    committee_size: int = 0
+    """0: nine, or all peers where there are fewer."""
+    shard_size: int = 128
+    """More peers than this are dealt into shards, anew every epoch (ALGORITHMS, part 1)."""
     work_steps: int = 0
     """Proofs of computation: see `ScoringConfig`."""
     rounds_per_epoch: int = 1
@@ -102,9 +136,9 @@ def validate_scenario(scenario: Scenario) -> None:
     checks: tuple[tuple[str, float, float, float], ...] = (
         ("num_peers", scenario.num_peers, 1, LimitConfig().peers_max),
         ("num_rounds", scenario.num_rounds, 1, 100_000),
-        ("crash", scenario.crash, 0, 1),
+        ("churn.crash", scenario.churn.crash, 0, 1),
         ("network.loss", scenario.network.loss, 0, 1),
-        ("committee_size", scenario.committee_size, 1, 128),
+        ("committee_size", scenario.committee_size, 0, min(128, scenario.num_peers)),
         ("adversaries", len(scenario.adversaries), 0, scenario.num_peers),
         ("seed", scenario.seed, 0, 2**63 - 1),
     )
@@ -112,6 +146,18 @@ def validate_scenario(scenario: Scenario) -> None:
         if not low <= value <= high:
             raise ConfigError(f"scenario {key}: expected {low:g} to {high:g}, got {value:g}")
     validate_network(make_network(scenario))
+
+
+def compute_kinds(scenario: Scenario) -> tuple[AdversaryKind | None, ...]:
+    """What each peer is, by its number; None: honest."""
+    kinds: list[AdversaryKind | None] = list(scenario.adversaries)
+    drawn: list[AdversaryKind | None] = []
+    for kind, share in sorted(scenario.adversary_shares.items()):
+        drawn += [kind] * int(share * scenario.num_peers + 0.5)
+    rest = scenario.num_peers - len(kinds) - len(drawn)
+    drawn += [None] * rest
+    Random(f"{scenario.seed} kinds").shuffle(drawn)
+    return (*kinds, *drawn)[: scenario.num_peers]
 
 
 def make_network(scenario: Scenario) -> NetworkConfig:
@@ -125,7 +171,7 @@ def make_network(scenario: Scenario) -> NetworkConfig:
         compression=CompressionConfig(chunk=16, keep=8),
         phases=scenario.phases,
         scoring=ScoringConfig(
-            committee_size=min(scenario.committee_size, scenario.num_peers),
+            committee_size=scenario.committee_size or min(COMMITTEE_SIZE, scenario.num_peers),
             # Half of all positions are kept: which ones tells little.
             duplicate_overlap=1.0,
             work_steps=scenario.work_steps,

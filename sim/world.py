@@ -12,10 +12,7 @@ from typing import assert_never
 
 import msgspec
 
-from p2pfm import work
-from p2pfm.errors import ChainError, Reject, Reverted
-from p2pfm.learner import Learner
-from p2pfm.lora.delta import encode_tensors
+from p2pfm.errors import ChainError, Reverted
 from p2pfm.messages import (
     Attestation,
     Certificate,
@@ -38,12 +35,10 @@ from p2pfm.protocol.events import (
     AskSync,
     Blame,
     Evaluate,
-    Evaluated,
     Fetch,
     Fetched,
     FetchFailed,
     Merge,
-    Merged,
     Note,
     PeersChanged,
     Persist,
@@ -71,12 +66,14 @@ from p2pfm.protocol.phases import compute_round_start
 from p2pfm.types import Digest, Millis, PeerId, Round
 from sim.chain import Chain
 from sim.checks import Checks
-from sim.faults import make_filter, make_learner
-from sim.host import Disk, Host
+from sim.disk import Disk
+from sim.faults import make_filter
+from sim.host import Host
 from sim.network import Network
-from sim.scenarios import Scenario, make_network, validate_scenario
+from sim.scenarios import Scenario, compute_kinds, make_network, validate_scenario
 from sim.schedule import Schedule
 from sim.signatures import Signatures
+from sim.workshop import make_workshop
 
 PROVIDERS_MAX = 8
 """Providers that a fetch tries before it fails."""
@@ -108,14 +105,11 @@ NOTICE_MS = 300
 KEEP_ROUNDS = 2
 """Blobs that no host's durable state has named for so many rounds are dropped."""
 
-MakeLearner = Callable[[int], Learner]
-"""An honest learner for the peer of this number."""
-
 
 class World:
     """All hosts of a scenario, their network and their chain."""
 
-    def __init__(self, scenario: Scenario, make_honest: MakeLearner) -> None:
+    def __init__(self, scenario: Scenario) -> None:
         """Raises: ConfigError: a scenario that cannot run."""
         validate_scenario(scenario)
         self.scenario = scenario
@@ -132,14 +126,14 @@ class World:
         self._network_id = self.config.network_id()
         self._pool: dict[Digest, bytes] = {}
         self._pool_rounds: dict[Digest, Round] = {}
-        self._validated: dict[tuple[str, Digest], tuple[bool, PeerId | None]] = {}
-        self._merged: dict[Merge, Digest] = {}
-        self._evaluated: dict[Digest, int] = {}
         self._askers: dict[int, tuple[Host, int, Host]] = {}
         self._num_tokens = 0
         self._trace = sha256()
         self._round = Round(-1)
-        self.hosts = [self._make_host(index, make_honest) for index in range(scenario.num_peers)]
+        self._kinds = compute_kinds(scenario)
+        self.workshop = make_workshop(scenario, self.config, self._kinds)
+        genesis = self.workshop.get_genesis()
+        self.hosts = [self._make_host(index, genesis) for index in range(scenario.num_peers)]
         self._by_peer = {host.me: host for host in self.hosts}
         self.chain = Chain(
             scenario, self.config, self._signatures, lambda: self.schedule.now_ms, [host.me for host in self.hosts]
@@ -178,23 +172,21 @@ class World:
 
     # --- hosts
 
-    def _make_host(self, index: int, make_honest: MakeLearner) -> Host:
-        seed, kinds = self.scenario.seed, self.scenario.adversaries
-        kind = kinds[index] if index < len(kinds) else None
-        disk, honest = Disk(self._pool), make_honest(index)
-        skew_ms = self.scenario.clock_skew_ms
-        genesis = disk.put(encode_tensors(honest.initial()))
+    def _make_host(self, index: int, genesis: bytes) -> Host:
+        seed, kind = self.scenario.seed, self._kinds[index]
+        skew_ms = self.scenario.clocks.skew_ms
+        disk = Disk(self._pool)
+        base = disk.put(genesis)
         host = Host(
             index=index,
             me=PeerId(f"peer-{index:05d}"),
             kind=kind,
-            learner=make_learner(kind, honest, lambda: make_honest(self.scenario.num_peers - 1)),
-            filter=make_filter(kind, self.config, dict(honest.shapes()), disk),
+            filter=make_filter(kind, self.workshop.make_empty_payload, disk),
             disk=disk,
             rng=Random(f"{seed} host {index}"),
             offset_ms=self._rng["faults"].randint(-skew_ms, skew_ms),
-            durable=initial_durable(genesis),
-            genesis=genesis,
+            durable=initial_durable(base),
+            genesis=base,
         )
         self.checks.add(host)
         return host
@@ -223,7 +215,7 @@ class World:
         """Choose who is killed in this round, when, and for how long."""
         rng, start = self._rng["faults"], compute_round_start(self.config, round)
         length = compute_round_start(self.config, Round(round + 1)) - start
-        for host in rng.sample(self.hosts, round_half_up(self.scenario.crash * len(self.hosts))):
+        for host in rng.sample(self.hosts, round_half_up(self.scenario.churn.crash * len(self.hosts))):
             when, num_actions = start + rng.randrange(length), rng.randrange(6)
             self.schedule.at(max(when, self.schedule.now_ms), partial(self._doom, host, num_actions))
 
@@ -235,7 +227,7 @@ class World:
         self.num_crashes += 1
         host.peer = None
         self._tell_peers()
-        self.schedule.after(self._rng["faults"].randint(*self.scenario.down_ms), partial(self._start, host))
+        self.schedule.after(self._rng["faults"].randint(*self.scenario.churn.down_ms), partial(self._start, host))
 
     # --- steps
 
@@ -270,6 +262,7 @@ class World:
         return Millis(self.schedule.now_ms + host.offset_ms)
 
     def _carry_out(self, host: Host, action: AnyAction) -> None:
+        times = self.scenario.work
         match action:
             case SetTimer(at_ms=at_ms):
                 self._set_timer(host, at_ms)
@@ -281,17 +274,22 @@ class World:
                 self._rewind(host, action)
             case Train():
                 if action.round < self.scenario.num_rounds:
-                    self._work(host, self.scenario.work.train_ms, lambda: self._train(host, action))
+                    self.workshop.expect(host.index, host.disk, action)
+                    self._work(host, times.train_ms, lambda: self.workshop.train(host.index, host.disk, action))
             case ScoreUpdates():
-                self._work(host, self.scenario.work.score_ms, lambda: self._score(host, action))
+                self._work(
+                    host,
+                    self.scenario.work.score_ms,
+                    lambda: self.workshop.score(host.index, host.disk, action, host.rng),
+                )
             case Merge():
-                self._work(host, self.scenario.work.merge_ms, lambda: self._merge(host, action))
+                self._work(host, times.merge_ms, lambda: self._merge(host, action))
             case Evaluate():
-                self._work(host, self.scenario.work.evaluate_ms, lambda: self._evaluate(host, action))
+                self._work(host, times.evaluate_ms, lambda: self._evaluate(host, action))
             case Sign():
-                self._work(host, self.scenario.work.sign_ms, lambda: self._sign(host, action))
+                self._work(host, times.sign_ms, lambda: self._sign(host, action))
             case Aggregate():
-                self._work(host, self.scenario.work.aggregate_ms, lambda: self._aggregate(action))
+                self._work(host, times.aggregate_ms, lambda: self._aggregate(action))
             case Publish(message=message):
                 self._publish(host, message, "all")
             case Serve(digest=digest):
@@ -345,29 +343,15 @@ class World:
 
         self.schedule.after(self._rng["work"].randint(*times_ms), finish)
 
-    def _train(self, host: Host, action: Train) -> AnyEvent:
-        return work.train_update(host.learner, host.disk, self.config, action)
-
-    def _score(self, host: Host, action: ScoreUpdates) -> AnyEvent:
-        seed, salt = host.rng.getrandbits(63), host.rng.randbytes(32)
-        return work.score_updates(host.learner, host.disk, self.config, action, seed, salt)
-
     def _merge(self, host: Host, action: Merge) -> AnyEvent:
-        """Computed once for all who ask: the same bytes merged by the same arithmetic."""
         missing = [update for update in action.updates if update.payload not in host.disk.held]
         assert not missing, "the core merges only what it has heard of as fetched"
-        if action not in self._merged:
-            merged = work.merge_updates(host.disk, host.learner.shapes(), self.config, action)
-            self._merged[action] = merged.new_base
-        host.disk.held.add(self._merged[action])
-        return Merged(action.request, self._merged[action])
+        return self.workshop.merge(host.index, host.disk, action)
 
     def _evaluate(self, host: Host, action: Evaluate) -> AnyEvent:
-        """Computed once a base: the test split is the same for all."""
-        if action.base not in self._evaluated:
-            self._evaluated[action.base] = work.evaluate(host.learner, host.disk, action).loss_nano
-        self.losses[action.round] = self._evaluated[action.base]
-        return Evaluated(action.round, self._evaluated[action.base])
+        evaluated = self.workshop.evaluate(host.disk, action)
+        self.losses[action.round] = evaluated.loss_nano
+        return evaluated
 
     def _sign(self, host: Host, action: Sign) -> AnyEvent:
         signature = self._signatures.sign(self._signatures.bls_key(host.me), action.message)
@@ -457,7 +441,7 @@ class World:
         if host.life != life or host.peer is None:
             return
         if action.digest in host.disk.held:
-            _, maker = self._validate(host, action, host.disk.get(action.digest))
+            _, maker = self.workshop.validate(action.kind, action.digest, host.disk.get(action.digest))
             self._emit(host, 0, Fetched(action.digest, maker))
             return
         if attempt == min(len(action.providers), PROVIDERS_MAX):
@@ -487,25 +471,12 @@ class World:
         if host.life != life or host.peer is None:
             return
         host.num_bytes_received += len(data)
-        is_valid, maker = self._validate(host, action, data)
+        is_valid, maker = self.workshop.validate(action.kind, action.digest, data)
         if is_valid:
             host.disk.put(data)
             self._step(host, Fetched(action.digest, maker))
         else:
             self._step(host, FetchFailed(action.digest, is_malformed=True))
-
-    def _validate(self, host: Host, action: Fetch, data: bytes) -> tuple[bool, PeerId | None]:
-        """Whether bytes are well-formed, and who made them; found out once for all hosts."""
-        key = (action.kind, action.digest)
-        if key not in self._validated:
-            try:
-                self._validated[key] = (
-                    True,
-                    work.validate_blob(action.kind, data, host.learner.shapes(), self.config),
-                )
-            except Reject:
-                self._validated[key] = (False, None)
-        return self._validated[key]
 
     # --- the chain
 

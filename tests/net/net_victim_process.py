@@ -39,7 +39,7 @@ from p2pfm.settlement import bls
 from p2pfm.settlement.ledger import FederationParams
 from p2pfm.settlement.memory_ledger import InMemoryLedger
 from p2pfm.types import Millis, PeerId, Wei
-from sim.learners import LinearLearner, Problem
+from sim.learners.convex import LinearLearner, Problem
 
 VICTIM, HONEST, FIRST_ROGUE = 1, 2, 100
 CHAIN = ChainConfig(1337, "0x" + "5f" * 20, "0x" + "70" * 20)

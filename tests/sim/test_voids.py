@@ -10,7 +10,6 @@ from p2pfm.settlement.ledger import LeafValue, Submission
 from p2pfm.settlement.proofs import make_proof
 from p2pfm.settlement.rewards import compute_sums, from_wire, submission_message
 from p2pfm.types import Digest, MemberIndex, Millis, Round, Wei, compute_digest
-from sim.learners import LinearLearner, Problem
 from sim.scenarios import Outage, Scenario, make_network
 from sim.world import World
 
@@ -87,8 +86,7 @@ def sign(world: World, statement: Submission, signers: Sequence[MemberIndex]) ->
 
 
 def make_world(scenario: Scenario) -> World:
-    problem = Problem(scenario.seed)
-    return World(scenario, lambda index: LinearLearner(problem, index))
+    return World(scenario)
 
 
 def run(void: Round) -> World:

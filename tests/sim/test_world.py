@@ -9,17 +9,17 @@ import pytest
 from p2pfm.errors import ConfigError
 from p2pfm.types import NANO, Round, compute_digest
 from sim.checks import Violation
+from sim.churn import ChurnModel
 from sim.host import Host
-from sim.learners import LinearLearner, Problem
+from sim.learners.convex import Problem
 from sim.network import NetworkModel, Partition
 from sim.replay import replay
-from sim.scenarios import AdversaryKind, Outage, Scenario
+from sim.scenarios import AdversaryKind, ClockModel, Outage, Scenario
 from sim.world import World
 
 
 def run(scenario: Scenario) -> World:
-    problem = Problem(scenario.seed)
-    world = World(scenario, lambda index: LinearLearner(problem, index, work_steps=scenario.work_steps))
+    world = World(scenario)
     world.run()
     return world
 
@@ -40,11 +40,11 @@ def rewards(world: World) -> list[float]:
 
 @cache
 def fifty_with_crashes() -> World:
-    return run(Scenario(seed=3, num_peers=50, num_rounds=5, crash=0.1))
+    return run(Scenario(seed=3, num_peers=50, num_rounds=5, churn=ChurnModel(crash=0.1)))
 
 
 def test_one_seed_gives_one_trace() -> None:
-    again = run(Scenario(seed=3, num_peers=50, num_rounds=5, crash=0.1))
+    again = run(Scenario(seed=3, num_peers=50, num_rounds=5, churn=ChurnModel(crash=0.1)))
     assert again.trace_digest() == fifty_with_crashes().trace_digest()
 
 
@@ -55,9 +55,9 @@ def test_another_seed_gives_another_trace() -> None:
 
 def test_the_trace_does_not_depend_on_the_hash_seed() -> None:
     code = (
-        "from sim.learners import LinearLearner, Problem; from sim.scenarios import Scenario;"
+        "from sim.scenarios import Scenario; from sim.churn import ChurnModel;"
         "from sim.world import World;"
-        "world = World(Scenario(seed=5, num_peers=6, num_rounds=2, crash=0.3), lambda i: LinearLearner(Problem(5), i));"
+        "world = World(Scenario(seed=5, num_peers=6, num_rounds=2, churn=ChurnModel(crash=0.3)));"
         "world.run(); print(world.trace_digest())"
     )
     traces = {
@@ -109,7 +109,7 @@ def test_anti_entropy_makes_up_for_a_fifth_of_all_messages() -> None:
 
 
 def test_clocks_half_a_second_apart_do_not_matter() -> None:
-    world = run(Scenario(num_peers=12, num_rounds=3, clock_skew_ms=500))
+    world = run(Scenario(num_peers=12, num_rounds=3, clocks=ClockModel(skew_ms=500)))
     assert len(certified(world)) == 3
 
 
@@ -221,7 +221,7 @@ def test_an_evaluator_of_two_faces_is_blamed_and_cannot_void_a_round(seed: int) 
 
 def test_a_late_evaluator_is_left_out() -> None:
     # With equal clocks: before a proposer whose clock is behind, it can be in time.
-    world = run(Scenario(seed=7, num_peers=9, num_rounds=3, clock_skew_ms=0, adversaries=("late",)))
+    world = run(Scenario(seed=7, num_peers=9, num_rounds=3, clocks=ClockModel(skew_ms=0), adversaries=("late",)))
     assert certified(world) == [0, 1, 2]
     member = next(m.index for m in world.chain.roster.members if m.peer == world.hosts[0].me)
     for certificate in world.checks.certificates.values():
@@ -244,14 +244,14 @@ def test_all_adversaries_at_once_are_survived() -> None:
     kinds: tuple[AdversaryKind, ...] = (
         "equivocator", "two_faced", "zero", "liar", "late", "silent", "sign_flip", "withholder", "replay", "noise",
     )  # fmt: skip
-    world = run(Scenario(seed=1, num_peers=40, num_rounds=4, crash=0.05, adversaries=kinds))
+    world = run(Scenario(seed=1, num_peers=40, num_rounds=4, churn=ChurnModel(crash=0.05), adversaries=kinds))
     assert len(certified(world)) >= 3
     assert len(bases(world)) == 1
     assert world.checks.blamed <= {host.me for host in world.hosts[:2]}
 
 
 def test_an_event_log_of_every_life_replays_to_the_same_actions() -> None:
-    world = run(Scenario(seed=3, num_peers=9, num_rounds=3, crash=0.3, keep_logs=tuple(range(9))))
+    world = run(Scenario(seed=3, num_peers=9, num_rounds=3, churn=ChurnModel(crash=0.3), keep_logs=tuple(range(9))))
     logs = [log for host in world.hosts for log in host.logs]
     assert len(logs) > 9
     for log in logs:
@@ -272,8 +272,7 @@ def test_a_replay_names_the_first_step_that_differs() -> None:
 
 def test_a_violation_names_seed_step_peers_and_the_command_that_replays_it() -> None:
     scenario = Scenario(seed=11, num_peers=4, num_rounds=1)
-    problem = Problem(11)
-    world = World(scenario, lambda index: LinearLearner(problem, index))
+    world = World(scenario)
     victim: Host = world.hosts[2]
     # A peer that forgets its signatures on restart would sign twice: let the checks see such a one.
     world.checks._signed[(victim.me, Round(0))] = compute_digest(b"another proposal")
@@ -285,7 +284,7 @@ def test_a_violation_names_seed_step_peers_and_the_command_that_replays_it() -> 
     assert 'p2pfm sim run --scenario \'{"seed":11,"num_peers":4,"num_rounds":1}\'' in text
 
 
-@pytest.mark.parametrize("field", [{"num_peers": 0}, {"num_peers": 129}, {"crash": 1.5}, {"num_rounds": 0}])
+@pytest.mark.parametrize("field", [{"num_peers": 0}, {"num_peers": 129}, {"committee_size": 9}, {"num_rounds": 0}])
 def test_an_impossible_scenario_is_refused(field: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(field))):
         run(Scenario(**field))  # type: ignore[arg-type]

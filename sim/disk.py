@@ -1,0 +1,29 @@
+"""A simulated machine's blob store. Knows no peer."""
+
+from collections.abc import MutableMapping
+
+from p2pfm.types import Digest, compute_digest
+
+
+class Disk:
+    """A host's blob store. All hosts of a world share one pool of bytes, since equal digests mean equal bytes.
+
+    Implements `work.BlobStore`.
+    """
+
+    def __init__(self, pool: MutableMapping[Digest, bytes]) -> None:
+        self._pool = pool
+        self.held: set[Digest] = set()
+
+    def put(self, data: bytes) -> Digest:
+        """See BlobStore."""
+        digest = compute_digest(data)
+        self._pool.setdefault(digest, data)
+        self.held.add(digest)
+        return digest
+
+    def get(self, digest: Digest) -> bytes:
+        """See BlobStore."""
+        if digest not in self.held:
+            raise KeyError(f"{digest.hex()[:10]} is not on this disk")
+        return self._pool[digest]

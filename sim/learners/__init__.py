@@ -1,0 +1,1 @@
+"""What simulated peers learn: one module a `LearnerModel.kind`. Knows no world."""
