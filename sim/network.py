@@ -1,70 +1,446 @@
-"""How messages travel: latency, loss, partitions, and the moments at which a broadcast arrives. Knows no message.
+"""How bytes travel: regions, links, NATs, loss, partitions, and the moments at which a broadcast arrives.
 
-A broadcast is a wave: receivers that it reaches within one quantum of time share one entry of the schedule, so that a
-gossip message costs tens of entries and not one a receiver.
+Knows no message and no peer, only hosts by their number. A broadcast is a wave: receivers that it reaches within one
+quantum of time share one entry of the schedule, so that a gossip message costs tens of entries and not one a receiver.
+All arithmetic on what is drawn is of integers, so a wave is the same on every machine.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from random import Random
+from typing import Literal
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
+from p2pfm.errors import ConfigError
 from p2pfm.types import Millis
+from sim.hops import HOPS_BITS, NEVER, Ints, draw_samples
+
+US_PER_MS = 1_000
+"""Bandwidth is booked in microseconds: a payload of 1 KB on a fast link takes less than a millisecond."""
+
+NS_PER_MS = 1_000_000
+
+ONE = 1 << 32
+"""Chances and fractions are integers of 32 bits: a draw of 32 bits below p * ONE has chance p."""
+
+LOW_BITS = ONE - 1
+
+NUM_SAMPLES = 1_024
+"""Arrivals kept for a pair of regions: the quantiles of a wave's delays are within about 3 % of rank."""
+
+NUM_FLOODS = 24
+"""Floods from which those are taken: a source near the mesh's middle and one at its rim, over several meshes."""
 
 
-class Partition(msgspec.Struct, frozen=True):
-    """From `start_ms` to `end_ms` after genesis, the first `num_hosts` hosts and the others do not hear each other."""
+class Partition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """From `start_ms` to `end_ms` after genesis, some hosts and the others do not hear each other.
+
+    The hosts of one side are named in one of three ways.
+    """
 
     start_ms: int
     end_ms: int
-    num_hosts: int
+    num_hosts: int = 0
+    """The first so many."""
+    share: float = 0.0
+    """A share of all, drawn from the seed."""
+    regions: tuple[str, ...] = ()
+    """Those that are in these regions."""
 
 
-class NetworkModel(msgspec.Struct, frozen=True):
+class Regions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where hosts are and how far apart."""
+
+    names: tuple[str, ...]
+    shares: tuple[float, ...]
+    """Of all hosts, by region; they sum to 1."""
+    latency_ms: tuple[tuple[int, ...], ...]
+    """Least time from a host in one region (row) to a host in another (column) [ms]."""
+    jitter: float = 0.2
+    """A delivery takes up to this share longer, evenly spread."""
+    utc_hours: tuple[int, ...] = ()
+    """Local time less UTC, by region [h]; empty: unknown. Hosts that sleep at night need it (`sim.churn`)."""
+
+
+WORLD = Regions(
+    names=("north_america", "europe", "south_america", "asia_pacific", "japan", "australia"),
+    shares=(0.3316, 0.4998, 0.0090, 0.1177, 0.0224, 0.0195),
+    latency_ms=(
+        (32, 124, 184, 198, 151, 189),
+        (124, 11, 227, 237, 252, 294),
+        (184, 227, 88, 325, 301, 322),
+        (198, 237, 325, 85, 58, 198),
+        (151, 252, 301, 58, 12, 126),
+        (189, 294, 322, 198, 126, 16),
+    ),
+    utc_hours=(-6, 1, -3, 8, 9, 10),
+)
+"""Latency between six regions and the shares of Bitcoin's nodes in them, measured in 2019, as SimBlock has them (Aoki
+et al., "SimBlock: a blockchain network simulator", 2019; LATENCY_2019 and REGION_DISTRIBUTION_BITCOIN_2019 in its
+NetworkConfiguration). Taken as one-way times, as there: rather slow than fast."""
+
+
+class LinkClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A kind of access link; 125 bytes/ms are 1 Mbit/s."""
+
+    share: float
+    """Of all hosts; the classes' shares sum to 1."""
+    up_bytes_per_ms: int
+    down_bytes_per_ms: int
+    loss: float = 0.0
+    """Share of deliveries that this link loses, sent or received, beside the network's own `loss`."""
+
+
+class Gossip(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A broadcast travels over a mesh of the hosts that hear it."""
+
+    degree: int = 8
+    """Neighbours of a host; even. libp2p's gossipsub aims at 6 to 8."""
+    forward_ms: int = 5
+    """A host takes this to check a message and hand it on [ms]."""
+
+
+class NetworkModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a scenario says of its network."""
 
     latency_ms: tuple[int, int] = (20, 200)
-    """Least and greatest time from one peer to another, a few gossip hops included [ms]."""
+    """Least and greatest time from one peer to another, a few gossip hops included [ms]; unused where there are
+    regions, and the time of one hop where there is `gossip`."""
     loss: float = 0.0
-    """Share of deliveries that never arrive: each receiver of a broadcast, each request."""
+    """Share of deliveries that never arrive: each receiver of a broadcast, each request, each payload. Where there is
+    `gossip`: each hop of a broadcast, so that few receivers miss it."""
     bytes_per_ms: int = 12_500
-    """Bandwidth of a transfer between two peers: 100 Mbit/s [bytes/ms]."""
+    """Bandwidth of a transfer between two peers, whatever else they send: 100 Mbit/s [bytes/ms]. Unused where there
+    are `links`."""
     quantum_ms: int = 10
     """Receivers of a broadcast are gathered in steps of this [ms]."""
     partitions: tuple[Partition, ...] = ()
+    regions: Literal["none", "world"] | Regions = "none"
+    """"world" is `WORLD`."""
+    links: tuple[LinkClass, ...] = ()
+    """Hosts' links, each shared by all that its host sends or receives in bulk; empty: nothing is shared."""
+    behind_nat: float = 0.0
+    """Share of the hosts that no other can dial, though they can dial out; pairs of them meet by hole punching."""
+    symmetric_nat: float = 0.0
+    """Share of the hosts, beside those, behind NATs that cannot be punched: two of them exchange no payload."""
+    gossip: Gossip | None = None
+    """None: a broadcast takes as long as a direct message."""
+
+
+def get_regions(model: NetworkModel) -> Regions:
+    """The regions of a network; one where it has none."""
+    if isinstance(model.regions, Regions):
+        return model.regions
+    if model.regions == "world":
+        return WORLD
+    return Regions(names=("everywhere",), shares=(1.0,), latency_ms=((model.latency_ms[0],),), jitter=0.0)
+
+
+def validate_network_model(model: NetworkModel, num_hosts: int) -> None:
+    """Refuse a network that cannot be.
+
+    Raises:
+        ConfigError: names the field, what is allowed, and what it was.
+    """
+    regions, size = get_regions(model), len(get_regions(model).names)
+    low, high = model.latency_ms
+    checks: list[tuple[str, float, float, float]] = [
+        ("latency_ms", low, 0, high),
+        ("latency_ms", high, low, 3_600_000),
+        ("loss", model.loss, 0, 1),
+        ("bytes_per_ms", model.bytes_per_ms, 1, 1 << 40),
+        ("quantum_ms", model.quantum_ms, 1, 60_000),
+        ("behind_nat", model.behind_nat, 0, 1),
+        ("symmetric_nat", model.symmetric_nat, 0, 1 - model.behind_nat),
+        ("regions.jitter", regions.jitter, 0, 100),
+        ("regions.shares (number of)", len(regions.shares), size, size),
+        ("regions.latency_ms (rows)", len(regions.latency_ms), size, size),
+        ("regions.utc_hours (number of)", len(regions.utc_hours) or size, size, size),
+        ("regions.shares (sum)", sum(regions.shares), 0.99, 1.01),
+    ]
+    for row in regions.latency_ms:
+        checks.append(("regions.latency_ms (columns)", len(row), size, size))
+        checks += [("regions.latency_ms", latency, 0, 3_600_000) for latency in row]
+    checks += [("regions.shares", share, 0, 1) for share in regions.shares]
+    for link in model.links:
+        checks.append(("links.share", link.share, 0, 1))
+        checks.append(("links.up_bytes_per_ms", link.up_bytes_per_ms, 1, 1 << 40))
+        checks.append(("links.down_bytes_per_ms", link.down_bytes_per_ms, 1, 1 << 40))
+        checks.append(("links.loss", link.loss, 0, 1))
+    if model.links:
+        checks.append(("links.share (sum)", sum(link.share for link in model.links), 0.99, 1.01))
+    if model.gossip:
+        checks.append(("gossip.degree", model.gossip.degree, 2, 64))
+        checks.append(("gossip.degree (odd part)", model.gossip.degree % 2, 0, 0))
+        checks.append(("gossip.forward_ms", model.gossip.forward_ms, 0, 60_000))
+    for part in model.partitions:
+        num_ways = bool(part.num_hosts) + bool(part.share) + bool(part.regions)
+        checks.append(("partitions (one of num_hosts, share, regions)", num_ways, 1, 1))
+        checks.append(("partitions.start_ms", part.start_ms, 0, part.end_ms))
+        checks.append(("partitions.num_hosts", part.num_hosts, 0, num_hosts))
+        checks.append(("partitions.share", part.share, 0, 1))
+        unknown = set(part.regions) - set(regions.names)
+        if unknown:
+            known = ", ".join(regions.names)
+            raise ConfigError(f"scenario network.partitions.regions: expected of {known}; got {min(unknown)}")
+    for key, value, least, most in checks:
+        if not least <= value <= most:
+            raise ConfigError(f"scenario network.{key}: expected {least:g} to {most:g}, got {value:g}")
+
+
+def deal_classes(shares: Sequence[float], num_hosts: int, rng: Random) -> Ints:
+    """Who is of which class: (num_hosts,), as many of each as its share, rounded, and which ones is drawn."""
+    ends, total = [], 0.0
+    for share in shares:
+        total += share
+        ends.append(total)
+    classes = [
+        next(index for index, end in enumerate(ends) if number + 0.5 < end * num_hosts / total + 1e-9)
+        for number in range(num_hosts)
+    ]
+    rng.shuffle(classes)
+    return np.array(classes, np.int64)
 
 
 class Network:
-    """One world's network: a model and the randomness it draws from."""
+    """One world's network: a model, what was dealt to each host, and the randomness it draws from."""
 
-    def __init__(self, model: NetworkModel, genesis_ms: Millis, rng: Random) -> None:
+    def __init__(self, model: NetworkModel, num_hosts: int, genesis_ms: Millis, rng: Random) -> None:
+        """Args: model: a valid one, see `validate_network_model`."""
         self._model = model
         self._genesis_ms = genesis_ms
-        self._rng = rng
+        self._num_hosts = num_hosts
+        self._rng = Random(rng.getrandbits(64))
+        self._bits = np.random.PCG64(rng.getrandbits(64))
+        self._regions = get_regions(model)
+        links = model.links or (LinkClass(1.0, model.bytes_per_ms, model.bytes_per_ms),)
+        self._region_of = deal_classes(self._regions.shares, num_hosts, self._rng)
+        self._link_of = deal_classes([link.share for link in links], num_hosts, self._rng)
+        nats = (model.behind_nat, model.symmetric_nat, 1 - model.behind_nat - model.symmetric_nat)
+        nat_of = deal_classes(nats, num_hosts, self._rng)
+        self._is_open = nat_of == 2
+        self._is_symmetric = nat_of == 1
+        self._sides = [self._deal_sides(part) for part in model.partitions]
+
+        latency = np.array(self._regions.latency_ms, np.int64)
+        self._low_ms = latency  # (num_regions, num_regions)
+        self._span_ms = np.floor(latency * self._regions.jitter + 0.5).astype(np.int64) + 1
+        if model.regions == "none":
+            self._span_ms[:] = model.latency_ms[1] - model.latency_ms[0] + 1
+        kept = 1 - np.array([link.loss for link in links])
+        self._loss = np.floor((1 - (1 - model.loss) * np.outer(kept, kept)) * ONE + 0.5).astype(
+            np.int64
+        )  # (num_links, num_links)
+        self._is_lossy = bool(self._loss.any())
+        up = np.array([link.up_bytes_per_ms for link in links], np.int64)
+        down = np.array([link.down_bytes_per_ms for link in links], np.int64)
+        self._rate = np.minimum.outer(up, down)  # (num_links, num_links) [bytes/ms]
+        self._up, self._down = up[self._link_of], down[self._link_of]  # (num_hosts,) [bytes/ms]
+        self._up_free_us = np.zeros(num_hosts, np.int64)
+        self._down_free_us = np.zeros(num_hosts, np.int64)
+        degree = model.gossip.degree if model.gossip else 0
+        # A neighbour is served after half of the others, on the middle one.
+        self._forward_ns = int((degree * NS_PER_MS // 2 // self._up).sum()) // num_hosts
+        self._samples_seed = self._rng.getrandbits(64)
+        self._samples: dict[int, Ints] = {}
+
+    def _deal_sides(self, part: Partition) -> NDArray[np.bool_]:
+        """(num_hosts,): which side of a partition each is on."""
+        if part.share:
+            return np.equal(deal_classes((part.share, 1 - part.share), self._num_hosts, self._rng), 0)
+        if part.regions:
+            inside = [self._regions.names.index(name) for name in part.regions]
+            return np.isin(self._region_of, inside)
+        return np.less(np.arange(self._num_hosts), part.num_hosts)
+
+    # --- who can reach whom
+
+    def get_utc_hours(self) -> tuple[int, ...]:
+        """Every host's local time less UTC [h]; empty where the regions do not say."""
+        hours = self._regions.utc_hours
+        return tuple(hours[region] for region in self._region_of.tolist()) if hours else ()
+
+    def get_region(self, index: int) -> str:
+        """The name of the region where a host is."""
+        return self._regions.names[int(self._region_of[index])]
 
     def is_cut(self, left: int, right: int, now_ms: Millis) -> bool:
         """Whether a partition lies between two hosts now."""
+        return any(side[left] != side[right] for side in self._get_cuts(now_ms))
+
+    def can_dial(self, source: int, target: int) -> bool:
+        """Whether a host can open a connection to another by itself: whether that one is behind no NAT."""
+        return bool(self._is_open[target])
+
+    def can_transfer(self, source: int, target: int) -> bool:
+        """Whether payloads can pass between two hosts: not where both are behind symmetric NATs."""
+        return not (self._is_symmetric[source] and self._is_symmetric[target])
+
+    def _get_cuts(self, now_ms: Millis) -> list[NDArray[np.bool_]]:
+        if not self._sides:
+            return []
         elapsed = now_ms - self._genesis_ms
-        return any(
-            part.start_ms <= elapsed < part.end_ms and (left < part.num_hosts) != (right < part.num_hosts)
-            for part in self._model.partitions
-        )
+        parts = zip(self._model.partitions, self._sides, strict=True)
+        return [side for part, side in parts if part.start_ms <= elapsed < part.end_ms]
+
+    # --- small messages
 
     def draw_delay(self, source: int, target: int, num_bytes: int, now_ms: Millis) -> int | None:
-        """How long `num_bytes` take from one host to another [ms]; None: they do not arrive."""
-        if self.is_cut(source, target, now_ms) or self._rng.random() < self._model.loss:
+        """How long `num_bytes` take from one host to another, straight [ms]; None: they do not arrive."""
+        latency_ms = self._draw_latency(source, target, now_ms)
+        if latency_ms is None:
             return None
-        low, high = self._model.latency_ms
-        return self._rng.randint(low, high) + num_bytes // self._model.bytes_per_ms
+        return latency_ms + num_bytes // int(self._rate[self._link_of[source], self._link_of[target]])
+
+    def _draw_latency(self, source: int, target: int, now_ms: Millis) -> int | None:
+        bits = self._rng.getrandbits(64)
+        if self._is_lossy and (bits & LOW_BITS) < self._loss[self._link_of[source], self._link_of[target]]:
+            return None
+        if self._sides and self.is_cut(source, target, now_ms):
+            return None
+        pair = self._region_of[source], self._region_of[target]
+        return int(self._low_ms[pair]) + ((bits >> 32) * int(self._span_ms[pair]) >> 32)
 
     def draw_wave(
-        self, source: int, targets: Iterable[int], num_bytes: int, now_ms: Millis
+        self, source: int, targets: Sequence[int] | Ints, num_bytes: int, now_ms: Millis
     ) -> list[tuple[int, list[int]]]:
         """A broadcast as (delay [ms], hosts that it reaches then), in order of time."""
-        steps: dict[int, list[int]] = {}
-        quantum = self._model.quantum_ms
-        for target in targets:
-            delay = self.draw_delay(source, target, num_bytes, now_ms)
-            if delay is not None:
-                steps.setdefault(-(-delay // quantum) * quantum, []).append(target)
-        return sorted(steps.items())
+        at = np.asarray(targets, np.int64)  # (num_targets,)
+        if len(at) == 0:
+            return []
+        bits = self._bits.random_raw(len(at)).view(np.int64)
+        delays, is_heard = (self._draw_hops if self._model.gossip else self._draw_direct)(source, at, num_bytes, bits)
+        for side in self._get_cuts(now_ms):
+            is_near = side[at] == side[source]
+            is_heard = is_near if is_heard is None else is_heard & is_near
+        if is_heard is not None:
+            at, delays = at[is_heard], delays[is_heard]
+        return gather(at, delays, self._model.quantum_ms)
+
+    def _draw_direct(self, source: int, at: Ints, num_bytes: int, bits: Ints) -> tuple[Ints, NDArray[np.bool_] | None]:
+        """The delays of direct deliveries [ms], and which of them arrive (None: all)."""
+        region, link = self._region_of[source], self._link_of[source]
+        to, over = self._region_of[at], self._link_of[at]
+        fractions = (bits >> 32) & LOW_BITS
+        delays = self._low_ms[region][to] + (fractions * self._span_ms[region][to] >> 32)
+        delays += (num_bytes // self._rate[link])[over]
+        return delays, (bits & LOW_BITS) >= self._loss[link][over] if self._is_lossy else None
+
+    def _draw_hops(self, source: int, at: Ints, num_bytes: int, bits: Ints) -> tuple[Ints, NDArray[np.bool_] | None]:
+        """The same over the mesh of those that hear it."""
+        samples = self._get_samples(len(at) + 1)
+        picks = ((bits >> 32) & LOW_BITS) * NUM_SAMPLES >> 32
+        arrivals = samples[self._region_of[source]][self._region_of[at], picks]
+        hops_ms = (arrivals & ((1 << HOPS_BITS) - 1)) * (num_bytes * self._forward_ns) // NS_PER_MS
+        delays: Ints = (arrivals >> HOPS_BITS) + hops_ms
+        return delays, arrivals >= 0 if self._is_lossy else None
+
+    def _get_samples(self, num_nodes: int) -> Ints:
+        """(num_regions, num_regions, NUM_SAMPLES) arrivals in a mesh of about so many hosts: the next power of two."""
+        size = min(1 << (num_nodes - 1).bit_length(), self._num_hosts)
+        if size not in self._samples:
+            self._samples[size] = self._draw_samples(size)
+        return self._samples[size]
+
+    def _draw_samples(self, size: int) -> Ints:
+        gossip = self._model.gossip
+        assert gossip, "only a mesh has hops"
+        # Seeded by the size, so that it does not matter which wave comes first.
+        bits = np.random.PCG64([self._samples_seed, size])
+        num_regions = len(self._regions.names)
+        # Two hosts of every region at least, for each is somebody's target; small meshes are a little too diverse.
+        hosts = bits.random_raw(max(size, gossip.degree + 2, 2 * num_regions)) % np.uint64(self._num_hosts)
+        hosts = hosts.astype(np.int64)
+        regions = self._region_of[hosts]
+        regions[: 2 * num_regions] = np.arange(2 * num_regions) % num_regions
+        links = self._link_of[hosts]
+
+        def draw_links(mesh: Ints) -> Ints:
+            drawn = bits.random_raw(mesh.size).view(np.int64).reshape(mesh.shape)
+            pair = regions[mesh], regions[None, :]
+            link_ms = self._low_ms[pair] + (((drawn >> 32) & LOW_BITS) * self._span_ms[pair] >> 32) + gossip.forward_ms
+            link_ms[(drawn & LOW_BITS) < self._loss[links[mesh], links[None, :]]] = NEVER >> HOPS_BITS
+            return link_ms
+
+        sources = [number % (2 * num_regions) for number in range(-(-NUM_FLOODS // num_regions) * num_regions)]
+        return draw_samples(regions, sources, NUM_SAMPLES, gossip.degree, draw_links, bits)
+
+    # --- payloads
+
+    def draw_transfer(self, source: int, target: int, num_bytes: int, now_ms: Millis) -> int | None:
+        """How long a payload takes from one host to another [ms], behind all that their links have yet to carry; None:
+        it does not arrive.
+
+        Each link carries what was asked of it in that order, never idle while there is something left: a payload is
+        there when the sender's uplink and the receiver's downlink are both done with it. Where hosts share their links
+        fairly instead (max-min), single payloads of a batch come later, the last of a batch at about the same time;
+        `tests/sim/test_network_model.py` holds the difference.
+        """
+        if not self.can_transfer(source, target):
+            return None
+        latency_ms = self._draw_latency(source, target, now_ms)
+        if latency_ms is None or not self._model.links:
+            return None if latency_ms is None else latency_ms + num_bytes // self._model.bytes_per_ms
+        now_us, size = now_ms * US_PER_MS, num_bytes * US_PER_MS
+        up_us = max(now_us, int(self._up_free_us[source])) - (-size // int(self._up[source]))
+        down_us = max(now_us, int(self._down_free_us[target])) - (-size // int(self._down[target]))
+        self._up_free_us[source], self._down_free_us[target] = up_us, down_us
+        return latency_ms - (-(max(up_us, down_us) - now_us) // US_PER_MS)
+
+    def draw_transfers(
+        self, sources: Sequence[int] | Ints, target: int, sizes: Sequence[int] | Ints, now_ms: Millis
+    ) -> list[int | None]:
+        """`draw_transfer` of many payloads that one host asks for at once, `sizes` [bytes] of each source in turn."""
+        at, num_bytes = np.asarray(sources, np.int64), np.asarray(sizes, np.int64)  # (num_sources,)
+        if self._model.links and len(set(at.tolist())) < len(at):  # one uplink carries several: one after the other
+            pairs = zip(at.tolist(), num_bytes.tolist(), strict=True)
+            return [self.draw_transfer(source, target, size, now_ms) for source, size in pairs]
+        bits = self._bits.random_raw(len(at)).view(np.int64)
+        link, region = self._link_of[target], self._region_of[target]
+        fractions = (bits >> 32) & LOW_BITS
+        origins = self._region_of[at]
+        delays = self._low_ms[:, region][origins] + (fractions * self._span_ms[:, region][origins] >> 32)
+        is_lost = np.zeros(len(at), bool)
+        if self._is_lossy:
+            is_lost |= (bits & LOW_BITS) < self._loss[:, link][self._link_of[at]]
+        if self._is_symmetric[target]:
+            is_lost |= self._is_symmetric[at]
+        for side in self._get_cuts(now_ms):
+            is_lost |= side[at] != side[target]
+        if self._model.links:
+            delays += self._book(at, target, np.where(is_lost, 0, num_bytes), now_ms)
+        else:
+            delays += num_bytes // self._model.bytes_per_ms
+        delays[is_lost] = -1
+        return [delay if delay >= 0 else None for delay in delays.tolist()]
+
+    def _book(self, sources: Ints, target: int, num_bytes: Ints, now_ms: Millis) -> Ints:
+        """Put payloads of different sources behind what the links have yet to carry; how long each takes [ms]."""
+        now_us = now_ms * US_PER_MS
+        sizes = num_bytes * US_PER_MS
+        up_us = np.maximum(self._up_free_us[sources], now_us) - (-sizes // self._up[sources])
+        down_us = max(now_us, int(self._down_free_us[target])) + np.cumsum(-(-sizes // self._down[target]))
+        self._up_free_us[sources] = up_us
+        if len(down_us):
+            self._down_free_us[target] = down_us[-1]
+        delays: Ints = -(-(np.maximum(up_us, down_us) - now_us) // US_PER_MS)
+        return delays
+
+
+def gather(hosts: Ints, delays: Ints, quantum_ms: int) -> list[tuple[int, list[int]]]:
+    """Who is reached when [ms], delays rounded up to whole quanta, in order of time and then as given."""
+    if len(hosts) == 0:
+        return []
+    steps = -(-delays // quantum_ms)
+    if steps.max() < 1 << 16:
+        steps = steps.astype(np.uint16)  # numpy sorts these by radix, five times as fast
+    order = np.argsort(steps, kind="stable")
+    steps, reached = steps[order], hosts[order].tolist()
+    starts = [0, *(np.flatnonzero(steps[1:] != steps[:-1]) + 1).tolist()]
+    whens = (steps[starts].astype(np.int64) * quantum_ms).tolist()
+    return [
+        (when_ms, reached[start:end])
+        for when_ms, start, end in zip(whens, starts, [*starts[1:], len(reached)], strict=True)
+    ]

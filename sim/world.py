@@ -121,7 +121,7 @@ class World:
         self.num_crashes = 0
         self.num_steps_by_round: dict[Round, int] = {}
         self._rng = {name: Random(f"{scenario.seed} {name}") for name in ("network", "work", "faults")}
-        self._network = Network(scenario.network, self.config.genesis_ms, self._rng["network"])
+        self._network = Network(scenario.network, scenario.num_peers, self.config.genesis_ms, self._rng["network"])
         self._signatures = Signatures(Random(f"{scenario.seed} secret").randbytes(32))
         self._network_id = self.config.network_id()
         self._pool: dict[Digest, bytes] = {}
