@@ -360,7 +360,9 @@ class Network:
         def draw_links(mesh: Ints) -> Ints:
             drawn = bits.random_raw(mesh.size).view(np.int64).reshape(mesh.shape)
             pair = regions[mesh], regions[None, :]
-            link_ms = self._low_ms[pair] + (((drawn >> 32) & LOW_BITS) * self._span_ms[pair] >> 32) + gossip.forward_ms
+            link_ms: Ints = (
+                self._low_ms[pair] + (((drawn >> 32) & LOW_BITS) * self._span_ms[pair] >> 32) + gossip.forward_ms
+            )
             link_ms[(drawn & LOW_BITS) < self._loss[links[mesh], links[None, :]]] = NEVER >> HOPS_BITS
             return link_ms
 

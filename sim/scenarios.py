@@ -21,6 +21,7 @@ from p2pfm.config import (
 from p2pfm.errors import ConfigError
 from p2pfm.types import Millis, compute_digest
 from sim.churn import ChurnModel
+from sim.clocks import ClockModel
 from sim.network import NetworkModel
 
 COMMITTEE_SIZE = 9
@@ -44,15 +45,6 @@ AdversaryKind = Literal[
     "late",
 ]
 """See `sim.faults`, which makes them."""
-
-
-class ClockModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How peers' clocks differ from the true time, each drawn once."""
-
-    skew_ms: int = 100
-    """Off by at most this at the start, to either side."""
-    drift_ppm: float = 0.0
-    """Faster or slower by at most this [millionths]: 100 is 8.6 s a day."""
 
 
 class WorkTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
