@@ -1,0 +1,210 @@
+"""Who goes when and comes back, and what clocks show."""
+
+from random import Random
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from p2pfm.errors import ConfigError
+from p2pfm.types import Millis
+from sim.churn import (
+    RESIDENTIAL,
+    Churn,
+    ChurnModel,
+    Departure,
+    Diurnal,
+    UpTime,
+    draw_trace,
+    load_trace,
+    read_trace,
+    validate_churn_model,
+)
+from sim.clocks import ClockModel, Clocks, validate_clock_model
+
+GENESIS_MS = Millis(1_000_000)
+ROUND_MS = 60_000
+
+
+def plan_rounds(churn: Churn, num_rounds: int) -> list[Departure]:
+    starts = range(GENESIS_MS, GENESIS_MS + num_rounds * ROUND_MS, ROUND_MS)
+    return [gone for start in starts for gone in churn.plan(Millis(start), Millis(start + ROUND_MS))]
+
+
+def make_churn(model: ChurnModel, num_hosts: int, seed: object = 1, utc_hours: tuple[int, ...] = ()) -> Churn:
+    validate_churn_model(model)
+    return Churn(model, num_hosts, GENESIS_MS, Random(str(seed)), utc_hours)
+
+
+times = st.tuples(st.integers(0, 100_000), st.integers(0, 100_000)).map(lambda pair: tuple(sorted(pair)))
+shares = st.floats(0, 1)
+sessions = st.lists(st.integers(0, 600_000), max_size=12, unique=True).map(sorted)
+
+
+@st.composite
+def traces(draw: st.DrawFn) -> tuple[UpTime, ...]:
+    rows = []
+    for peer in range(draw(st.integers(0, 4))):
+        moments = draw(sessions)
+        rows += [UpTime(peer, begin, end) for begin, end in zip(moments[::2], moments[1::2], strict=False)]
+    return tuple(rows)
+
+
+models = st.builds(
+    ChurnModel,
+    crash=shares,
+    down_ms=times,
+    lost_disk=shares,
+    leave=st.floats(0, 0.2),
+    away_ms=times,
+    late=shares,
+    late_ms=times,
+    diurnal=st.none() | st.builds(Diurnal, share=shares, day_ms=st.integers(1_000, 1_000_000)),
+    trace=traces(),
+    trace_repeats=st.booleans(),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(models, st.integers(1, 12), st.integers(0, 1 << 32))
+def test_whoever_departs_was_up_and_comes_back_later(model: ChurnModel, num_hosts: int, seed: int) -> None:
+    churn = make_churn(model, num_hosts, seed)
+    back = {index: churn.first_up_ms(index) for index in range(num_hosts)}
+    assert all(churn.is_up_at_start(index) == (back[index] == GENESIS_MS) for index in back)
+    last_ms = GENESIS_MS
+    for gone in plan_rounds(churn, 6):
+        since_ms = back[gone.index]
+        assert since_ms is not None
+        assert since_ms <= gone.when_ms
+        assert last_ms <= gone.when_ms
+        assert gone.back_ms is None or gone.back_ms > gone.when_ms
+        back[gone.index], last_ms = gone.back_ms, gone.when_ms
+
+
+@settings(max_examples=20, deadline=None)
+@given(models, st.integers(0, 1 << 32))
+def test_one_seed_plans_one_churn_and_survives_toml(model: ChurnModel, seed: int) -> None:
+    again = msgspec.convert(msgspec.to_builtins(model), ChurnModel)
+    assert plan_rounds(make_churn(model, 9, seed), 4) == plan_rounds(make_churn(again, 9, seed), 4)
+
+
+def test_a_round_crashes_its_share_and_a_share_of_those_loses_the_disk() -> None:
+    churn = make_churn(ChurnModel(crash=0.3, down_ms=(1_000, 2_000), lost_disk=0.25), 1_000)
+    gone = churn.plan(GENESIS_MS, Millis(GENESIS_MS + ROUND_MS))
+    assert len({departure.index for departure in gone}) == len(gone) == 300
+    assert 50 <= sum(departure.loses_disk for departure in gone) <= 100
+    assert {departure.num_actions for departure in gone} == {0, 1, 2, 3, 4, 5}
+    assert all(1_000 <= departure.back_ms - departure.when_ms <= 2_000 for departure in gone if departure.back_ms)
+
+
+def test_leavers_are_gone_for_good_unless_away_for_a_time() -> None:
+    for away_ms, are_back in (((0, 0), False), ((5_000, 6_000), True)):
+        gone = plan_rounds(make_churn(ChurnModel(leave=0.2, away_ms=away_ms), 100), 3)
+        assert {departure.back_ms is not None for departure in gone} == {are_back}
+        assert {(departure.num_actions, departure.loses_disk) for departure in gone} == {(None, False)}
+        assert are_back or len({departure.index for departure in gone}) == len(gone)
+
+
+def test_late_joiners_come_within_their_time() -> None:
+    churn = make_churn(ChurnModel(late=0.4, late_ms=(10_000, 20_000)), 100)
+    late = [index for index in range(100) if not churn.is_up_at_start(index)]
+    assert len(late) == 40
+    assert all(10_000 <= (churn.first_up_ms(index) or 0) - GENESIS_MS <= 20_000 for index in late)
+
+
+def test_a_sleeper_is_up_in_its_local_hours_only() -> None:
+    hour_ms = 10_000
+    day = Diurnal(share=1.0, day_ms=24 * hour_ms, from_hour=8, num_hours=14, spread_hours=0)
+    hours = (-6, 1, 9, 0)
+    churn = make_churn(ChurnModel(diurnal=day), len(hours), utc_hours=hours)
+    departures = plan_rounds(churn, 3 * 24 * hour_ms // ROUND_MS)
+    for index, hour in enumerate(hours):
+        mine = [gone for gone in departures if gone.index == index]
+        assert len(mine) == 3  # nights
+        assert {(gone.when_ms - GENESIS_MS) // hour_ms % 24 for gone in mine} == {(22 - hour) % 24}
+        assert {((gone.back_ms or 0) - GENESIS_MS) // hour_ms % 24 for gone in mine} == {(8 - hour) % 24}
+        is_day = 8 <= hour % 24 < 22
+        assert churn.is_up_at_start(index) == is_day
+
+
+def test_a_trace_is_followed_and_repeats_for_further_peers() -> None:
+    rows = (UpTime(0, 0, 10_000), UpTime(0, 30_000, 50_000), UpTime(1, 5_000, 6_000))
+    churn = make_churn(ChurnModel(trace=rows, trace_repeats=True), 4)
+    gone = plan_rounds(churn, 2)
+    of_first = [(departure.when_ms - GENESIS_MS, departure.back_ms) for departure in gone if departure.index == 2]
+    assert of_first == [(10_000, GENESIS_MS + 30_000), (50_000, None)]
+    assert [churn.first_up_ms(index) for index in range(4)] == [GENESIS_MS, GENESIS_MS + 5_000] * 2
+    assert make_churn(ChurnModel(trace=rows), 4).plan(GENESIS_MS, Millis(GENESIS_MS + ROUND_MS))[-1].index < 2
+
+
+def test_a_crash_in_the_evening_lasts_until_the_morning() -> None:
+    churn = make_churn(
+        ChurnModel(crash=1.0, down_ms=(9_999, 9_999), trace=(UpTime(0, 0, 100), UpTime(0, 50_000, 90_000))), 1
+    )
+    (crash,) = (gone for gone in plan_rounds(churn, 1) if gone.reason == "crash" or gone.when_ms == GENESIS_MS + 100)
+    assert crash.back_ms is not None
+    assert crash.back_ms >= GENESIS_MS + 50_000
+
+
+def test_the_trace_that_ships_is_what_its_law_draws() -> None:
+    rows = load_trace(ChurnModel(trace_file="residential"), RESIDENTIAL.parent).trace
+    assert rows == draw_trace(64, 86_400_000, Random("residential 0"))
+    validate_churn_model(ChurnModel(trace=rows))
+    many = draw_trace(2_000, 86_400_000, Random(1))
+    share = sum(row.up_to_ms - row.up_from_ms for row in many) / 2_000 / 86_400_000
+    assert 0.18 < share < 0.26  # KAD's peers: 247 of 1,153 minutes
+
+
+@pytest.mark.parametrize(
+    ("model", "word"),
+    [
+        (ChurnModel(crash=1.5), "churn.crash"),
+        (ChurnModel(down_ms=(9, 3)), "churn.down_ms"),
+        (ChurnModel(diurnal=Diurnal(share=0.5, num_hours=24)), "diurnal.num_hours"),
+        (ChurnModel(trace=(UpTime(3, 5, 5),)), "peer 3"),
+        (ChurnModel(trace=(UpTime(3, 0, 5), UpTime(3, 4, 6))), "peer 3"),
+        (ChurnModel(trace_file="mine.csv"), "mine.csv"),
+    ],
+)
+def test_churn_that_cannot_be_is_refused_by_name(model: ChurnModel, word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        validate_churn_model(model)
+
+
+def test_a_file_that_is_no_trace_is_refused_by_name(tmp_path) -> None:
+    for text in ("peer,up\n1,2\n", "peer,up_from_ms,up_to_ms\n1,2,x\n", "peer,up_from_ms,up_to_ms\n1,2\n"):
+        (tmp_path / "bad.csv").write_text(text)
+        with pytest.raises(ConfigError, match=r"bad\.csv"):
+            read_trace(tmp_path / "bad.csv")
+    with pytest.raises(ConfigError, match="none"):
+        load_trace(ChurnModel(trace_file="none.csv"), tmp_path)
+
+
+@given(
+    st.builds(ClockModel, skew_ms=st.integers(0, 100_000), drift_ppm=st.floats(0, 100_000)),
+    st.integers(0, 1 << 32),
+    st.integers(-(10**6), 10**12),
+)
+@settings(deadline=None)
+def test_a_clock_never_goes_back_and_is_inverted(model: ClockModel, seed: int, local_ms: int) -> None:
+    validate_clock_model(model)
+    clocks = Clocks(model, 3, Random(seed), GENESIS_MS)
+    for index in range(3):
+        true_ms = clocks.to_true(index, local_ms)
+        shown = [clocks.tell(index, moment) for moment in range(true_ms - 3, true_ms + 3)]
+        assert shown == sorted(shown)
+        assert shown[2] < local_ms <= shown[3]  # the first moment that shows it
+        assert abs(clocks.tell(index, GENESIS_MS) - GENESIS_MS) <= model.skew_ms
+
+
+def test_clocks_without_skew_or_drift_tell_the_truth_and_drift_is_as_given() -> None:
+    true = Clocks(ClockModel(skew_ms=0), 1, Random(1))
+    assert [true.tell(0, moment) for moment in (0, 5, 10**9)] == [0, 5, 10**9]
+    clocks = Clocks(ClockModel(skew_ms=0, drift_ppm=100), 1_000, Random(1))
+    days = [clocks.tell(index, 86_400_000) - 86_400_000 for index in range(1_000)]
+    assert max(map(abs, days)) <= 8_641
+    assert min(days) < -8_000
+    assert max(days) > 8_000
+    with pytest.raises(ConfigError, match="drift_ppm"):
+        validate_clock_model(ClockModel(drift_ppm=2e6))
