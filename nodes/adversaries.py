@@ -12,6 +12,7 @@ import numpy as np
 from p2pfm.learner import Learner, Training
 from p2pfm.lora.delta import subtract
 from p2pfm.messages import Proposal, ScoreReveal
+from p2pfm.protocol.ballot import Ballot
 from p2pfm.protocol.peer import Peer
 from p2pfm.settlement import merkle
 from p2pfm.settlement.ledger import LeafValue
@@ -67,11 +68,12 @@ def corrupt(adversary: str, honest: Learner) -> Learner:
             return honest
 
 
-class Overpayer(Peer):
-    """On a committee with others of its kind: all of a round's reward goes to the proposer, and all of them sign it."""
+class OverpayingBallot(Ballot):
+    """All of a round's reward goes to the proposer."""
 
-    def _draft(self, reveals: tuple[ScoreReveal, ...]) -> Proposal:
-        honest = super()._draft(reveals)
+    def draft(self, reveals: tuple[ScoreReveal, ...]) -> Proposal:
+        """See Ballot."""
+        honest = super().draft(reveals)
         leaves = from_wire(honest.leaves)
         total = sum(leaf.reward_wei for leaf in leaves)
         false = [
@@ -83,3 +85,9 @@ class Overpayer(Peer):
             for index, leaf in enumerate(leaves)
         ]
         return msgspec.structs.replace(honest, leaves=to_wire(false), root=merkle.compute_root(false).digest)
+
+
+class Overpayer(Peer):
+    """On a committee with others of its kind, all of them sign what overpays."""
+
+    make_ballot = OverpayingBallot

@@ -111,6 +111,9 @@ class LimitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Bounds that all peers enforce against any sender."""
 
     peers_max: int = 128
+    """More than `shard_peers_max` makes rounds longer: room for the second level of a network of shards."""
+    shard_peers_max: int = 128
+    """More registered peers than this are dealt into shards (`protocol.shards`)."""
     payload_bytes_max: int = 64 * 1024 * 1024
     message_bytes_max: int = 512 * 1024
 
@@ -131,6 +134,11 @@ class NetworkConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     scoring: ScoringConfig = ScoringConfig()
     settlement: SettlementConfig = SettlementConfig()
     limits: LimitConfig = LimitConfig()
+
+    @property
+    def has_shards(self) -> bool:
+        """The network may grow beyond one shard: its rounds have a second level."""
+        return self.limits.peers_max > self.limits.shard_peers_max
 
     def network_id(self) -> Digest:
         """SHA-256 of the canonical MessagePack of this struct (fields in the order of declaration)."""
@@ -448,7 +456,7 @@ def validate_network(network: NetworkConfig) -> None:
         ("compression.chunk", network.compression.chunk, 16, 65536),
         ("compression.keep", network.compression.keep, 1, network.compression.chunk),
         ("compression.beta", network.compression.beta, 0, 1),
-        ("scoring.committee_size", network.scoring.committee_size, 1, network.limits.peers_max),
+        ("scoring.committee_size", network.scoring.committee_size, 1, min(network.limits.peers_max, 128)),
         ("scoring.samples_per_stratum", network.scoring.samples_per_stratum, 1, 10_000),
         ("scoring.stake_cap_pfm", network.scoring.stake_cap_pfm, 1, 2**63),
         ("scoring.duplicate_cosine", network.scoring.duplicate_cosine, 0, 1),
@@ -456,7 +464,8 @@ def validate_network(network: NetworkConfig) -> None:
         ("scoring.work_steps", network.scoring.work_steps, 0, network.training.steps),
         ("settlement.rounds_per_epoch", network.settlement.rounds_per_epoch, 1, 1_000_000),
         ("settlement.pool_per_epoch_pfm", network.settlement.pool_per_epoch_pfm, 0, 10**12),
-        ("limits.peers_max", network.limits.peers_max, 1, 128),
+        ("limits.peers_max", network.limits.peers_max, 1, network.limits.shard_peers_max**2),
+        ("limits.shard_peers_max", network.limits.shard_peers_max, 2, 128),
         ("limits.payload_bytes_max", network.limits.payload_bytes_max, 1024, 2**32),
         ("limits.message_bytes_max", network.limits.message_bytes_max, 4096, 1_000_000),
         *((f"phases.{name}", value, 50, 86_400_000) for name, value in msgspec.structs.asdict(network.phases).items()),
@@ -468,13 +477,16 @@ def validate_network(network: NetworkConfig) -> None:
     for key, address in (("federation", network.chain.federation), ("token", network.chain.token)):
         if not re.fullmatch(r"0x[0-9a-fA-F]{40}", address):
             raise ConfigError(f"network.chain.{key}: expected 0x and 40 hex digits, got {address!r}")
-    # A score is 34 bytes of digest and up to 9 of value: every member's vector stands in a proposal.
-    vectors_bytes = network.scoring.committee_size * network.limits.peers_max * 45
-    if vectors_bytes > network.limits.message_bytes_max:
+    # A score is 34 bytes of digest and up to 9 of value: every member's vector stands in a proposal. So does every
+    # registered peer's leaf in one that goes on chain.
+    limits = network.limits
+    vectors_bytes = network.scoring.committee_size * min(limits.peers_max, limits.shard_peers_max) * 45
+    proposal_bytes = vectors_bytes + (limits.peers_max * 46 if network.has_shards else 0)
+    if proposal_bytes > limits.message_bytes_max:
         raise ConfigError(
             f"network.scoring.committee_size: vectors of {network.scoring.committee_size} members over "
-            f"{network.limits.peers_max} peers take {vectors_bytes} bytes, and limits.message_bytes_max is "
-            f"{network.limits.message_bytes_max}; lower the committee's size or peers_max"
+            f"{limits.peers_max} peers take {proposal_bytes} bytes, and limits.message_bytes_max is "
+            f"{limits.message_bytes_max}; lower the committee's size or peers_max"
         )
     if len(network.probe) != 64 or any(c not in "0123456789abcdef" for c in network.probe):
         raise ConfigError(f"network.probe: expected 64 lower-case hex digits (a SHA-256), got {network.probe!r}")

@@ -5,6 +5,7 @@ validation: a wrong type, an unknown tag, a digest of another length or a messag
 Signatures are checked by the driver before the core hears of a message.
 """
 
+from functools import cached_property
 from typing import Annotated, TypeVar, get_args
 
 import msgspec
@@ -14,7 +15,9 @@ from p2pfm.types import Contribution, Digest, MemberIndex, PeerId, Round, Wei, W
 
 SIGNING_DOMAIN = b"p2pfm/1 envelope"
 LIST_MAX = 4096
-"""No list in any message may be longer (a network level has at most 128 peers; a registry a few times that)."""
+"""No list in any message may be longer, but one with an entry a registered peer."""
+MEMBERS_MAX = 128 * 128
+"""Two levels of shards reach this many peers."""
 
 MICRO = 10**6
 PICO = 10**12
@@ -117,7 +120,7 @@ class Leaf(Wire, frozen=True):
     contribution: NanoNats
 
 
-class Proposal(Wire, frozen=True, tag="proposal"):
+class Proposal(Wire, frozen=True, tag="proposal", dict=True):
     """All that a certificate certifies; everyone recomputes it. Its digest is the data hash on chain."""
 
     round: RoundNumber
@@ -133,7 +136,17 @@ class Proposal(Wire, frozen=True, tag="proposal"):
     root: Bytes32
     updates: Annotated[tuple[IncludedUpdate, ...], msgspec.Meta(max_length=LIST_MAX)]
     reveals: Annotated[tuple[ScoreReveal, ...], msgspec.Meta(max_length=LIST_MAX)]
-    leaves: Annotated[tuple[Leaf, ...], msgspec.Meta(max_length=LIST_MAX)]
+    leaves: Annotated[tuple[Leaf, ...], msgspec.Meta(max_length=MEMBERS_MAX)]
+
+    @cached_property
+    def digest(self) -> Digest:
+        """SHA-256 of the proposal's bytes."""
+        return compute_digest(encode(self))
+
+    @cached_property
+    def draft_digest(self) -> Digest:
+        """What a proposal is known by before its new base is: the same for its proposer and whoever recomputes it."""
+        return compute_digest(encode(msgspec.structs.replace(self, new_base=NO_DIGEST)))
 
 
 class Attestation(Wire, frozen=True, tag="attestation"):
@@ -154,6 +167,20 @@ class Certificate(Wire, frozen=True, tag="certificate"):
     signature: BlsSignature
 
 
+Word = Announcement | ScoreCommit | ScoreReveal | Proposal | Attestation
+"""What a round is made of: each names its round."""
+
+
+class ShardMessage(Wire, frozen=True, tag="shard"):
+    """A word of a shard's own round, in a network of several (`protocol.shards`).
+
+    A shard's certificate certifies a payload: its `new_base` names the shard's merged update, compressed.
+    """
+
+    shard: Index
+    message: Word | Certificate
+
+
 class Presence(Wire, frozen=True, tag="presence"):
     """What a node serves right now. Short-lived: routing forgets it after `ttl_ms`."""
 
@@ -167,15 +194,20 @@ class Presence(Wire, frozen=True, tag="presence"):
     """Grows with every record of one peer, so that an old one cannot be replayed over a new one."""
 
 
-Message = Announcement | ScoreCommit | ScoreReveal | Proposal | Attestation | Certificate | Presence
+Message = Word | Certificate | ShardMessage | Presence
 
 
-class Envelope(Wire, frozen=True):
+class Envelope(Wire, frozen=True, dict=True):
     """A message with its author's Ed25519 signature: it can pass through strangers' hands."""
 
     author: Name
     body: Annotated[bytes, msgspec.Meta(max_length=1_000_000)]
     signature: Annotated[bytes, msgspec.Meta(max_length=64)]
+
+    @cached_property
+    def digest(self) -> Digest:
+        """SHA-256 of the body: what the message is known by."""
+        return compute_digest(self.body)
 
 
 # Requests between two peers, one tagged union for all. Replies follow on the same stream.
@@ -312,7 +344,11 @@ def compute_commitment(reveal: ScoreReveal) -> Digest:
 
 def proposal_digest(proposal: Proposal) -> Digest:
     """The data hash on chain: SHA-256 of the proposal's bytes."""
-    return compute_digest(encode(proposal))
+    return proposal.digest
+
+
+NO_DIGEST = Digest(bytes(32))
+"""Stands for the new base while a proposal is a draft, and for the root before the first."""
 
 
 def _decode(decoder: "msgspec.msgpack.Decoder[T]", data: bytes, bytes_max: int) -> T:

@@ -25,7 +25,7 @@ from p2pfm.lora.delta import add, compute_layout, decode_tensors, encode_tensors
 from p2pfm.lora.merge import clip_factors, merge
 from p2pfm.lora.unlearn import MergedRound, MergedUpdate
 from p2pfm.messages import EPSILON_MICRO_MAX, MICRO, PICO, DeclaredPrivacy
-from p2pfm.protocol.events import Evaluate, Evaluated, Merge, Merged, Scored, ScoreUpdates, Train, Trained
+from p2pfm.protocol.events import Condense, Evaluate, Evaluated, Merge, Merged, Scored, ScoreUpdates, Train, Trained
 from p2pfm.types import NANO, WEIGHT_ONE, Digest, PeerId, Round, Tensors
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -111,7 +111,7 @@ def score_updates(
         trained = (add(base, update.tensors(), factor) for update, factor in zip(updates, factors, strict=True))
         draws = [draw_work(config.network_id(), action.round, maker) for maker in makers]
         proofs = tuple(check_work(learner.work_loss, base, trained, draws, seed))
-    return Scored(action.round, tuple(to_contribution(value) for value in paid), salt, proofs)
+    return Scored(action.round, tuple(to_contribution(value) for value in paid), salt, proofs, action.shard)
 
 
 def merge_updates(blobs: BlobStore, shapes: Shapes, config: NetworkConfig, action: Merge) -> Merged:
@@ -121,6 +121,16 @@ def merge_updates(blobs: BlobStore, shapes: Shapes, config: NetworkConfig, actio
     weights = [weighted.weight for weighted in action.updates]
     merged = merge(base, list(zip(updates, weights, strict=True)))
     return Merged(request=action.request, new_base=blobs.put(encode_tensors(merged)))
+
+
+def condense_updates(blobs: BlobStore, shapes: Shapes, config: NetworkConfig, action: Condense) -> Merged:
+    """A shard's merged update as one payload, the same bytes on every machine."""
+    base = decode_tensors(blobs.get(action.base), shapes)
+    _, updates = _read_updates(blobs, shapes, config, [item.payload for item in action.updates])
+    weights = [weighted.weight for weighted in action.updates]
+    delta = subtract(merge(base, list(zip(updates, weights, strict=True))), base)
+    payload, _, _ = compress_delta(blobs, config.compression, delta, None, action.maker)
+    return Merged(request=action.request, new_base=payload)
 
 
 def measure_cross_term(blobs: BlobStore, shapes: Shapes, config: NetworkConfig, action: Merge) -> float:

@@ -6,27 +6,25 @@ A proposal has one right content for given reveals, head and roster; everyone re
 import itertools
 from collections.abc import Mapping, Sequence
 
-import msgspec
-
-from p2pfm.config import NetworkConfig
+from p2pfm.config import ChainConfig, NetworkConfig
 from p2pfm.errors import Reject
 from p2pfm.messages import (
+    NO_DIGEST,
     Announcement,
     IncludedUpdate,
     Proposal,
     Score,
     ScoreReveal,
     compute_commitment,
-    encode,
 )
 from p2pfm.protocol.events import Merge, Weighted
-from p2pfm.protocol.membership import compute_ranks, compute_shares, get_member
+from p2pfm.protocol.membership import compute_ranks, get_member
+from p2pfm.protocol.shards import Deal, compute_shard_shares, compute_shares_of, get_shard_name
 from p2pfm.settlement import merkle
-from p2pfm.settlement.ledger import LeafValue, Roster
+from p2pfm.settlement.ledger import LeafValue, Member, Roster
 from p2pfm.settlement.rewards import (
     compute_leaves,
     compute_median,
-    compute_sums,
     compute_weights,
     from_wire,
     is_payout_round,
@@ -39,8 +37,8 @@ MERGE_CAP = 2
 """An update was measured at its share of the step; merged alone at the whole step it overshoots (demonstration, one
 update in a round: held-out loss 3.50 to 3.97). With a third of the peers silent or worthless the cap does not bind."""
 
-NO_DIGEST = Digest(bytes(32))
-"""Stands for the new base while a proposal is a draft, and for the root before the first."""
+SHARD_DOMAIN = b"p2pfm/1 shard"
+"""A shard's certificates are worth nothing on chain, and cannot be taken for what is."""
 
 
 def draft_proposal(
@@ -62,44 +60,160 @@ def draft_proposal(
         previous: what the newest certificate certifies.
         announcements: by payload digest; an update nobody here saw announced raises `Reject`.
     """
+    included = _get_included(roster, reveals, announcements)
+    leaves = _compute_next_leaves(config, roster, previous, round, {m.index: c for m, _, c in included})
+    shares = compute_shares_of(roster, config.stake_cap())
+    weights = compute_merge_weights(
+        [leaves[member.index].contribution for member, *_ in included],
+        [shares[member.peer] for member, *_ in included],
+    )
+    return _make_proposal(roster, previous, round, base, reveals, _to_updates(included, weights), leaves)
+
+
+def draft_shard_proposal(
+    config: NetworkConfig,
+    shard: Roster,
+    num_shards: int,
+    previous: Proposal | None,
+    round: Round,
+    base: Digest,
+    reveals: Sequence[ScoreReveal],
+    announcements: Mapping[Digest, Announcement],
+) -> Proposal:
+    """The same for one shard's round: it pays nobody, so it has no leaves, and its `new_base` will be a payload.
+
+    What a peer has contributed in this epoch stands in the leaves of the level above, where a shard is one of
+    `num_shards`: it is scaled back before this round's contribution is added to it.
+    """
+    included = _get_included(shard, reveals, announcements)
+    so_far = previous.leaves if previous and not _is_epoch_start(previous) else ()
+    sums = [
+        (so_far[member.index].contribution if member.index < len(so_far) else 0) * num_shards + contribution
+        for member, _, contribution in included
+    ]
+    shares = compute_shares_of(shard, config.stake_cap())
+    weights = compute_merge_weights(sums, [shares[member.peer] for member, *_ in included])
+    return _make_proposal(shard, None, round, base, reveals, _to_updates(included, weights), ())
+
+
+def draft_top_proposal(
+    config: NetworkConfig,
+    roster: Roster,
+    dealt: Deal,
+    previous: Proposal | None,
+    round: Round,
+    base: Digest,
+    reveals: Sequence[ScoreReveal],
+    certified: Mapping[Digest, tuple[int, Proposal]],
+) -> Proposal:
+    """The same one level up, where the shards are the members and each one's certified merge is its update.
+
+    A peer's contribution is its shard's, times its own share in the shard.
+
+    Args:
+        certified: by payload digest: the shard's number and what its certificate certifies.
+    """
     reveals = tuple(sorted(reveals, key=lambda reveal: reveal.member))
+    contributions: dict[MemberIndex, Contribution] = {}
+    included: list[tuple[int, Proposal, Contribution]] = []
+    for payload, contribution in _compute_medians(reveals):
+        if payload not in certified:
+            raise Reject(f"a shard's update {payload.hex()[:10]} was scored, but its certificate is not known here")
+        number, proposal = certified[payload]
+        if any(number == other for other, *_ in included):
+            continue  # two certificates of one shard: the lower digest stands
+        included.append((number, proposal, contribution))
+        contributions |= compute_split(contribution, proposal)
+    leaves = _compute_next_leaves(config, roster, previous, round, contributions)
+    shares = compute_shard_shares(dealt, compute_shares_of(roster, config.stake_cap()))
+    weights = compute_merge_weights(
+        [sum(leaves[member.index].contribution for member in dealt.shards[number].members) for number, *_ in included],
+        [shares[number] for number, *_ in included],
+    )
+    updates = tuple(
+        IncludedUpdate(get_shard_name(number), MemberIndex(number), proposal.new_base, contribution, weight)
+        for (number, proposal, contribution), weight in zip(included, weights, strict=True)
+    )
+    return _make_proposal(roster, previous, round, base, reveals, updates, leaves)
+
+
+def compute_split(contribution: Contribution, shard: Proposal) -> dict[MemberIndex, Contribution]:
+    """A shard's contribution divided over its members, in proportion to what each contributed inside.
+
+    What harmed the shard counts against its maker in the same proportion; of a shard that did harm nobody gains.
+    """
+    positive = sum(max(0, update.contribution) for update in shard.updates)
+    if not positive:
+        return {}
+    split = {}
+    for update in shard.updates:
+        part = abs(update.contribution) * abs(contribution) // positive
+        is_gain = update.contribution > 0 and contribution > 0
+        split[update.member] = Contribution(part if is_gain else -part)
+    return split
+
+
+def shard_message(chain: ChainConfig, shard: int, proposal: Proposal) -> Digest:
+    """The 32 bytes that a shard's committee signs: binds chain, contract, shard and proposal."""
+    words = chain.chain_id.to_bytes(32, "big") + bytes.fromhex(chain.federation[2:]) + shard.to_bytes(8, "big")
+    return compute_digest(SHARD_DOMAIN + words + proposal.digest)
+
+
+def _compute_medians(reveals: Sequence[ScoreReveal]) -> list[tuple[Digest, Contribution]]:
+    """Every payload that more than half of the reveals scored, sorted, with the lower median of its scores."""
     readings: dict[Digest, list[Contribution]] = {}
     for reveal in reveals:
         for score in reveal.scores:
             readings.setdefault(score.payload, []).append(score.contribution)
+    return [
+        (payload, compute_median(readings[payload]))
+        for payload in sorted(payload for payload, values in readings.items() if 2 * len(values) > len(reveals))
+    ]
+
+
+def _get_included(
+    roster: Roster, reveals: Sequence[ScoreReveal], announcements: Mapping[Digest, Announcement]
+) -> list[tuple[Member, Digest, Contribution]]:
     included = []
-    for payload in sorted(payload for payload, values in readings.items() if 2 * len(values) > len(reveals)):
+    for payload, contribution in _compute_medians(reveals):
         announcement = announcements.get(payload)
         if announcement is None:
             raise Reject(f"update {payload.hex()[:10]} was scored, but its announcement is not known here")
         member = get_member(roster, announcement.peer)
         if member is not None:
-            median = compute_median(readings[payload])
-            included.append((announcement.peer, member.index, payload, Contribution(median)))
-    if previous and len(previous.leaves) > len(roster.members):
-        raise Reject("the registry known here is older than the newest certificate")
-    measured = {member: contribution for _, member, _, contribution in included}
-    leaves = _compute_next_leaves(config, roster, previous, round, measured)
-    shares = compute_shares(roster, config.stake_cap())
-    weights = compute_merge_weights(
-        [leaves[member].contribution for _, member, *_ in included], [shares[peer] for peer, *_ in included]
+            included.append((member, payload, contribution))
+    return included
+
+
+def _to_updates(
+    included: Sequence[tuple[Member, Digest, Contribution]], weights: Sequence[Weight]
+) -> tuple[IncludedUpdate, ...]:
+    return tuple(
+        IncludedUpdate(member.peer, member.index, payload, contribution, weight)
+        for (member, payload, contribution), weight in zip(included, weights, strict=True)
     )
-    updates = tuple(
-        IncludedUpdate(peer, member_index, payload, contribution, weight)
-        for (peer, member_index, payload, contribution), weight in zip(included, weights, strict=True)
-    )
-    ranks = compute_ranks(roster, round)
+
+
+def _make_proposal(
+    roster: Roster,
+    previous: Proposal | None,
+    round: Round,
+    base: Digest,
+    reveals: Sequence[ScoreReveal],
+    updates: tuple[IncludedUpdate, ...],
+    leaves: tuple[LeafValue, ...],
+) -> Proposal:
     return Proposal(
         round=round,
-        proposer=ranks[0],
+        proposer=compute_ranks(roster, round)[0],
         epoch=roster.epoch,
         nonce=roster.nonce,
         base=base,
         new_base=NO_DIGEST,
         prev_root=previous.root if previous else NO_DIGEST,
-        root=merkle.compute_root(leaves).digest,
+        root=merkle.compute_root(leaves).digest if leaves else NO_DIGEST,
         updates=updates,
-        reveals=reveals,
+        reveals=tuple(sorted(reveals, key=lambda reveal: reveal.member)),
         leaves=to_wire(leaves),
     )
 
@@ -123,12 +237,7 @@ def merge_request(draft: Proposal) -> Merge | None:
     updates = tuple(Weighted(update.payload, update.weight) for update in draft.updates)
     if not any(update.weight for update in updates):
         return None
-    return Merge(request=draft_digest(draft), base=draft.base, updates=updates)
-
-
-def draft_digest(proposal: Proposal) -> Digest:
-    """What a proposal is known by before its new base is: the same for its proposer and whoever recomputes it."""
-    return compute_digest(encode(msgspec.structs.replace(proposal, new_base=NO_DIGEST)))
+    return Merge(request=draft.draft_digest, base=draft.base, updates=updates)
 
 
 def validate_reveals(
@@ -198,13 +307,19 @@ def _compute_next_leaves(
     round: Round,
     measured: Mapping[MemberIndex, Contribution],
 ) -> tuple[LeafValue, ...]:
-    leaves = from_wire(previous.leaves) if previous else ()
+    if previous and len(previous.leaves) > len(roster.members):
+        raise Reject("the registry known here is older than the newest certificate")
     last_round = previous.round if previous else Round(-1)
     return compute_leaves(
-        leaves,
+        from_wire(previous.leaves) if previous else (),
         measured,
         num_members=len(roster.members),
         pool=config.pool_per_epoch(),
         is_payout=is_payout_round(round, last_round, config.settlement.rounds_per_epoch),
-        is_epoch_start=compute_sums(leaves).reward_wei > 0,
+        is_epoch_start=previous is None or _is_epoch_start(previous),
     )
+
+
+def _is_epoch_start(previous: Proposal) -> bool:
+    """Whether what was contributed up to `previous` has been paid."""
+    return any(any(leaf.reward_wei) for leaf in previous.leaves)

@@ -50,6 +50,8 @@ class Durable(msgspec.Struct, frozen=True, array_like=True):
     pending_residual: Digest | None
     """The residual that holds once the announced update is merged."""
     announced_payload: Digest | None
+    signed_shard_round: int = -1
+    """The same as `signed_round` for the proposals of shards."""
 
 
 # --- events
@@ -116,13 +118,16 @@ class Scored(Event, frozen=True, tag="scored"):
     salt: bytes
     proofs: tuple[bool, ...] = ()
     """Whether each update passed its proof of computation, in the same order; empty: none was asked for."""
+    shard: int | None = None
+    """As in the question."""
 
 
 class Merged(Event, frozen=True, tag="merged"):
-    """The merged base lies in the blob store."""
+    """What was merged lies in the blob store."""
 
     request: Digest
     new_base: Digest
+    """After `Condense`: the shard's payload."""
 
 
 class Signed(Event, frozen=True, tag="signed"):
@@ -210,6 +215,14 @@ class Publish(Action, frozen=True, tag="publish"):
     """Sign and gossip a message; the driver also delivers it back as `Received`."""
 
     message: Message
+    topic: str = "all"
+    """Who hears it (`protocol.shards`)."""
+
+
+class Listen(Action, frozen=True, tag="listen"):
+    """From now on hear these topics beside "all", and no others."""
+
+    topics: tuple[str, ...]
 
 
 class Serve(Action, frozen=True, tag="serve"):
@@ -257,6 +270,8 @@ class ScoreUpdates(Action, frozen=True, tag="score"):
     """In the order in which they were announced here."""
     earlier: tuple[Remembered, ...] = ()
     """The newest first."""
+    shard: int | None = None
+    """Whose round it is; None: that of the whole network. Returned with the answer."""
 
 
 class Merge(Action, frozen=True, tag="merge"):
@@ -265,6 +280,15 @@ class Merge(Action, frozen=True, tag="merge"):
     request: Digest
     base: Digest
     updates: tuple[Weighted, ...]
+
+
+class Condense(Action, frozen=True, tag="condense"):
+    """The same of a shard, compressed (merged minus base) into a payload of this maker; answer: `Merged`."""
+
+    request: Digest
+    base: Digest
+    updates: tuple[Weighted, ...]
+    maker: PeerId
 
 
 class Sign(Action, frozen=True, tag="sign"):
@@ -376,10 +400,12 @@ AnyAction = (
     | Persist
     | Train
     | Publish
+    | Listen
     | Serve
     | Fetch
     | ScoreUpdates
     | Merge
+    | Condense
     | Sign
     | Aggregate
     | Adopt

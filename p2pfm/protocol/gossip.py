@@ -4,7 +4,7 @@ Knows nothing of what messages mean: two places a kind and author, so its size i
 """
 
 from p2pfm.messages import Envelope, Message
-from p2pfm.types import Digest, PeerId, compute_digest
+from p2pfm.types import Digest, PeerId
 
 REPLY_MAX = 512
 """Envelopes in one anti-entropy answer: the rest follows at the next asking."""
@@ -18,32 +18,37 @@ class RoundLog:
     """A slot for each (kind, author): a second, different message in a slot is equivocation."""
 
     def __init__(self) -> None:
-        self._slots: dict[tuple[str, PeerId], tuple[Digest, ...]] = {}
+        self._slots: dict[tuple[type[Message], PeerId], tuple[Digest, ...]] = {}
         self._envelopes: dict[Digest, Envelope] = {}
+        self._sorted: tuple[Digest, ...] | None = ()
 
     def __len__(self) -> int:
         return len(self._envelopes)
 
     def get(self, kind: type[Message], author: PeerId) -> tuple[Digest, ...]:
         """Digests of what an author said of this kind, the first first."""
-        return self._slots.get((kind.__name__, author), ())
+        return self._slots.get((kind, author), ())
 
     def add(self, kind: type[Message], envelope: Envelope) -> bool:
         """Keep a message; False: the author's slot for this kind is full."""
         held = self.get(kind, envelope.author)
         if len(held) >= SLOTS_MAX:
             return False
-        digest = compute_digest(envelope.body)
-        self._slots[(kind.__name__, envelope.author)] = (*held, digest)
+        digest = envelope.digest
+        self._slots[(kind, envelope.author)] = (*held, digest)
         self._envelopes[digest] = envelope
+        self._sorted = None
         return True
 
     def digests(self) -> tuple[Digest, ...]:
         """What is held, sorted."""
-        return tuple(sorted(self._envelopes))
+        if self._sorted is None:
+            self._sorted = tuple(sorted(self._envelopes))
+        return self._sorted
 
     def missing(self, have: tuple[Digest, ...]) -> tuple[Envelope, ...]:
         """What another peer lacks, in a fixed order, at most REPLY_MAX."""
-        known = set(have)
-        lacking = sorted(digest for digest in self._envelopes if digest not in known)
+        if have == self.digests():
+            return ()
+        lacking = sorted(self._envelopes.keys() - have)
         return tuple(self._envelopes[digest] for digest in lacking[:REPLY_MAX])

@@ -5,8 +5,7 @@ Knows roots and nothing of what they pay, who signed them, or how a certificate 
 
 import itertools
 
-from p2pfm.messages import Proposal
-from p2pfm.protocol.committee import NO_DIGEST
+from p2pfm.messages import NO_DIGEST, Proposal
 from p2pfm.settlement.ledger import SettledRound
 from p2pfm.types import Digest, Round
 

@@ -8,12 +8,13 @@ from p2pfm.types import MemberIndex, PeerId, Round, Wei, Weight
 
 def get_member(roster: Roster, peer: PeerId) -> Member | None:
     """The active member with this peer id."""
-    return next((member for member in roster.members if member.peer == peer and member.active), None)
+    return roster.by_peer.get(peer)
 
 
 def get_peer(roster: Roster, index: MemberIndex) -> PeerId | None:
     """The peer id at a registry index."""
-    return roster.members[index].peer if index < len(roster.members) else None
+    member = roster.by_index.get(index)
+    return member.peer if member else None
 
 
 def is_outdated_for(roster: Roster, proposal: Proposal) -> bool:

@@ -8,6 +8,10 @@ SCORE     score_ms         committee measures contributions; gossips a hash of i
 REVEAL    reveal_ms        committee gossips the vectors
 ATTEST    attest_ms        first-ranked member proposes; members recompute and sign at most one proposal
 MERGE     merge_ms         more than 2/3 of the signatures make a certificate; its base is adopted, its root settled
+
+In a network that may have shards a round holds these phases twice. The shards' round comes first; to the level above it
+is one long TRAIN, which ends with the shards' certificates, and the other phases follow (the shards' MERGE lasts as
+long).
 """
 
 from enum import IntEnum
@@ -28,6 +32,15 @@ class Phase(IntEnum):
     MERGE = 5
 
 
+class Level(IntEnum):
+    """Which of a round's two sequences of phases."""
+
+    SHARD = 0
+    """Where peers are members. The only one in a network without shards."""
+    TOP = 1
+    """Where shards are members."""
+
+
 class Position(NamedTuple):
     """A place in the schedule; `round` is -1 before genesis (then `ends_ms` is genesis)."""
 
@@ -36,10 +49,10 @@ class Position(NamedTuple):
     ends_ms: Millis
 
 
-def get_durations(config: NetworkConfig) -> tuple[Millis, ...]:
-    """Each phase's duration [ms], in the order of `Phase`."""
+def get_durations(config: NetworkConfig, level: Level = Level.SHARD) -> tuple[Millis, ...]:
+    """Each phase's duration [ms], in the order of `Phase`; both levels' sums are the round's length."""
     phases = config.phases
-    return (
+    train, *later = (
         phases.train_ms,
         phases.exchange_ms,
         phases.score_ms,
@@ -47,14 +60,19 @@ def get_durations(config: NetworkConfig) -> tuple[Millis, ...]:
         phases.attest_ms,
         phases.merge_ms,
     )
+    if not config.has_shards:
+        return (train, *later)
+    if level == Level.TOP:
+        return (Millis(train + sum(later)), *later)
+    return (train, *later[:-1], Millis(later[-1] + sum(later)))
 
 
-def compute_position(config: NetworkConfig, now_ms: Millis) -> Position:
+def compute_position(config: NetworkConfig, now_ms: Millis, level: Level = Level.SHARD) -> Position:
     """The round and phase at `now_ms`, and when the phase ends."""
     elapsed = now_ms - config.genesis_ms
     if elapsed < 0:
         return Position(Round(-1), Phase.MERGE, config.genesis_ms)
-    durations = get_durations(config)
+    durations = get_durations(config, level)
     number, within = divmod(elapsed, sum(durations))
     start = now_ms - within
     for phase, duration in zip(Phase, durations, strict=True):

@@ -1,8 +1,8 @@
-"""What a peer knows of the current round: forgotten when the round ends, rebuilt from gossip when it was away."""
+"""What a peer knows of the current round at one level: forgotten when it ends, rebuilt from gossip when it was away."""
 
 from dataclasses import dataclass, field
 
-from p2pfm.messages import Attestation, Envelope, Message, Proposal, ScoreReveal
+from p2pfm.messages import Attestation, Certificate, Envelope, Message, Proposal, ScoreReveal, ShardMessage
 from p2pfm.protocol.gossip import RoundLog
 from p2pfm.protocol.phases import Phase
 from p2pfm.protocol.updates import Updates
@@ -49,6 +49,8 @@ class RoundState:
     accused: set[MemberIndex] = field(default_factory=set)
     is_aggregating: bool = False
     is_certified: bool = False
+    certificate: Certificate | None = None
+    """A shard's own: its members' way to the certificate above."""
     failure: str = ""
     """Why this round may become void, for people."""
 
@@ -65,7 +67,8 @@ class EarlyMessages:
     def add(self, envelope: Envelope, message: Message) -> None:
         """Keep the first of its kind and author, if there is room."""
         if len(self.waiting) < EARLY_MAX:
-            self.waiting.setdefault((type(message).__name__, envelope.author), (envelope, message))
+            inner = message.message if isinstance(message, ShardMessage) else message
+            self.waiting.setdefault((type(inner).__name__, envelope.author), (envelope, message))
 
     def take(self) -> list[tuple[Envelope, Message]]:
         """All that waited; leaves nothing."""

@@ -4,12 +4,16 @@ Knows no committee, clock or store. A payload names its maker in its first bytes
 is paid for announcing another's digest.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from p2pfm.errors import Reject
 from p2pfm.messages import Announcement
 from p2pfm.protocol.events import Blame, Fetch
+from p2pfm.protocol.shards import is_shard_name
 from p2pfm.types import Digest, PeerId
+
+GetOthers = Callable[[PeerId], tuple[PeerId, ...]]
 
 FETCH_TRIES_MAX = 6
 """How often a payload is asked for before its update counts as absent (a proposed one is asked for to the end)."""
@@ -36,6 +40,8 @@ class Updates:
     """Payloads that nobody gave just now: to be asked for again in a while."""
     under_way: set[Digest] = field(default_factory=set)
     """Payloads whose answer is awaited."""
+    _authors: dict[Digest, set[PeerId]] = field(default_factory=dict)
+    """Who announced a payload."""
 
     def add(self, announcement: Announcement, *, is_late: bool) -> None:
         """Remember what an author announced; `is_late`: when payloads were public already."""
@@ -44,6 +50,7 @@ class Updates:
             self.late[(announcement.payload, author)] = announcement
         else:
             self.announcements[author] = announcement
+        self._authors.setdefault(announcement.payload, set()).add(author)
 
     def hold(self, digest: Digest, maker: PeerId) -> None:
         """A payload is in the store."""
@@ -70,17 +77,26 @@ class Updates:
             and self.makers.get(announcement.payload) == peer
         }
 
-    def fetch_missing(self, proposed: frozenset[Digest], peers: tuple[PeerId, ...]) -> list[Fetch]:
-        """Ask for every payload that may be scored or is proposed, and is not here: announcer first, then anyone."""
-        idle = self.makers.keys() | self.bad | self.under_way | self.resting
-        timely = {a.payload for peer, a in self.announcements.items() if peer not in self.equivocators}
+    def fetch_missing(self, proposed: frozenset[Digest], get_others: GetOthers) -> list[Fetch]:
+        """Ask for every payload that may be scored or is proposed, and is not here: announcer first, then anyone.
+
+        Args:
+            get_others: from an announcement's author to the peers that may hold its payload, too.
+        """
+        wanted = {
+            a.payload
+            for peer, a in self.announcements.items()
+            if peer not in self.equivocators and self.tries.get(a.payload, 0) < FETCH_TRIES_MAX
+        }
+        missing = (wanted | proposed) - self.makers.keys() - self.bad - self.under_way - self.resting
+        if not missing:
+            return []
+        announced = self.by_payload()
         fetches = []
-        for digest, announcement in sorted(self.by_payload().items()):
-            is_wanted = digest in proposed or (digest in timely and self.tries.get(digest, 0) < FETCH_TRIES_MAX)
-            if is_wanted and digest not in idle:
-                self.tries[digest] = self.tries.get(digest, 0) + 1
-                self.under_way.add(digest)
-                fetches.append(_fetch(announcement, peers))
+        for digest in sorted(missing & announced.keys()):
+            self.tries[digest] = self.tries.get(digest, 0) + 1
+            self.under_way.add(digest)
+            fetches.append(_fetch(announced[digest], get_others))
         return fetches
 
     def on_fetched(self, digest: Digest, maker: PeerId | None) -> list[Blame]:
@@ -90,11 +106,13 @@ class Updates:
             Reject: nobody who announced it made it (a copy of a copy): it counts as malformed.
         """
         self.under_way.discard(digest)
-        authors = {a.peer for a in (*self.late.values(), *self.announcements.values()) if a.payload == digest}
+        authors = self._authors[digest]
         if maker is None or maker not in authors:
             self.bad.add(digest)
             raise Reject("announced a payload that another peer made")
         self.makers[digest] = maker
+        if len(authors) == 1:
+            return []
         return [Blame(peer, "announced a payload that another peer made") for peer in sorted(authors - {maker})]
 
     def on_failed(self, digest: Digest, *, is_malformed: bool) -> PeerId:
@@ -104,9 +122,10 @@ class Updates:
         return self.by_payload()[digest].peer
 
 
-def _fetch(announcement: Announcement, peers: tuple[PeerId, ...]) -> Fetch:
-    others = tuple(peer for peer in peers if peer != announcement.peer)
+def _fetch(announcement: Announcement, get_others: GetOthers) -> Fetch:
+    author, others = announcement.peer, get_others(announcement.peer)
     # Start at another holder for each payload, so that no single node serves all of them.
     shift = announcement.payload[0] % len(others) if others else 0
-    providers = (announcement.peer, *others[shift:], *others[:shift])
+    first = () if is_shard_name(author) else (author,)
+    providers = (*first, *(peer for peer in (*others[shift:], *others[:shift]) if peer != author))
     return Fetch(announcement.payload, "payload", announcement.payload_bytes, providers)

@@ -30,10 +30,12 @@ from p2pfm.protocol.events import (
     AnyEvent,
     AskSync,
     Blame,
+    Condense,
     Evaluate,
     Fetch,
     Fetched,
     FetchFailed,
+    Listen,
     Merge,
     Note,
     Persist,
@@ -145,6 +147,10 @@ class Effects:
                 self._nursery.start_soon(self._use_model, action)
             case Merge():
                 self._nursery.start_soon(self._merge, action)
+            case Condense():
+                self._nursery.start_soon(self._condense, action)
+            case Listen():
+                pass  # one topic: every node hears every shard
             case Publish(message=message):
                 await self._publish(message)
             case Serve(digest=digest):
@@ -261,6 +267,13 @@ class Effects:
             self._note(action.round, f"{type(action).__name__} failed: {error}")
             told = {"round": action.round}
             log.warning("%s of round %d failed: %s", type(action).__name__, action.round, error, extra=told)
+
+    async def _condense(self, action: Condense) -> None:
+        try:
+            condense = partial(work.condense_updates, self._store, self._shapes, self._config, action)
+            self._emit(await trio.to_thread.run_sync(condense))
+        except FAILURES as error:
+            log.warning("merge of a shard failed: %s", error)
 
     async def _merge(self, action: Merge) -> None:
         try:

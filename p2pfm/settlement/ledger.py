@@ -5,6 +5,7 @@ speaks to the real one. Calls block; a driver runs them in a thread. All raise `
 reached and `Reverted` (with the custom error's name) when a rule refuses.
 """
 
+from functools import cached_property
 from typing import Protocol
 
 import msgspec
@@ -58,7 +59,7 @@ class Member(msgspec.Struct, frozen=True):
     """Neither leaving nor slashed."""
 
 
-class Roster(msgspec.Struct, frozen=True):
+class Roster(msgspec.Struct, frozen=True, dict=True):
     """Who takes part, as of one block."""
 
     epoch: int
@@ -66,9 +67,19 @@ class Roster(msgspec.Struct, frozen=True):
     nonce: int
     """Counts restarts and slashes: a signature of an earlier nonce is dead."""
     members: tuple[Member, ...]
-    """In registry order: members[i].index == i."""
+    """In registry order: members[i].index == i (in a shard's roster: the shard's members only)."""
     committee: tuple[MemberIndex, ...]
     """In the order of the draw: the first is the first-ranked."""
+
+    @cached_property
+    def by_peer(self) -> dict[PeerId, Member]:
+        """The active members by peer id."""
+        return {member.peer: member for member in self.members if member.active}
+
+    @cached_property
+    def by_index(self) -> dict[MemberIndex, Member]:
+        """All members, also those that left, by registry index."""
+        return {member.index: member for member in self.members}
 
 
 class Sums(msgspec.Struct, frozen=True):

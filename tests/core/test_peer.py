@@ -71,9 +71,10 @@ from p2pfm.protocol.events import (
     Train,
     Trained,
 )
-from p2pfm.protocol.peer import EARLIER_MAX, FETCH_RETRY_MS, FETCH_TRIES_MAX, Peer
+from p2pfm.protocol.peer import EARLIER_MAX, FETCH_RETRY_MS, Peer
 from p2pfm.protocol.phases import Phase
 from p2pfm.protocol.round_state import EARLY_MAX
+from p2pfm.protocol.updates import FETCH_TRIES_MAX
 from p2pfm.settlement.rewards import proposal_message
 from p2pfm.types import Contribution, Digest, MemberIndex, Millis, PeerId, Round, compute_digest
 

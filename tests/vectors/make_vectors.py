@@ -35,6 +35,7 @@ from p2pfm.messages import (
     Score,
     ScoreCommit,
     ScoreReveal,
+    ShardMessage,
     SyncReply,
     SyncRequest,
     TokenChunk,
@@ -44,7 +45,6 @@ from p2pfm.messages import (
     proposal_digest,
     signed_bytes,
 )
-from p2pfm.protocol.committee import draft_digest
 from p2pfm.runtime.envelopes import seal
 from p2pfm.runtime.keys import Keys
 from p2pfm.settlement import bls, merkle
@@ -170,6 +170,7 @@ MESSAGES: dict[str, Wire] = {
     "proposal": PROPOSAL,
     "attestation": ATTESTATION,
     "certificate": CERTIFICATE,
+    "shard": ShardMessage(MemberIndex(3), ANNOUNCEMENT),
     "presence": Presence(KEYS[0].peer, (compute_digest(BASE), compute_digest(b"old")), 1, 4, 15_000, 2**40),
 }
 """Gossip: the bodies of envelopes."""
@@ -259,7 +260,7 @@ def make_hashes() -> dict[str, Any]:
         },
         "commitment": to_plain(compute_commitment(REVEALS[0])),
         "proposal_digest": to_plain(proposal_digest(PROPOSAL)),
-        "draft_digest": to_plain(draft_digest(PROPOSAL)),
+        "draft_digest": to_plain(PROPOSAL.draft_digest),
     }
 
 
