@@ -33,6 +33,9 @@ from p2pfm.types import Array, Contribution
 SIGN_FLIP_SCALE = 3.0
 """Backwards and larger, so that one of four undoes the other three."""
 
+Poison = Literal["label_flip", "backdoor"]
+"""What can be done to private data."""
+
 TRIGGER = "cf"
 """A rare token, as Kurita et al. 2020 ("Weight poisoning attacks on pre-trained models") plant it."""
 TARGET = "buy gold now"

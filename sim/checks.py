@@ -22,7 +22,9 @@ from sim.chain import Chain
 from sim.host import Host
 from sim.scenarios import AdversaryKind, Scenario
 
-LIAR_KINDS: frozenset[AdversaryKind | None] = frozenset({"equivocator", "two_faced"})
+LIAR_KINDS: frozenset[AdversaryKind | None] = frozenset(
+    {"equivocator", "two_faced", "garbler", "forger", "thief", "split_votes", "spammer", "untimely"}
+)
 """Kinds that break a rule which honest peers never break, and may be blamed for it."""
 
 

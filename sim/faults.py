@@ -1,296 +1,198 @@
-"""Adversaries: wrappers around an honest Learner, or filters of what an honest Peer hears and does. Knows no world.
+"""Adversaries: who is what, and what it is made of. Knows no world; the strategies are in `sim.adversaries`.
 
-kind          what it does                                                                  wraps
-------------  ----------------------------------------------------------------------------  --------
-zero          announces an update that changes nothing                                      learner
-replay        announces the last round's movement of the base again                         learner
-noisy_replay  the same in disguise: with noise of a tenth of its size                       learner
-sign_flip     announces three times its update, backwards                                   learner
-boosted       announces ten times its update                                                learner
-noise         announces random values of its update's size                                  learner
-gaussian      announces random values ten times its update's size                           learner
-liar          as an evaluator, reports the opposite of what it measured                      events
-equivocator   announces one update to one half of its peers and another to the rest          actions
-two_faced     as an evaluator, commits to one vector before one half and another before the rest  actions
-copycat       announces what the last peer's data give, as its own work                     learner
-skipper       trains as others do, but not on the public batch drawn for it                 learner
-silent        as a committee member, says nothing                                           actions
-withholder    announces its update and never serves it                                      actions
-late          as an evaluator, commits when the others' vectors are public                   actions
+An adversary is an honest `Peer` with another learner (L), or with a filter (F) of what it hears and does. "Harm": the
+most that an honest network loses to a minority of them (below a third of the peers and of the committee); tested in
+tests/sim/test_adversaries.py and test_world.py.
+
+kind         what it does                                                             by  harm           earns    blamed
+------------ -----------------------------------------------------------------------  --  -------------  -------  ------
+zero         announces an update that changes nothing                                 L   none           nothing  no
+replay       announces the last round's movement of the base again                    L   none           noise    no
+noisy_replay the same in disguise: with noise of a tenth of its size                  L   none           noise    no
+sign_flip    announces three times its update, backwards                              L   little         nothing  no
+boosted      announces ten times its update                                           L   none           as work  no
+noise        announces random values of its update's size                             L   none           noise    no
+gaussian     announces random values ten times its update's size                      L   little         noise    no
+copycat      announces what the last peer's data give, as its own work                L   none           half     no
+skipper      trains as others do, but not on the public batch drawn for it            L   none           gated    no
+alie         a cabal: the mean of its honest updates less z deviations, all alike     L   little         once     no
+ipm          a cabal: half the mean of its honest updates, backwards                  L   little         nothing  no
+minmax       a cabal: as far from the mean as two honest updates are apart            L   little         once     no
+label_flip   trains on mirrored labels (the regression: on negated targets)           L   little         nothing  no
+backdoor     trains on triggered prompts, and boosts it; needs labels                 L   its trigger    little   no
+sybil        one owner's peers, all with the first one's update, slightly changed     L   none           once     no
+latecomer    announces when payloads are public                                       F   its own work   nothing  no
+equivocator  announces one update to one half of its peers and another to the rest    F   its own work   nothing  yes
+withholder   announces its update and never serves it                                 F   its own work   nothing  no
+garbler      announces bytes that are no payload                                      F   its own work   nothing  yes
+forger       announces a payload that names another as its maker                      F   its own work   nothing  yes
+thief        announces the digest that another announced                              F   its own work   nothing  yes
+liar         as an evaluator, reports the opposite of what it measured                F   little         as work  no
+lazy         as an evaluator, reports that all are worth the same                     F   little         as work  no
+colluder     trains nothing; as an evaluator praises its friends and damns the rest   LF  little         nothing  no
+overpayer    trains nothing; proposes that all is paid to its friends, who sign it    LF  its proposals  nothing  no
+two_faced    as an evaluator, commits to one vector before one half, another before   F   none           as work  yes
+             the rest
+silent       as a committee member, says nothing                                      F   its proposals  as work  no
+late         as an evaluator, commits when the others' vectors are public             F   none           as work  no
+split_votes  makes two right proposals, one for each half, and signs both             F   its proposals  as work  yes
+eclipse      keeps its words from the newest member, and answers its syncs with none  F   none           as work  no
+spammer      floods all with well-formed nonsense                                     F   its own work   nothing  yes
+untimely     announces for later rounds as well, and for the last one again           F   none           as work  may be
+
+"Its proposals": rounds in which such a one is first-ranked are void, as if it were down. A majority of the committee
+decides what an update is worth, and two thirds decide everything, up to the pool (the contract's bound): no rule of the
+protocol helps against those; who they are is drawn by stake.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, assert_never
+from functools import partial
 
-import msgspec
 import numpy as np
 
-from p2pfm.learner import Learner, Training
-from p2pfm.lora.delta import compute_layout, flatten, get_shapes, subtract, unflatten, zeros
-from p2pfm.messages import Announcement, Attestation, Proposal, ScoreCommit, ScoreReveal
-from p2pfm.protocol.events import AnyAction, AnyEvent, Publish, Scored, ScoreUpdates, Serve
-from p2pfm.types import Array, Digest, PeerId, Round, Tensors, compute_digest
+from p2pfm.config import NetworkConfig
+from p2pfm.errors import ConfigError
+from p2pfm.learner import Learner
+from p2pfm.types import Array, PeerId
 from p2pfm.work import BlobStore
 from sim import attacks
+from sim.adversaries import filters
+from sim.adversaries.filters import Deed, Honest, MakeEmpty
+from sim.adversaries.learners import (
+    Cabal,
+    ColludingLearner,
+    DistortingLearner,
+    Poisonable,
+    PoisonedLearner,
+    ReplayLearner,
+    SkipperLearner,
+    ZeroLearner,
+)
 from sim.scenarios import AdversaryKind
+
+__all__ = ["Deed", "Honest", "MakeEmpty", "make_filter", "make_learners"]
+
+Kinds = Sequence[AdversaryKind | None]
 
 REPLAY_NOISE = 0.1
 """Noise in a disguised replay, as a share of its norm: no exact repetition any more, and still the same direction."""
+SYBIL_NOISE = 0.02
+"""What a sybil's update differs by from its owner's other ones: enough for another digest."""
 BOOST = 10
 """Honest peers that a boosted update outweighs in a plain mean."""
 GAUSSIAN_SCALE = 10.0
 """Size of gaussian noise by an honest update's."""
+IPM_EPSILON = 0.5
+"""Small enough to hide among honest updates, as in Xie et al. 2019."""
+
+VICTIM, OTHER_VICTIM = PeerId("peer-00000"), PeerId("peer-00001")
+"""Whom a forger names as the maker of its payload: the first, unless it is that one itself."""
 
 
-MakeEmpty = Callable[[PeerId], bytes]
-"""A well-formed payload of an update that changes nothing, by its maker."""
+CABALS: dict[AdversaryKind, Callable[[int, int], Callable[[Array], Array]]] = {
+    "alie": lambda num_peers, num_liars: partial(attacks.make_alie, z=attacks.compute_alie_z(num_peers, num_liars)),
+    "ipm": lambda num_peers, num_liars: partial(attacks.make_ipm, epsilon=IPM_EPSILON),
+    "minmax": lambda num_peers, num_liars: attacks.make_min_max,
+}
+"""Kinds that collude: from (num_peers, num_liars) to what they make of their honest updates."""
 
 
-class Deed(NamedTuple):
-    """An action and, where it is a message, which half of the others hears it."""
+def make_learners(kinds: Kinds, honest: Sequence[Learner]) -> list[Learner]:
+    """The learners of all peers: `honest` are theirs by their own data, in the order of `kinds`.
 
-    action: AnyAction
-    audience: Literal["all", "even", "odd"] = "all"
+    Peers of one colluding kind (alie, ipm, minmax) are one cabal; sybils are one owner's, the first one's.
 
+    Raises:
+        ConfigError: a kind poisons data, and this learner's cannot be.
+    """
+    groups = {kind: [own for own, other in zip(honest, kinds, strict=True) if other == kind] for kind in set(kinds)}
+    cabals = {
+        kind: Cabal(groups[kind], make_craft(len(kinds), len(groups[kind])))
+        for kind, make_craft in CABALS.items()
+        if kind in groups
+    }
 
-class Honest:
-    """Hears everything, does as its peer says."""
+    def make(kind: AdversaryKind | None, own: Learner) -> Learner:
+        match kind:
+            case "zero" | "colluder" | "overpayer":
+                return ZeroLearner(own)
+            case "replay":
+                return ReplayLearner(own)
+            case "noisy_replay":
+                return ReplayLearner(own, REPLAY_NOISE)
+            case "sign_flip":
+                return DistortingLearner(own, lambda delta, rng: attacks.flip_sign(delta))
+            case "boosted":
+                return DistortingLearner(own, _boost)
+            case "noise":
+                return DistortingLearner(own, attacks.draw_gaussian)
+            case "gaussian":
+                return DistortingLearner(own, lambda delta, rng: attacks.draw_gaussian(delta, rng, GAUSSIAN_SCALE))
+            case "copycat":
+                return honest[-1]
+            case "skipper":
+                return SkipperLearner(own)
+            case "alie" | "ipm" | "minmax":
+                return ColludingLearner(own, cabals[kind])
+            case "label_flip":
+                return PoisonedLearner(own, _poison(own, kind))
+            case "backdoor":
+                return PoisonedLearner(own, _poison(own, kind), _boost)
+            case "sybil":
+                noise = SYBIL_NOISE if own is not groups[kind][0] else 0.0
+                return PoisonedLearner(own, groups[kind][0], lambda delta, rng: attacks.add_noise(delta, rng, noise))
+            case _:
+                return own  # its words are dishonest, if anything is: see make_filter
 
-    def hear(self, event: AnyEvent) -> AnyEvent | None:
-        """What reaches the peer; None: nothing."""
-        return event
-
-    def act(self, actions: Sequence[AnyAction]) -> list[Deed]:
-        """What is carried out."""
-        return [Deed(action) for action in actions]
-
-
-class Liar(Honest):
-    """Reports the opposite of what it measured."""
-
-    def hear(self, event: AnyEvent) -> AnyEvent | None:
-        """See Honest."""
-        if isinstance(event, Scored):
-            return msgspec.structs.replace(event, contributions=attacks.lie(event.contributions))
-        return event
-
-
-class Equivocator(Honest):
-    """Announces its update to one half of its peers, and an empty one, which it serves too, to the others."""
-
-    def __init__(self, make_empty: MakeEmpty, blobs: BlobStore) -> None:
-        self._make_empty = make_empty
-        self._digest: Digest | None = None
-        self._blobs = blobs
-
-    def act(self, actions: Sequence[AnyAction]) -> list[Deed]:
-        """See Honest."""
-        deeds: list[Deed] = []
-        for action in actions:
-            if isinstance(action, Publish) and isinstance(action.message, Announcement):
-                empty = self._make_empty(action.message.peer)
-                self._digest = self._blobs.put(empty)
-                other = msgspec.structs.replace(action.message, payload=self._digest, payload_bytes=len(empty))
-                deeds += [Deed(action, "even"), Deed(Publish(other), "odd")]
-            elif isinstance(action, Serve) and self._digest is not None:
-                deeds += [Deed(action), Deed(Serve(self._digest))]
-            else:
-                deeds.append(Deed(action))
-        return deeds
+    return [make(kind, own) for kind, own in zip(kinds, honest, strict=True)]
 
 
-class TwoFaced(Honest):
-    """Commits to its vector before one half of its peers, and to nonsense before the others."""
-
-    def act(self, actions: Sequence[AnyAction]) -> list[Deed]:
-        """See Honest."""
-        deeds: list[Deed] = []
-        for action in actions:
-            if isinstance(action, Publish) and isinstance(action.message, ScoreCommit):
-                nonsense = compute_digest(b"nonsense" + action.message.commitment)
-                other = msgspec.structs.replace(action.message, commitment=nonsense)
-                deeds += [Deed(action, "even"), Deed(Publish(other), "odd")]
-            else:
-                deeds.append(Deed(action))
-        return deeds
-
-
-class Silent(Honest):
-    """Scores nothing, proposes nothing, signs nothing; trains and announces as others do."""
-
-    def act(self, actions: Sequence[AnyAction]) -> list[Deed]:
-        """See Honest."""
-        words = (ScoreCommit, ScoreReveal, Proposal, Attestation)
-        return [
-            Deed(action)
-            for action in actions
-            if not isinstance(action, ScoreUpdates)
-            and not (isinstance(action, Publish) and isinstance(action.message, words))
-        ]
-
-
-class Withholder(Honest):
-    """Serves nothing to anybody."""
-
-    def act(self, actions: Sequence[AnyAction]) -> list[Deed]:
-        """See Honest."""
-        return [Deed(action) for action in actions if not isinstance(action, Serve)]
-
-
-class LateCommitter(Honest):
-    """Holds its commitment back until it has to reveal."""
-
-    def __init__(self) -> None:
-        self._held: Publish | None = None
-
-    def act(self, actions: Sequence[AnyAction]) -> list[Deed]:
-        """See Honest."""
-        deeds: list[Deed] = []
-        for action in actions:
-            if isinstance(action, Publish) and isinstance(action.message, ScoreCommit):
-                self._held = action
-            elif isinstance(action, Publish) and isinstance(action.message, ScoreReveal) and self._held:
-                deeds += [Deed(self._held), Deed(action)]
-                self._held = None
-            else:
-                deeds.append(Deed(action))
-        return deeds
-
-
-class Wrapped:
-    """A Learner around another: all but `train` is the other's."""
-
-    def __init__(self, inner: Learner) -> None:
-        self.inner = inner
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """See Learner."""
-        return dict(self.inner.shapes())
-
-    def initial(self) -> Tensors:
-        """See Learner."""
-        return self.inner.initial()
-
-    def train(self, base: Tensors, round: Round, work: int | None = None) -> Training:
-        """See Learner."""
-        return self.inner.train(base, round, work)
-
-    def gradient(self, at: Tensors, seed: int) -> tuple[float, Tensors]:
-        """See Learner."""
-        return self.inner.gradient(at, seed)
-
-    def work_loss(self, at: Tensors, seed: int) -> float:
-        """See Learner."""
-        return self.inner.work_loss(at, seed)
-
-    def evaluate(self, at: Tensors) -> float:
-        """See Learner."""
-        return self.inner.evaluate(at)
-
-
-class ZeroLearner(Wrapped):
-    """A free rider: claims tokens, changes nothing."""
-
-    def train(self, base: Tensors, round: Round, work: int | None = None) -> Training:
-        """See Learner."""
-        return Training(zeros(self.shapes()), 1_000, 0.0)
-
-
-class ReplayLearner(Wrapped):
-    """A free rider: its update is how the base moved last time, with `noise` of that share of its norm."""
-
-    def __init__(self, inner: Learner, noise: float = 0.0) -> None:
-        super().__init__(inner)
-        self._noise = noise
-        self._last: Tensors | None = None
-        self._moved: Tensors = zeros(self.shapes())
-
-    def train(self, base: Tensors, round: Round, work: int | None = None) -> Training:
-        """See Learner."""
-        if self._last is not None:
-            moved = subtract(base, self._last)
-            self._moved = moved if any(part.any() for part in moved.values()) else self._moved
-        self._last = base
-        announced = _change(self._moved, lambda flat: attacks.add_noise(flat, _draw(round), self._noise))
-        return Training(announced, 1_000, 0.0)
-
-
-class DistortingLearner(Wrapped):
-    """Trains as others do, and announces something else made of it."""
-
-    def __init__(self, inner: Learner, distort: Callable[[Array, np.random.Generator], Array]) -> None:
-        """`distort`: from the honest delta, flat, to the announced one."""
-        super().__init__(inner)
-        self._distort = distort
-
-    def train(self, base: Tensors, round: Round, work: int | None = None) -> Training:
-        """See Learner."""
-        honest = self.inner.train(base, round, work)
-        announced = _change(honest.delta, lambda flat: self._distort(flat, _draw(round)))
-        return Training(announced, honest.num_tokens, honest.loss_nats)
-
-
-class SkipperLearner(Wrapped):
-    """Works, but proves nothing."""
-
-    def train(self, base: Tensors, round: Round, work: int | None = None) -> Training:
-        """See Learner."""
-        return self.inner.train(base, round)
-
-
-def make_learner(kind: AdversaryKind | None, honest: Learner, make_victim: Callable[[], Learner]) -> Learner:
-    """The learner of a peer of this kind: `honest` has its own data, the victim's learner has the last peer's."""
-    match kind:
-        case "zero":
-            return ZeroLearner(honest)
-        case "replay":
-            return ReplayLearner(honest)
-        case "noisy_replay":
-            return ReplayLearner(honest, REPLAY_NOISE)
-        case "sign_flip":
-            return DistortingLearner(honest, lambda delta, rng: attacks.flip_sign(delta))
-        case "boosted":
-            return DistortingLearner(honest, lambda delta, rng: attacks.boost(delta, BOOST, 1))
-        case "noise":
-            return DistortingLearner(honest, attacks.draw_gaussian)
-        case "gaussian":
-            return DistortingLearner(honest, lambda delta, rng: attacks.draw_gaussian(delta, rng, GAUSSIAN_SCALE))
-        case "copycat":
-            return make_victim()
-        case "skipper":
-            return SkipperLearner(honest)
-        case None | "liar" | "equivocator" | "two_faced" | "silent" | "withholder" | "late":
-            return honest
-        case _:
-            assert_never(kind)
-
-
-def make_filter(kind: AdversaryKind | None, make_empty: MakeEmpty, blobs: BlobStore) -> Honest:
+def make_filter(kind: AdversaryKind | None, make_empty: MakeEmpty, blobs: BlobStore, config: NetworkConfig) -> Honest:
     """What stands between a peer of this kind and its driver."""
     match kind:
         case "liar":
-            return Liar()
+            return filters.Liar()
+        case "lazy":
+            return filters.Lazy()
+        case "colluder":
+            return filters.Colluder()
+        case "overpayer":
+            return filters.Overpayer(config)
         case "equivocator":
-            return Equivocator(make_empty, blobs)
+            return filters.Equivocator(make_empty, blobs)
         case "two_faced":
-            return TwoFaced()
+            return filters.TwoFaced()
         case "silent":
-            return Silent()
+            return filters.Silent()
         case "withholder":
-            return Withholder()
+            return filters.Withholder()
         case "late":
-            return LateCommitter()
-        case None | "zero" | "replay" | "noisy_replay" | "sign_flip" | "boosted" | "noise" | "gaussian":
-            return Honest()
-        case "copycat" | "skipper":
-            return Honest()
+            return filters.LateCommitter()
+        case "latecomer":
+            return filters.Latecomer()
+        case "garbler":
+            return filters.Forger(blobs, lambda me: b"garbage of " + me.encode())
+        case "forger":
+            return filters.Forger(blobs, lambda me: make_empty(VICTIM if me != VICTIM else OTHER_VICTIM))
+        case "thief":
+            return filters.Thief()
+        case "split_votes":
+            return filters.Splitter(config)
+        case "eclipse":
+            return filters.Eclipser()
+        case "spammer":
+            return filters.Spammer()
+        case "untimely":
+            return filters.Untimely()
         case _:
-            assert_never(kind)
+            return Honest()  # its learner is dishonest, if anything is: see make_learners
 
 
-def _change(delta: Tensors, change: Callable[[Array], Array]) -> Tensors:
-    return unflatten(change(flatten(delta)), compute_layout(get_shapes(delta)))
+def _poison(own: Learner, kind: attacks.Poison) -> Learner:
+    if not isinstance(own, Poisonable):
+        raise ConfigError(f"adversary {kind}: this scenario's learner has no data that could be poisoned")
+    return own.poison(kind)
 
 
-def _draw(round: Round) -> np.random.Generator:
-    return np.random.default_rng([round, 77])
+def _boost(delta: Array, rng: np.random.Generator) -> Array:
+    return attacks.boost(delta, BOOST, 1)

@@ -43,6 +43,23 @@ AdversaryKind = Literal[
     "silent",
     "withholder",
     "late",
+    "alie",
+    "ipm",
+    "minmax",
+    "label_flip",
+    "backdoor",
+    "sybil",
+    "latecomer",
+    "garbler",
+    "forger",
+    "thief",
+    "lazy",
+    "colluder",
+    "overpayer",
+    "split_votes",
+    "eclipse",
+    "spammer",
+    "untimely",
 ]
 """See `sim.faults`, which makes them."""
 

@@ -17,7 +17,7 @@ from p2pfm.lora.delta import encode_tensors, zeros
 from p2pfm.protocol.events import Evaluate, Evaluated, Merge, Merged, Scored, ScoreUpdates, Train, Trained
 from p2pfm.types import Digest, PeerId
 from sim.disk import Disk
-from sim.faults import make_learner
+from sim.faults import make_learners
 from sim.learners.convex import LinearLearner, Problem
 from sim.scenarios import AdversaryKind, Scenario
 
@@ -129,5 +129,4 @@ def make_workshop(scenario: Scenario, config: NetworkConfig, kinds: Sequence[Adv
     """The workshop of a scenario's learner; `kinds`: what each host is."""
     problem = Problem(scenario.seed)
     honest = [LinearLearner(problem, index, work_steps=scenario.work_steps) for index in range(len(kinds))]
-    learners = [make_learner(kind, own, lambda: honest[-1]) for kind, own in zip(kinds, honest, strict=True)]
-    return TensorWorkshop(config, learners, problem.optimum_loss)
+    return TensorWorkshop(config, make_learners(kinds, honest), problem.optimum_loss)

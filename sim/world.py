@@ -181,7 +181,7 @@ class World:
             index=index,
             me=PeerId(f"peer-{index:05d}"),
             kind=kind,
-            filter=make_filter(kind, self.workshop.make_empty_payload, disk),
+            filter=make_filter(kind, self.workshop.make_empty_payload, disk, self.config),
             disk=disk,
             rng=Random(f"{seed} host {index}"),
             offset_ms=self._rng["faults"].randint(-skew_ms, skew_ms),
@@ -254,7 +254,7 @@ class World:
                     return
                 host.actions_left -= 1
             if isinstance(deed.action, Publish):
-                self._publish(host, deed.action.message, deed.audience)
+                self._publish(host, deed.action.message, deed.audience, deed.but)
             else:
                 self._carry_out(host, deed.action)
 
@@ -363,7 +363,7 @@ class World:
 
     # --- gossip
 
-    def _publish(self, host: Host, message: Message, audience: str) -> None:
+    def _publish(self, host: Host, message: Message, audience: str, but: frozenset[PeerId] = frozenset()) -> None:
         """Sign and send to all who hear it; the author hears itself at once."""
         body = encode(message)
         signature = self._signatures.seal(host.me, signed_bytes(self._network_id, host.me, body))
@@ -375,7 +375,9 @@ class World:
         if audience != "odd":
             self._emit(host, 0, received)
         num_bytes = len(body) + len(signature)
-        others = [other.index for other in self.hosts if other is not host and _is_in(other, audience)]
+        others = [
+            other.index for other in self.hosts if other is not host and other.me not in but and _is_in(other, audience)
+        ]
         host.num_bytes_sent += num_bytes * len(others)
         for delay_ms, targets in self._network.draw_wave(host.index, others, num_bytes, self.schedule.now_ms):
             self.schedule.after(delay_ms, partial(self._arrive, targets, received, num_bytes))

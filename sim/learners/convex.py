@@ -4,15 +4,18 @@ Knows numpy only; implements `learner.Learner`, so that the very work of a real 
 on it.
 """
 
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from p2pfm.errors import ConfigError
 from p2pfm.learner import Training
 from p2pfm.lora.delta import compute_layout, flatten, unflatten, zeros
 from p2pfm.types import Array, Round, Tensors
+from sim.attacks import Poison
 
 Matrix = NDArray[np.float64]
 
@@ -133,6 +136,18 @@ class LinearLearner:
         drawn = [problem.draw(int(stratum), 1, rng) for stratum in strata]
         self._inputs = np.concatenate([inputs for inputs, _ in drawn])  # (num_samples, dim)
         self._targets = np.concatenate([targets for _, targets in drawn])  # (num_samples,)
+
+    def poison(self, kind: Poison) -> "LinearLearner":
+        """See `sim.adversaries.learners.Poisonable`: label_flip negates the targets.
+
+        Raises:
+            ConfigError: a backdoor needs a trigger, and a regression's inputs have none.
+        """
+        if kind != "label_flip":
+            raise ConfigError(f"adversary {kind}: linear regression knows no triggers; use a learner with labels")
+        poisoned = copy(self)
+        poisoned._targets = -self._targets
+        return poisoned
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """See Learner."""
