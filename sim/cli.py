@@ -1,31 +1,46 @@
-"""`p2pfm sim`: run a simulated network, or replay a node's event log. The door for people; knows no rule.
+"""`p2pfm sim`: run simulated networks, sweep, compare and report on them, or replay a node's event log.
 
-Exit codes, as everywhere in p2pfm: 0 done; 2 a scenario or file that cannot work; 3 an invariant was violated, or a
-replay differs.
+The door for people; knows no rule. Exit codes, as everywhere in p2pfm: 0 done; 2 a scenario or file that cannot work; 3
+an invariant was violated, or a replay differs; 130 interrupted: what was done until then is reported.
 """
 
+import itertools
 import sys
 import time
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, NoReturn, get_args
+from typing import Annotated, Any, Literal, NoReturn
 
 import msgspec
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
-from p2pfm.errors import OperatorError
+from p2pfm.errors import ConfigError, OperatorError
 from p2pfm.types import Round
 from sim.checks import Violation
-from sim.churn import ChurnModel
-from sim.network import NetworkModel
+from sim.compare import compare as compare_reports
+from sim.compare import compute_figures, compute_spreads, format_spread, render_comparison
+from sim.estimate import compute_estimate, describe, get_free_bytes, validate_memory
+from sim.library import change_scenario, list_names, load_scenario
+from sim.progress import RunProgress
+from sim.recorder import Recorder
 from sim.replay import ReplayReport, replay_path
-from sim.report import SimReport, make_report, render
-from sim.scenarios import AdversaryKind, Scenario
+from sim.report import SimReport, make_report, render, run_scenario
+from sim.results import load_report, load_reports, save_report
+from sim.scenarios import Scenario
+from sim.tables import Row, TableFormat, validate_format, write_table
 from sim.world import World
 
-EXIT_VIOLATED = 3
 EXIT_UNUSABLE = 2
+EXIT_VIOLATED = 3
+EXIT_INTERRUPTED = 130
+
+DEFAULT = "small"
+"""What is run where nothing is named."""
 
 app = typer.Typer(
     help="Simulate a network of peers in virtual time, or replay a node's event log.",
@@ -33,46 +48,166 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+Source = Annotated[
+    str, typer.Argument(metavar="[SCENARIO]", help="A shipped scenario (`p2pfm sim list`), a TOML file, or JSON.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON.")]
+Format = Annotated[TableFormat, typer.Option("--format", help="Of the tables: csv, or parquet (needs pyarrow).")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Another value of a key, as in network.loss=0.1; repeat for more."),
+]
 
-@app.command(
-    epilog="Example: p2pfm sim run --peers 50 --rounds 5 --crash 0.1 --adversary zero --adversary equivocator --seed 7"
-)
+
+@app.command(epilog="Example: p2pfm sim run attackers_40 --peers 50 --rounds 5 --seed 7 --out results")
 def run(
-    peers: Annotated[int, typer.Option(min=1, help="How many peers, adversaries included.")] = 8,
-    rounds: Annotated[int, typer.Option(min=1, help="How many rounds.")] = 3,
-    seed: Annotated[int, typer.Option(min=0, help="All randomness comes from this.")] = 1,
-    crash: Annotated[float, typer.Option(min=0, max=1, help="Share of the peers killed in each round.")] = 0.0,
-    loss: Annotated[float, typer.Option(min=0, max=1, help="Share of the messages that never arrive.")] = 0.0,
-    adversary: Annotated[
-        list[str] | None, typer.Option(help=f"One adversary; repeat for more: {', '.join(get_args(AdversaryKind))}.")
+    source: Source = "",
+    scenario: Annotated[str, typer.Option(help="The scenario as JSON, as a violation prints it.")] = "",
+    peers: Annotated[int | None, typer.Option(min=1, help="How many peers, adversaries included.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="How many rounds.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="All randomness comes from this.")] = None,
+    crash: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share of the peers that are killed in each round.")
     ] = None,
-    scenario: Annotated[
-        str, typer.Option(help="A whole scenario as JSON, as a violation prints it; other options are ignored.")
-    ] = "",
+    loss: Annotated[float | None, typer.Option(min=0, max=1, help="Share of the messages that never arrive.")] = None,
+    adversary: Annotated[
+        list[str] | None, typer.Option(help="One adversary of this kind; repeat for more. See sim.scenarios.")
+    ] = None,
+    settings: Set = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results: tables, report.json, report.html.")] = None,
+    format: Format = "csv",
     logs: Annotated[
         Path | None, typer.Option(help="Folder for the event log of every peer, for `p2pfm sim replay`.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    json: Json = False,
 ) -> None:
-    """Run a network of simulated peers: the node's own core, in virtual time, on a convex problem with a known optimum.
+    """Run a network of simulated peers: the node's own core, in virtual time. Ctrl-C gives the report so far.
 
-    Invariants are checked after every step; a violation prints the command that replays it.
+    Options change the scenario's own values. Invariants are checked after every step; a violation prints the command
+    that replays it.
     """
     screen = Console(stderr=json)
-    try:
-        chosen = _parse_scenario(scenario) if scenario else _make_scenario(peers, rounds, seed, crash, loss, adversary)
+    changes = {
+        "num_peers": peers,
+        "num_rounds": rounds,
+        "seed": seed,
+        "churn.crash": crash,
+        "network.loss": loss,
+        "adversaries": adversary,
+    }
+    with _refusals(screen):
+        validate_format(format)
+        chosen = change_scenario(
+            load_scenario(scenario or source or DEFAULT),
+            {key: value for key, value in changes.items() if value is not None} | _parse_settings(settings),
+        )
         if logs is not None:
             chosen = msgspec.structs.replace(chosen, keep_logs=tuple(range(chosen.num_peers)))
-        screen.print(f"seed {chosen.seed}", highlight=False)
         report = _simulate(chosen, screen, logs)
-    except OperatorError as error:
-        _fail(screen, str(error), EXIT_UNUSABLE)
-    except Violation as error:
-        _fail(screen, str(error), EXIT_VIOLATED)
+        page = None if out is None else save_report(report, out, format)
     if json:
-        sys.stdout.write(msgspec.json.encode(report).decode() + "\n")
+        _write_json(report)
     else:
         screen.print(render(report))
+    if page is not None:
+        screen.print(f"results in {out}, to be looked at: {page}", highlight=False, soft_wrap=True)
+    if not report.is_complete:
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+@app.command("list", epilog="Example: p2pfm sim list --json")
+def list_scenarios(json: Json = False) -> None:
+    """The shipped scenarios: name, peers, rounds, learner, and the question each one answers."""
+    shipped = {name: load_scenario(name) for name in list_names()}
+    if json:
+        _write_json(shipped)
+        return
+    table = Table()
+    for name in ("name", "peers", "rounds", "learner", "what it asks"):
+        table.add_column(name, justify="right" if name in ("peers", "rounds") else "left")
+    for name, item in shipped.items():
+        table.add_row(name, f"{item.num_peers:,}", str(item.num_rounds), item.learner.kind, item.title)
+    Console().print(table)
+
+
+@app.command(epilog="Example: p2pfm sim sweep small attackers_40 --seeds 1-8 --set network.loss=0,0.1 --out sweep")
+def sweep(
+    sources: Annotated[
+        list[str], typer.Argument(metavar="SCENARIO...", help="As for `run`; each one with every seed.")
+    ],
+    seeds: Annotated[str, typer.Option(help="Such as 1-8 or 1,5,9.")] = "1-3",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE,...", help="Values of a key, each one run; repeat for all combinations."
+        ),
+    ] = None,
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option(help="One process, or a Ray cluster's machines.")
+    ] = "local",
+    out: Annotated[Path | None, typer.Option(help="Folder: sweep.csv, and a folder of results for every run.")] = None,
+    format: Format = "csv",
+    json: Json = False,
+) -> None:
+    """Run scenarios with many seeds and settings; means and standard errors of what they come to."""
+    screen = Console(stderr=json)
+    with _refusals(screen):
+        validate_format(format)
+        plan = _plan_sweep(sources, _parse_seeds(seeds), _parse_choices(settings))
+        done = _sweep([item for _, item in plan], engine, screen)
+        runs = [(plan[index][0], report) for index, report in sorted(done.items())]
+        if out is not None:
+            _save_sweep(runs, out, format)
+    rows = _make_sweep_rows(runs)
+    if json:
+        _write_json(rows)
+    else:
+        screen.print(_render_sweep(runs))
+    if out is not None:
+        screen.print(f"results in {out}", highlight=False)
+    if len(done) < len(plan):
+        screen.print(f"interrupted after {len(done)} of {len(plan)} runs", style="red")
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+@app.command(epilog="Example: p2pfm sim compare sweep/small sweep/attackers_40")
+def compare(
+    left: Annotated[str, typer.Argument(help="A folder of results (of one run, or of several seeds), or a scenario.")],
+    right: Annotated[str, typer.Argument(help="What to hold against it.")],
+    seeds: Annotated[str, typer.Option(help="With which a scenario is run, where one is named.")] = "1-3",
+    engine: Annotated[Literal["local", "ray"], typer.Option(help="Where it is run.")] = "local",
+    json: Json = False,
+) -> None:
+    """Two sets of runs side by side: means, standard errors over seeds, and ratios."""
+    screen = Console(stderr=json)
+    with _refusals(screen):
+        sides = [_get_reports(name, seeds, engine, screen) for name in (left, right)]
+        lines = compare_reports(*sides)
+    if json:
+        _write_json(lines)
+    else:
+        screen.print(render_comparison(lines, left, right))
+
+
+@app.command(epilog="Example: p2pfm sim report results --open")
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RESULT", help="A folder that `run --out` or `sweep --out` wrote.")],
+    is_open: Annotated[bool, typer.Option("--open", help="Show the page in a browser.")] = False,
+    format: Format = "csv",
+    json: Json = False,
+) -> None:
+    """Make the page and the tables again from saved results."""
+    screen = Console(stderr=json)
+    with _refusals(screen):
+        found = [path.parent for path in sorted(folder.glob("**/report.json"))] or [folder]
+        reports = [load_report(path) for path in found]
+        pages = [save_report(item, path, format) for item, path in zip(reports, found, strict=True)]
+    if json:
+        _write_json(reports)
+    for page in pages:
+        screen.print(str(page), highlight=False, soft_wrap=True)
+    if is_open:
+        typer.launch(pages[0].resolve().as_uri())
 
 
 @app.command(epilog="Example: p2pfm sim replay ~/.p2pfm/alice/events/000000.events")
@@ -87,53 +222,40 @@ def replay(
     except (OperatorError, OSError) as error:
         _fail(screen, str(error), EXIT_UNUSABLE)
     if json:
-        sys.stdout.write(msgspec.json.encode(reports).decode() + "\n")
-    for report in reports:
-        screen.print(_describe(report), highlight=False)
-    if any(report.difference for report in reports):
+        _write_json(reports)
+    for item in reports:
+        screen.print(_describe(item), highlight=False)
+    if any(item.difference for item in reports):
         raise typer.Exit(EXIT_VIOLATED)
 
 
-def _make_scenario(
-    peers: int, rounds: int, seed: int, crash: float, loss: float, adversaries: list[str] | None
-) -> Scenario:
-    known = get_args(AdversaryKind)
-    for name in adversaries or ():
-        if name not in known:
-            raise OperatorError(f"adversary: expected one of {', '.join(known)}; got {name!r}")
-    return Scenario(
-        seed=seed,
-        num_peers=peers,
-        num_rounds=rounds,
-        churn=ChurnModel(crash=crash),
-        network=NetworkModel(loss=loss),
-        adversaries=msgspec.convert(tuple(adversaries or ()), tuple[AdversaryKind, ...]),
-    )
+# --- one run
 
 
-def _parse_scenario(text: str) -> Scenario:
-    try:
-        return msgspec.json.decode(text, type=Scenario)
-    except (msgspec.ValidationError, msgspec.DecodeError) as error:
-        raise OperatorError(f"scenario: {error}") from error
-
-
-def _simulate(scenario: Scenario, screen: Console, logs: Path | None) -> SimReport:
-    started_s = time.process_time()
+def _simulate(scenario: Scenario, screen: Console, logs: Path | None = None) -> SimReport:
+    """Run it with a bar; interrupted: the report so far."""
+    screen.print(f"seed {scenario.seed}", highlight=False)
+    estimate = validate_memory(scenario, get_free_bytes())
+    screen.print(describe(estimate), highlight=False, style="dim")
+    started_s, is_complete = time.process_time(), True
     world = World(scenario)
-    columns = (TextColumn("rounds"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=screen, transient=True) as progress:
-        task = progress.add_task("rounds", total=scenario.num_rounds)
+    recorder = Recorder(world)
+    with RunProgress(world, estimate.cpu_s, screen) as progress:
 
-        def on_round(_: Round) -> None:
-            progress.advance(task)
+        def on_round(round: Round) -> None:
+            recorder.on_round(round)
+            progress.on_round(round)
 
         try:
             world.run(on_round)
+        except KeyboardInterrupt:
+            is_complete = False
         finally:
             if logs is not None:
                 _write_logs(world, logs)
-    return make_report(world, time.process_time() - started_s)
+    if not is_complete:
+        screen.print("interrupted: the report is of the rounds so far", style="red")
+    return make_report(world, recorder, time.process_time() - started_s, is_complete)
 
 
 def _write_logs(world: World, folder: Path) -> None:
@@ -142,6 +264,149 @@ def _write_logs(world: World, folder: Path) -> None:
         home.mkdir(parents=True, exist_ok=True)
         for number, log in enumerate(host.logs):
             (home / f"{number:06d}.events").write_bytes(log)
+
+
+def _parse_settings(settings: Sequence[str] | None) -> dict[str, Any]:
+    chosen = {}
+    for key, values in _parse_choices(settings).items():
+        if len(values) != 1:
+            raise ConfigError(f"--set {key}: expected one value, got {len(values)}; `p2pfm sim sweep` runs several")
+        chosen[key] = values[0]
+    return chosen
+
+
+# --- many runs
+
+
+def _parse_seeds(text: str) -> list[int]:
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not first.isdecimal() or (last and not last.isdecimal()) or int(last or first) < int(first):
+            raise ConfigError(f"--seeds: expected numbers and ranges such as 1-8 or 1,5,9; got {text!r}")
+        seeds += range(int(first), int(last or first) + 1)
+    return seeds
+
+
+def _parse_choices(settings: Iterable[str] | None) -> dict[str, list[Any]]:
+    """Keys and their values: TOML values between commas, where words need no quotes."""
+    choices = {}
+    for setting in settings or ():
+        key, is_set, text = setting.partition("=")
+        if not is_set or not key or not text:
+            raise ConfigError(f"--set: expected KEY=VALUE, got {setting!r}")
+        try:
+            choices[key] = tomllib.loads(f"values = [{text}]")["values"]
+        except tomllib.TOMLDecodeError:
+            choices[key] = text.split(",")
+    return choices
+
+
+def _plan_sweep(
+    sources: Sequence[str], seeds: Sequence[int], choices: dict[str, list[Any]]
+) -> list[tuple[str, Scenario]]:
+    """Every run's label, equal for those that differ in their seed only, and its scenario."""
+    plan = []
+    for source in sources:
+        base = load_scenario(source)
+        for values in itertools.product(*choices.values()):
+            changes = dict(zip(choices, values, strict=True))
+            label = " ".join([_make_label(source), *(f"{key}={value}" for key, value in changes.items())])
+            plan += [(label, change_scenario(base, changes | {"seed": seed})) for seed in seeds]
+    free_bytes = get_free_bytes()
+    for _, scenario in plan:
+        validate_memory(scenario, free_bytes)
+    return plan
+
+
+def _make_label(source: str) -> str:
+    return "scenario" if source.lstrip().startswith("{") else Path(source).stem
+
+
+def _sweep(scenarios: Sequence[Scenario], engine: Literal["local", "ray"], screen: Console) -> dict[int, SimReport]:
+    """The reports by their number; interrupted: of the runs that have ended."""
+    done: dict[int, SimReport] = {}
+    total_s = sum(compute_estimate(scenario).cpu_s for scenario in scenarios)
+    screen.print(f"seeds {', '.join(map(str, sorted({item.seed for item in scenarios})))}", highlight=False)
+    screen.print(f"{len(scenarios)} runs, about {total_s:.0f} s of CPU time", highlight=False, style="dim")
+    columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=screen, transient=True) as progress:
+        task = progress.add_task("runs", total=len(scenarios))
+
+        def on_done(index: int, report: SimReport) -> None:
+            done[index] = report
+            progress.advance(task)
+
+        with suppress(KeyboardInterrupt):  # the caller sees what is missing, and says so
+            _run_sweep(scenarios, engine, on_done)
+    return done
+
+
+def _run_sweep(
+    scenarios: Sequence[Scenario], engine: Literal["local", "ray"], on_done: Callable[[int, SimReport], None]
+) -> None:
+    if engine == "ray":
+        raise ConfigError("--engine ray: expected sim.engine")
+    for index, scenario in enumerate(scenarios):
+        on_done(index, run_scenario(scenario))
+
+
+def _save_sweep(runs: Sequence[tuple[str, SimReport]], folder: Path, format: TableFormat) -> None:
+    for label, item in runs:
+        save_report(item, folder / label.replace("/", "_") / f"seed-{item.scenario.seed}", format)
+    write_table(_make_sweep_rows(runs), folder / "sweep", format)
+
+
+def _make_sweep_rows(runs: Sequence[tuple[str, SimReport]]) -> list[Row]:
+    figures = [compute_figures(item) for _, item in runs]
+    names = dict.fromkeys(name for one in figures for name in one)
+    return [
+        {"scenario": label, "seed": item.scenario.seed, **{name: one.get(name) for name in names}}
+        for (label, item), one in zip(runs, figures, strict=True)
+    ]
+
+
+def _render_sweep(runs: Sequence[tuple[str, SimReport]]) -> Table:
+    table = Table(title="Sweep", title_justify="left", caption="mean ± standard error over seeds")
+    table.add_column("figure")
+    labels = list(dict.fromkeys(label for label, _ in runs))
+    spreads = [compute_spreads([compute_figures(item) for name, item in runs if name == label]) for label in labels]
+    for label in labels:
+        table.add_column(label, justify="right")
+    for figure in dict.fromkeys(name for one in spreads for name in one):
+        table.add_row(figure, *(format_spread(one.get(figure)) for one in spreads))
+    return table
+
+
+def _get_reports(name: str, seeds: str, engine: Literal["local", "ray"], screen: Console) -> list[SimReport]:
+    """Of a folder; else of a scenario, which is run."""
+    if Path(name).is_dir():
+        return load_reports(Path(name))
+    plan = _plan_sweep([name], _parse_seeds(seeds), {})
+    done = _sweep([scenario for _, scenario in plan], engine, screen)
+    if len(done) < len(plan):
+        raise KeyboardInterrupt
+    return list(done.values())
+
+
+# --- what people see
+
+
+@contextmanager
+def _refusals(screen: Console) -> Iterator[None]:
+    """What goes wrong inside becomes a sentence and an exit code."""
+    try:
+        yield
+    except OperatorError as error:
+        _fail(screen, str(error), EXIT_UNUSABLE)
+    except Violation as error:
+        _fail(screen, str(error), EXIT_VIOLATED)
+    except KeyboardInterrupt:
+        _fail(screen, "interrupted", EXIT_INTERRUPTED)
+
+
+def _write_json(value: object) -> None:
+    sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
 
 
 def _describe(report: ReplayReport) -> str:
@@ -159,5 +424,5 @@ def _describe(report: ReplayReport) -> str:
 
 
 def _fail(screen: Console, text: str, code: int) -> NoReturn:
-    screen.print(text, style="red", highlight=False, markup=False)
+    screen.print(text, style="red", highlight=False, markup=False, soft_wrap=True)
     raise typer.Exit(code)

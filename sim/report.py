@@ -1,4 +1,8 @@
-"""What a simulated run came to: numbers a program can read and a table a person can. Knows a finished World."""
+"""What a simulated run came to: numbers a program can read, tables a person can. Knows Worlds and their Recorders."""
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import fmean
 
 import msgspec
 from rich.console import Group, RenderableType
@@ -6,21 +10,26 @@ from rich.table import Table
 from rich.text import Text
 
 from p2pfm.config import WEI_PER_PFM
-from p2pfm.types import NANO, PeerId, Round
+from p2pfm.types import NANO, PeerId
+from sim.recorder import HONEST, Record, Recorder
 from sim.scenarios import Scenario
 from sim.world import World
 
+ROWS_MAX = 40
+"""Rounds that the table on the screen shows: the first and the last ones."""
 
-class RoundReport(msgspec.Struct, frozen=True):
-    """One round."""
 
-    round: Round
+class RoundReport(Record, frozen=True):
+    """One round: its record, and what became of it by the end of the run."""
+
     is_certified: bool
     num_holders: int
     """Peers that adopted its certificate by the end of the run."""
     num_updates: int
     loss_nats: float | None
-    """Held-out loss of its base; None: void."""
+    """Held-out loss of its base; None: void, or not measured."""
+    void_reasons: tuple[str, ...]
+    """Why peers held it void, the most frequent reason first."""
 
 
 class PeerReport(msgspec.Struct, frozen=True):
@@ -30,18 +39,41 @@ class PeerReport(msgspec.Struct, frozen=True):
     kind: str
     """"honest", or the adversary's kind."""
     reward_pfm: float
+    """Allotted by the newest root on chain."""
+    slashed_pfm: float
     bytes_sent: int
     bytes_received: int
     is_blamed: bool
+
+
+class KindReport(msgspec.Struct, frozen=True):
+    """All peers of one kind; what an attack cost beside what it brought."""
+
+    kind: str
+    num_peers: int
+    num_blamed: int
+    reward_pfm: float
+    """A mean a peer."""
+    slashed_pfm: float
+    """A mean a peer."""
+    gain_pfm: float
+    """Of a peer over honest work: its reward less what an honest peer drew and what it lost by slashing. 0: honest."""
+    sent_bytes: float
+    """A mean a peer and round."""
+    received_bytes: float
+    """A mean a peer and round."""
 
 
 class SimReport(msgspec.Struct, frozen=True):
     """A whole run."""
 
     scenario: Scenario
+    is_complete: bool
+    """False: interrupted; the figures are of the rounds so far."""
     trace: str
     """SHA-256 over every step (hex): equal for equal scenarios, on every machine."""
-    optimum_loss_nats: float
+    optimum_loss_nats: float | None
+    """The least loss that anything reaches; None: not known."""
     num_steps: int
     num_crashes: int
     num_bases: int
@@ -51,84 +83,160 @@ class SimReport(msgspec.Struct, frozen=True):
     peers: tuple[PeerReport, ...]
 
 
-def make_report(world: World, cpu_s: float) -> SimReport:
-    """All figures of a finished world."""
-    checks, losses = world.checks, world.losses
-    rounds = []
-    for number in range(world.scenario.num_rounds):
-        round = Round(number)
-        certificate = checks.certificates.get(round)
-        loss_nats = losses[round] / NANO if round in losses else None
-        num_updates = len(certificate.proposal.updates) if certificate else 0
-        num_holders = len(checks.holders.get(round, ()))
-        rounds.append(RoundReport(round, certificate is not None, num_holders, num_updates, loss_nats))
-    claimed = world.chain.get_claimed()
-    peers = tuple(
-        PeerReport(
-            host.me,
-            host.kind or "honest",
-            claimed[host.index] / WEI_PER_PFM,
-            host.num_bytes_sent,
-            host.num_bytes_received,
-            host.me in checks.blamed,
-        )
-        for host in world.hosts
-    )
+def run_scenario(scenario: Scenario, on_world: Callable[[World], None] | None = None) -> SimReport:
+    """Run a scenario and report on it.
+
+    Args:
+        scenario: what to run.
+        on_world: told the world before it runs.
+
+    Raises:
+        ConfigError: a scenario that cannot run.
+        Violation: an invariant does not hold.
+    """
+    started_s = time.process_time()
+    world = World(scenario)
+    recorder = Recorder(world)
+    if on_world:
+        on_world(world)
+    world.run(recorder.on_round)
+    return make_report(world, recorder, time.process_time() - started_s)
+
+
+def make_report(world: World, recorder: Recorder, cpu_s: float, is_complete: bool = True) -> SimReport:
+    """All figures of a world that is finished, or was stopped: then of its rounds so far."""
+    rewards = recorder.compute_rewards()
     return SimReport(
         scenario=world.scenario,
+        is_complete=is_complete,
         trace=world.trace_digest(),
-        optimum_loss_nats=world.workshop.get_optimum_loss() or 0.0,
-        num_steps=checks.num_steps,
+        optimum_loss_nats=world.workshop.get_optimum_loss(),
+        num_steps=world.checks.num_steps,
         num_crashes=world.num_crashes,
         num_bases=len({host.durable.base for host in world.hosts}),
         cpu_s=cpu_s,
-        rounds=tuple(rounds),
-        peers=peers,
+        rounds=tuple(_make_round(world, recorder, record) for record in recorder.records),
+        peers=tuple(
+            PeerReport(
+                host.me,
+                host.kind or HONEST,
+                float(rewards[host.index]),
+                recorder.slashed_wei.get(host.index, 0) / WEI_PER_PFM,
+                host.num_bytes_sent,
+                host.num_bytes_received,
+                host.me in world.checks.blamed,
+            )
+            for host in world.hosts
+        ),
     )
 
 
+def _make_round(world: World, recorder: Recorder, record: Record) -> RoundReport:
+    certificate = world.checks.certificates.get(record.round)
+    loss = world.losses.get(record.round)
+    return RoundReport(
+        **msgspec.structs.asdict(record),
+        is_certified=certificate is not None,
+        num_holders=len(world.checks.holders.get(record.round, ())),
+        num_updates=len(certificate.proposal.updates) if certificate else 0,
+        loss_nats=None if loss is None else loss / NANO,
+        void_reasons=() if certificate else recorder.get_reasons(record.round),
+    )
+
+
+def compute_kinds_report(report: SimReport) -> tuple[KindReport, ...]:
+    """The report's peers by kind, honest ones first; empty where there is no round yet."""
+    num_rounds = len(report.rounds)
+    kinds = sorted({peer.kind for peer in report.peers}, key=lambda kind: (kind != HONEST, kind))
+    honest = [peer.reward_pfm for peer in report.peers if peer.kind == HONEST]
+    honest_pfm = fmean(honest) if honest else 0.0
+    reports = []
+    for kind in kinds if num_rounds else ():
+        peers = [peer for peer in report.peers if peer.kind == kind]
+        reward_pfm, slashed_pfm = fmean(p.reward_pfm for p in peers), fmean(p.slashed_pfm for p in peers)
+        reports.append(
+            KindReport(
+                kind=kind,
+                num_peers=len(peers),
+                num_blamed=sum(peer.is_blamed for peer in peers),
+                reward_pfm=reward_pfm,
+                slashed_pfm=slashed_pfm,
+                gain_pfm=0.0 if kind == HONEST else reward_pfm - honest_pfm - slashed_pfm,
+                sent_bytes=fmean(peer.bytes_sent for peer in peers) / num_rounds,
+                received_bytes=fmean(peer.bytes_received for peer in peers) / num_rounds,
+            )
+        )
+    return tuple(reports)
+
+
 def render(report: SimReport) -> RenderableType:
-    """Two tables: rounds, and peers by kind."""
+    """Two tables, rounds and peers by kind, and the totals."""
     return Group(_render_rounds(report), _render_kinds(report), _render_totals(report))
 
 
 def _render_rounds(report: SimReport) -> Table:
     table = Table(title="Rounds", title_justify="left")
-    for name in ("round", "certified", "updates", "holders", "held-out loss", "above the optimum"):
+    for name in ("round", "certified", "updates", "holders", "up", "held-out loss", "kB sent a peer", "Gini"):
         table.add_column(name, justify="right")
-    for item in report.rounds:
-        loss = "" if item.loss_nats is None else f"{item.loss_nats:.4f}"
-        above = "" if item.loss_nats is None else f"{item.loss_nats - report.optimum_loss_nats:.4f}"
-        verdict = "yes" if item.is_certified else "[red]void"
-        holders = f"{item.num_holders}/{len(report.peers)}"
-        table.add_row(str(item.round), verdict, str(item.num_updates), holders, loss, above)
-    return table
-
-
-def _render_kinds(report: SimReport) -> Table:
-    table = Table(title="Peers", title_justify="left")
-    for name in ("kind", "peers", "reward a peer [PFM]", "kB sent a peer and round", "kB received", "blamed"):
-        table.add_column(name, justify="left" if name == "kind" else "right")
-    kinds = sorted({peer.kind for peer in report.peers}, key=lambda kind: (kind != "honest", kind))
-    for kind in kinds:
-        peers = [peer for peer in report.peers if peer.kind == kind]
-        per_round = 1000 * len(peers) * len(report.rounds)
+    for item in _cut(report.rounds):
+        if item is None:
+            table.add_row(*["…"] * len(table.columns))
+            continue
         table.add_row(
-            kind,
-            str(len(peers)),
-            f"{sum(peer.reward_pfm for peer in peers) / len(peers):.3f}",
-            f"{sum(peer.bytes_sent for peer in peers) / per_round:.1f}",
-            f"{sum(peer.bytes_received for peer in peers) / per_round:.1f}",
-            str(sum(peer.is_blamed for peer in peers)),
+            str(item.round),
+            "yes" if item.is_certified else "[red]void",
+            str(item.num_updates),
+            f"{item.num_holders}/{len(report.peers)}",
+            f"{item.availability:.0%}",
+            "" if item.loss_nats is None else f"{item.loss_nats:.4f}",
+            f"{item.sent.mean_bytes / 1000:.1f}",
+            f"{item.gini:.3f}",
         )
     return table
 
 
+def _cut(rounds: Sequence[RoundReport]) -> list[RoundReport | None]:
+    if len(rounds) <= ROWS_MAX:
+        return list(rounds)
+    return [*rounds[: ROWS_MAX // 2], None, *rounds[-ROWS_MAX // 2 :]]
+
+
+def _render_kinds(report: SimReport) -> Table:
+    table = Table(title="Peers", title_justify="left")
+    for name in (
+        "kind",
+        "peers",
+        "reward a peer",
+        "slashed",
+        "gain over honest",
+        "kB sent a round",
+        "kB got",
+        "blamed",
+    ):
+        table.add_column(name, justify="left" if name == "kind" else "right")
+    for kind in compute_kinds_report(report):
+        table.add_row(
+            kind.kind,
+            str(kind.num_peers),
+            f"{kind.reward_pfm:.3f}",
+            f"{kind.slashed_pfm:.3f}",
+            "" if kind.kind == HONEST else f"{kind.gain_pfm:+.3f}",
+            f"{kind.sent_bytes / 1000:.1f}",
+            f"{kind.received_bytes / 1000:.1f}",
+            str(kind.num_blamed),
+        )
+    table.caption, table.caption_justify = "rewards, slashes and gains in PFM, means a peer", "left"
+    return table
+
+
 def _render_totals(report: SimReport) -> Text:
-    certified = sum(item.is_certified for item in report.rounds)
+    certified, num = sum(item.is_certified for item in report.rounds), len(report.rounds)
+    optimum = "" if report.optimum_loss_nats is None else f"; optimum {report.optimum_loss_nats:.4f}"
+    gas = sum(item.gas or 0 for item in report.rounds)
+    spent = f"; {gas:,} gas" if gas else ""
+    so_far = "" if report.is_complete else f"interrupted after {num} of {report.scenario.num_rounds} rounds; "
     return Text(
-        f"{certified} of {len(report.rounds)} rounds certified, {len(report.rounds) - certified} void; "
-        f"{report.num_crashes} crashes; {report.num_bases} base(s) held at the end; optimum "
-        f"{report.optimum_loss_nats:.4f}\n{report.num_steps} steps in {report.cpu_s:.2f} CPU seconds "
-        f"({report.cpu_s / len(report.rounds):.2f} a round); trace {report.trace[:16]}"
+        f"{so_far}{certified} of {num} rounds certified, {num - certified} void; {report.num_crashes} crashes; "
+        f"{report.num_bases} base(s) held at the end{optimum}{spent}\n{report.num_steps} steps in "
+        f"{report.cpu_s:.2f} CPU seconds ({report.cpu_s / max(1, num):.2f} a round); trace {report.trace[:16]}"
     )

@@ -1,0 +1,108 @@
+"""Runs side by side: each as a few figures; their means, standard errors and ratios. Knows SimReports only."""
+
+from collections.abc import Mapping, Sequence
+from math import sqrt
+from statistics import fmean, stdev
+
+import msgspec
+from rich.table import Table
+
+from sim.page.plots import format_value
+from sim.recorder import HONEST
+from sim.report import SimReport, compute_kinds_report
+
+
+class Spread(msgspec.Struct, frozen=True):
+    """A figure over several runs."""
+
+    mean: float
+    error: float | None
+    """Standard error of the mean; None: of one run nothing is known."""
+    num: int
+    """Runs that have the figure."""
+
+
+class Line(msgspec.Struct, frozen=True):
+    """One figure of two sets of runs."""
+
+    figure: str
+    left: Spread | None
+    """None: none of the runs has it."""
+    right: Spread | None
+    ratio: float | None
+    """right / left; None: not defined."""
+
+
+def compute_figures(report: SimReport) -> dict[str, float]:
+    """What a run came to, by name and unit; a figure that a run does not have is left out."""
+    rounds, kinds = report.rounds, compute_kinds_report(report)
+    if not rounds:
+        return {}
+    num_peer_rounds = len(rounds) * len(report.peers)
+    figures = {"certified rounds, share": fmean(item.is_certified for item in rounds)}
+    losses = [item.loss_nats for item in rounds if item.loss_nats is not None]
+    if losses:
+        figures["loss at the end, nats"] = losses[-1]
+        if report.optimum_loss_nats is not None:
+            figures["loss above the least, nats"] = losses[-1] - report.optimum_loss_nats
+    figures |= {
+        "updates a certified round": fmean([item.num_updates for item in rounds if item.is_certified] or [0]),
+        "availability, share": fmean(item.availability for item in rounds),
+        "sent a peer and round, kB": fmean(item.sent.mean_bytes for item in rounds) / 1000,
+        "received a peer and round, kB": fmean(item.received.mean_bytes for item in rounds) / 1000,
+        "Gini": rounds[-1].gini,
+        "Gini, honest": rounds[-1].gini_honest,
+    }
+    for kind in kinds:
+        if kind.kind == HONEST:
+            figures["reward, honest, PFM"] = kind.reward_pfm
+        else:
+            figures[f"gain over honest, {kind.kind}, PFM"] = kind.gain_pfm
+    figures["stakes slashed"] = sum(item.num_slashed for item in rounds)
+    if any(item.gas is not None for item in rounds):
+        figures["gas a round"] = fmean(item.gas or 0 for item in rounds)
+    figures["steps a peer and round"] = report.num_steps / num_peer_rounds
+    figures["CPU a peer and round, ms"] = 1000 * report.cpu_s / num_peer_rounds
+    return figures
+
+
+def compute_spreads(runs: Sequence[Mapping[str, float]]) -> dict[str, Spread]:
+    """Mean and standard error of every figure over the runs that have it."""
+    names = dict.fromkeys(name for run in runs for name in run)
+    return {name: _spread([run[name] for run in runs if name in run]) for name in names}
+
+
+def compare(left: Sequence[SimReport], right: Sequence[SimReport]) -> list[Line]:
+    """Every figure that either side has."""
+    first, second = (compute_spreads([compute_figures(report) for report in side]) for side in (left, right))
+    lines = []
+    for name in dict.fromkeys([*first, *second]):
+        a, b = first.get(name), second.get(name)
+        ratio = b.mean / a.mean if a and b and a.mean else None
+        lines.append(Line(name, a, b, ratio))
+    return lines
+
+
+def render_comparison(lines: Sequence[Line], left: str, right: str) -> Table:
+    """For the screen: mean ± standard error of both sides."""
+    table = Table(title="Compared", title_justify="left", caption="mean ± standard error over seeds")
+    table.add_column("figure")
+    for name in (left, right, "ratio"):
+        table.add_column(name, justify="right")
+    for line in lines:
+        ratio = "" if line.ratio is None else format_value(line.ratio)
+        table.add_row(line.figure, format_spread(line.left), format_spread(line.right), ratio)
+    return table
+
+
+def format_spread(spread: Spread | None) -> str:
+    """For people."""
+    if spread is None:
+        return "–"
+    error = "" if spread.error is None else f" ± {format_value(spread.error)}"
+    return f"{format_value(spread.mean)}{error}"
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    error = stdev(values) / sqrt(len(values)) if len(values) > 1 else None
+    return Spread(fmean(values), error, len(values))

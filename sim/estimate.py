@@ -1,0 +1,108 @@
+"""What a run will need, told before it starts: memory and CPU time by learner, peers and rounds. Knows no World.
+
+A peer costs something by itself and something for every peer of its shard, whose messages it hears and keeps. The
+coefficients are fits to runs on one machine; `bench/estimate.py` measures them again.
+"""
+
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from p2pfm.errors import ConfigError
+from sim.scenarios import LearnerModel, Scenario
+
+MIB = 2**20
+
+MEMORY_SHARE_MAX = 0.9
+"""Of the free memory, what a run may take; the rest is for the report and for whoever else is here."""
+
+
+class Cost(msgspec.Struct, frozen=True):
+    """What a learner's runs cost."""
+
+    base_bytes: float
+    """The interpreter, libraries, data and models that all peers share."""
+    peer_bytes: float
+    pair_bytes: float
+    """For every other peer of its shard that a peer hears."""
+    peer_s: float
+    """CPU time a round."""
+    pair_s: float
+    """CPU time a round, for every other peer of its shard that a peer hears."""
+
+
+COSTS: dict[str, Cost] = {
+    "digests": Cost(50 * MIB, 60e3, 3_500, 0.010, 0.0002),
+    "convex": Cost(50 * MIB, 60e3, 3_500, 0.010, 0.0002),
+    "mlp": Cost(50 * MIB, 60e3, 3_500, 0.010, 0.0002),
+    "lora": Cost(50 * MIB, 60e3, 3_500, 0.010, 0.0002),
+}
+"""PLACEHOLDER"""
+
+
+class Estimate(msgspec.Struct, frozen=True):
+    """What a scenario will take, within a factor of about two."""
+
+    memory_bytes: float
+    cpu_s: float
+
+
+def compute_estimate(scenario: Scenario) -> Estimate:
+    """Memory and CPU time of a run of this scenario."""
+    cost, num_peers = COSTS[scenario.learner.kind], scenario.num_peers
+    num_pairs = num_peers * min(num_peers, scenario.shard_size)
+    return Estimate(
+        memory_bytes=cost.base_bytes + cost.peer_bytes * num_peers + cost.pair_bytes * num_pairs,
+        cpu_s=(cost.peer_s * num_peers + cost.pair_s * num_pairs) * scenario.num_rounds,
+    )
+
+
+def validate_memory(scenario: Scenario, free_bytes: float) -> Estimate:
+    """Refuse a run that would not fit into the memory that is free.
+
+    Raises:
+        ConfigError: tells what it needs, what there is, and what to change.
+    """
+    estimate = compute_estimate(scenario)
+    if estimate.memory_bytes <= MEMORY_SHARE_MAX * free_bytes:
+        return estimate
+    advice = f"at most {_find_peers_max(scenario, free_bytes):,} peers fit"
+    if scenario.learner.kind != "digests":
+        light = msgspec.structs.replace(scenario, learner=LearnerModel(kind="digests"))
+        if compute_estimate(light).memory_bytes <= MEMORY_SHARE_MAX * free_bytes:
+            advice += ', and learner.kind = "digests" would fit as it is'
+    raise ConfigError(
+        f"not enough memory: {scenario.num_peers:,} peers with learner {scenario.learner.kind} need about "
+        f"{estimate.memory_bytes / 1e9:.1f} GB, of {free_bytes / 1e9:.1f} GB free {MEMORY_SHARE_MAX:.0%} may be used; "
+        f"{advice}"
+    )
+
+
+def get_free_bytes() -> float:
+    """Memory that this process may still take: the machine's, or its container's where that is less."""
+    free = float(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (group / "memory.max").read_text().strip(), (group / "memory.current").read_text()
+        return free if limit == "max" else min(free, float(limit) - float(used))
+    except OSError:
+        return free  # no control group of the second version: the machine's figure holds
+
+
+def describe(estimate: Estimate) -> str:
+    """For people."""
+    minutes = estimate.cpu_s / 60
+    span = (
+        f"{estimate.cpu_s:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+    )
+    return f"about {span} of CPU time and {estimate.memory_bytes / 1e9:.1f} GB of memory"
+
+
+def _find_peers_max(scenario: Scenario, free_bytes: float) -> int:
+    low, high = 0, scenario.num_peers
+    while low < high:
+        middle = (low + high + 1) // 2
+        needed = compute_estimate(msgspec.structs.replace(scenario, num_peers=middle)).memory_bytes
+        low, high = (middle, high) if needed <= MEMORY_SHARE_MAX * free_bytes else (low, middle - 1)
+    return low

@@ -1,0 +1,59 @@
+"""A run's results as a folder: scenario.toml, report.json, rounds and peers as tables, report.html. Knows no run."""
+
+from pathlib import Path
+
+import msgspec
+
+from p2pfm.errors import OperatorError
+from sim.library import dump_toml
+from sim.page import render_page
+from sim.report import SimReport
+from sim.tables import TableFormat, make_peer_rows, make_round_rows, write_table
+
+REPORT = "report.json"
+PAGE = "report.html"
+
+
+def save_report(report: SimReport, folder: Path, format: TableFormat = "csv") -> Path:
+    """Write all files of a run's results; returns the page's path.
+
+    Raises:
+        OperatorError: the folder cannot be written, or see `write_table`.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "scenario.toml").write_text(dump_toml(report.scenario), encoding="utf-8")
+        (folder / REPORT).write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
+        write_table(make_round_rows(report), folder / "rounds", format)
+        write_table(make_peer_rows(report), folder / "peers", format)
+        (folder / PAGE).write_text(render_page(report), encoding="utf-8")
+    except OSError as error:
+        raise OperatorError(f"{folder}: cannot be written: {error}") from error
+    return folder / PAGE
+
+
+def load_report(folder: Path) -> SimReport:
+    """The report that was saved in a folder.
+
+    Raises:
+        OperatorError: none there, or not one of this version.
+    """
+    path = folder / REPORT
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=SimReport)
+    except OSError as error:
+        raise OperatorError(f"no results in {folder}: expected a folder that `sim run --out` wrote: {error}") from error
+    except msgspec.MsgspecError as error:
+        raise OperatorError(f"{path}: not a report of this version of p2pfm: {error}") from error
+
+
+def load_reports(folder: Path) -> list[SimReport]:
+    """All reports of a folder: its own, or those of the folders in it (a sweep's).
+
+    Raises:
+        OperatorError: see `load_report`.
+    """
+    if (folder / REPORT).is_file():
+        return [load_report(folder)]
+    inner = sorted(path.parent for path in folder.glob(f"*/{REPORT}"))
+    return [load_report(path) for path in inner] if inner else [load_report(folder)]
