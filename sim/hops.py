@@ -12,10 +12,7 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 
-HOPS_BITS = 16
-"""An arrival is one integer, (delay [ms] << 16) | hops: the least of several is the earliest, then the straightest."""
-
-NEVER = 1 << 56
+NEVER_MS = 1 << 56
 """An arrival that does not happen; far above any that does, and far below an overflow."""
 
 
@@ -34,19 +31,18 @@ def draw_mesh(num_nodes: int, degree: int, bits: np.random.PCG64) -> Ints:
 
 
 def compute_flood(mesh: Ints, link_ms: Ints, source: int) -> Ints:
-    """When a message from `source` is first heard by every node, and over how many hops.
+    """When a message from `source` is first heard by every node.
 
     Args:
         mesh: (degree, num_nodes), see `draw_mesh`.
-        link_ms: (degree, num_nodes): from that neighbour to the node; NEVER >> HOPS_BITS or more: it does not arrive.
+        link_ms: (degree, num_nodes): from that neighbour to the node; NEVER_MS: it does not arrive.
 
-    Returns: (num_nodes,) arrivals as one integer each (HOPS_BITS); NEVER or more: not reached.
+    Returns: (num_nodes,) [ms]; NEVER_MS or more: not reached.
     """
-    steps = (link_ms << HOPS_BITS) + 1
-    arrivals = np.full(mesh.shape[1], NEVER, np.int64)
+    arrivals = np.full(mesh.shape[1], NEVER_MS, np.int64)
     arrivals[source] = 0
     while True:
-        heard = np.minimum(arrivals, (arrivals[mesh] + steps).min(axis=0))
+        heard = np.minimum(arrivals, (arrivals[mesh] + link_ms).min(axis=0))
         if np.array_equal(heard, arrivals):
             return arrivals
         arrivals = heard
@@ -67,14 +63,14 @@ def draw_samples(
         sources: nodes whose messages are followed, each over a mesh of its own; every group holds one at least.
         draw_links: from a mesh to its `link_ms`, drawn anew.
 
-    Returns: (num_groups, num_groups, num_samples) arrivals; -1: not reached.
+    Returns: (num_groups, num_groups, num_samples) arrivals [ms]; -1: not reached.
     """
     num_groups = int(groups.max()) + 1
     heard: list[list[list[Ints]]] = [[[] for _ in range(num_groups)] for _ in range(num_groups)]
     for source in sources:
         mesh = draw_mesh(len(groups), degree, bits)
         arrivals = compute_flood(mesh, draw_links(mesh), source)
-        arrivals[arrivals >= NEVER] = -1
+        arrivals[arrivals >= NEVER_MS] = -1
         for target in range(num_groups):
             is_target = groups == target
             is_target[source] = False
