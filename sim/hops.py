@@ -17,17 +17,18 @@ NEVER_MS = 1 << 56
 
 
 def draw_mesh(num_nodes: int, degree: int, bits: np.random.PCG64) -> Ints:
-    """A random mesh in which every node has `degree` (even) neighbours, a few of them twice or itself.
+    """A random mesh in which every node has `degree` (even) neighbours, a few of them twice.
+
+    It is made of rings, so it is never in two pieces.
 
     Returns: (degree, num_nodes): a node's neighbours; the mesh is undirected.
     """
-    rows = []
-    for _ in range(degree // 2):
-        there = np.argsort(bits.random_raw(num_nodes), kind="stable")
-        back = np.empty_like(there)
-        back[there] = np.arange(num_nodes)
-        rows += [there, back]
-    return np.stack(rows)
+    mesh = np.empty((degree, num_nodes), np.int64)
+    for row in range(0, degree, 2):
+        ring = np.argsort(bits.random_raw(num_nodes), kind="stable")
+        mesh[row, ring] = np.roll(ring, 1)
+        mesh[row + 1, ring] = np.roll(ring, -1)
+    return mesh
 
 
 def compute_flood(mesh: Ints, link_ms: Ints, source: int) -> Ints:

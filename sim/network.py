@@ -152,7 +152,7 @@ def validate_network_model(model: NetworkModel, num_hosts: int) -> None:
         ("bytes_per_ms", model.bytes_per_ms, 1, 1 << 40),
         ("quantum_ms", model.quantum_ms, 1, 60_000),
         ("behind_nat", model.behind_nat, 0, 1),
-        ("symmetric_nat", model.symmetric_nat, 0, 1 - model.behind_nat),
+        ("symmetric_nat", model.symmetric_nat, 0, 1 - model.behind_nat + 1e-9),
         ("regions.jitter", regions.jitter, 0, 100),
         ("regions.shares (number of)", len(regions.shares), size, size),
         ("regions.latency_ms (rows)", len(regions.latency_ms), size, size),
@@ -229,9 +229,8 @@ class Network:
         if model.regions == "none":
             self._span_ms[:] = model.latency_ms[1] - model.latency_ms[0] + 1
         kept = 1 - np.array([link.loss for link in links])
-        self._loss = np.floor((1 - (1 - model.loss) * np.outer(kept, kept)) * ONE + 0.5).astype(
-            np.int64
-        )  # (num_links, num_links)
+        loss = 1 - (1 - model.loss) * np.outer(kept, kept)  # (num_links, num_links)
+        self._loss = np.floor(loss * ONE + 0.5).astype(np.int64)
         self._is_lossy = bool(self._loss.any())
         up = np.array([link.up_bytes_per_ms for link in links], np.int64)
         down = np.array([link.down_bytes_per_ms for link in links], np.int64)
