@@ -208,6 +208,8 @@ class Network:
 
     def __init__(self, model: NetworkModel, num_hosts: int, genesis_ms: Millis, rng: Random) -> None:
         """Args: model: a valid one, see `validate_network_model`."""
+        self.quantum_ms = model.quantum_ms
+        """What happens within this is put into one entry of the schedule [ms]."""
         self._model = model
         self._genesis_ms = genesis_ms
         self._num_hosts = num_hosts
@@ -302,6 +304,18 @@ class Network:
         pair = self._region_of[source], self._region_of[target]
         return int(self._low_ms[pair]) + ((bits >> 32) * int(self._span_ms[pair]) >> 32)
 
+    def draw_delays(
+        self, source: int, targets: Sequence[int] | Ints, num_bytes: int, now_ms: Millis
+    ) -> list[int | None]:
+        """`draw_delay` to many targets, `num_bytes` to each: what one host asks of others at once."""
+        at = np.asarray(targets, np.int64)  # (num_targets,)
+        bits = self._bits.random_raw(len(at)).view(np.int64)
+        delays, is_heard = self._draw_direct(source, at, num_bytes, bits)
+        is_heard = self._cut(source, at, is_heard, now_ms)
+        if is_heard is not None:
+            delays[~is_heard] = -1
+        return [delay if delay >= 0 else None for delay in delays.tolist()]
+
     def draw_wave(
         self, source: int, targets: Sequence[int] | Ints, num_bytes: int, now_ms: Millis
     ) -> list[tuple[int, list[int]]]:
@@ -311,12 +325,19 @@ class Network:
             return []
         bits = self._bits.random_raw(len(at)).view(np.int64)
         delays, is_heard = (self._draw_hops if self._model.gossip else self._draw_direct)(source, at, num_bytes, bits)
+        is_heard = self._cut(source, at, is_heard, now_ms)
+        if is_heard is not None:
+            at, delays = at[is_heard], delays[is_heard]
+        return gather(at, delays, self.quantum_ms)
+
+    def _cut(
+        self, source: int, at: Ints, is_heard: NDArray[np.bool_] | None, now_ms: Millis
+    ) -> NDArray[np.bool_] | None:
+        """Which of those that hear it (None: all) still do with the partitions of now (None: all)."""
         for side in self._get_cuts(now_ms):
             is_near = side[at] == side[source]
             is_heard = is_near if is_heard is None else is_heard & is_near
-        if is_heard is not None:
-            at, delays = at[is_heard], delays[is_heard]
-        return gather(at, delays, self._model.quantum_ms)
+        return is_heard
 
     def _draw_direct(self, source: int, at: Ints, num_bytes: int, bits: Ints) -> tuple[Ints, NDArray[np.bool_] | None]:
         """The delays of direct deliveries [ms], and which of them arrive (None: all)."""

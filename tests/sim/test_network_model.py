@@ -95,8 +95,13 @@ def test_a_wave_is_spread_as_single_messages_are(name: str) -> None:
     others = np.arange(1, num_hosts)
     by_wave = [pair for _ in range(num_draws) for pair in flatten(network.draw_wave(0, others, num_bytes, GENESIS_MS))]
     singly: list[tuple[int, int]] = []
-    for _ in range(num_draws):
-        drawn = ((network.draw_delay(0, host, num_bytes, GENESIS_MS), host) for host in range(1, num_hosts))
+    for number in range(num_draws):
+        together = network.draw_delays(0, others, num_bytes, GENESIS_MS) if number % 2 else None
+        drawn = (
+            zip(together, range(1, num_hosts), strict=True)
+            if together
+            else ((network.draw_delay(0, host, num_bytes, GENESIS_MS), host) for host in range(1, num_hosts))
+        )
         singly += [(delay_ms, host) for delay_ms, host in drawn if delay_ms is not None]
     expected = num_draws * (num_hosts - 1)
     assert abs(len(by_wave) - len(singly)) <= 0.02 * expected
