@@ -5,18 +5,16 @@ Reads a World and changes nothing in it: a recorded run has the trace of one tha
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import msgspec
 import numpy as np
 
 from p2pfm.config import WEI_PER_PFM
-from p2pfm.protocol.events import AnyAction, Note
 from p2pfm.protocol.phases import compute_round_start
 from p2pfm.settlement.ledger import Slashed
 from p2pfm.settlement.rewards import from_wire
-from p2pfm.types import Millis, Round
-from sim.host import Host
+from p2pfm.types import Round
 from sim.world import World
 
 HONEST = "honest"
@@ -25,8 +23,8 @@ HONEST = "honest"
 SAMPLES_A_ROUND = 6
 """How often a round it is looked who is up."""
 
-VOID_MARK = "round is void here: "
-"""How a peer's note of a void round begins; its reason follows."""
+NO_CERTIFICATE = "no certificate in time"
+"""Why a round is void for a peer that saw nothing else go wrong."""
 
 REASONS_MAX = 3
 """Reasons of a void round that are kept, the most frequent ones."""
@@ -77,7 +75,6 @@ class Recorder:
         self._cpu_s = time.process_time()
         self._up_shares: list[float] = []
         self._reasons: dict[Round, Counter[str]] = {}
-        self._listen()
         for number in range(world.scenario.num_rounds):
             start = compute_round_start(world.config, Round(number))
             length = compute_round_start(world.config, Round(number + 1)) - start
@@ -89,7 +86,7 @@ class Recorder:
         world = self._world
         sent = np.array([host.num_bytes_sent for host in world.hosts], np.int64)
         received = np.array([host.num_bytes_received for host in world.hosts], np.int64)
-        steps, cpu_s, gas = world.checks.num_steps, time.process_time(), self._get_gas()
+        steps, cpu_s, gas = world.num_steps, time.process_time(), self._get_gas()
         rewards = self.compute_rewards()
         self.records.append(
             Record(
@@ -108,6 +105,8 @@ class Recorder:
         )
         self._sent, self._received, self._num_steps, self._cpu_s, self._gas = sent, received, steps, cpu_s, gas or 0
         self._up_shares.clear()
+        if round not in world.checks.certificates:
+            self._reasons[round] = self._ask_why(round)
 
     def get_reasons(self, round: Round) -> tuple[str, ...]:
         """Why peers held a round void, the most frequent reason first."""
@@ -123,17 +122,10 @@ class Recorder:
                 rewards[index] = leaf.cumulative_wei / WEI_PER_PFM
         return rewards
 
-    def _listen(self) -> None:
-        """Hear what peers say of void rounds."""
-        check: Callable[[Host, Millis, Sequence[AnyAction]], None] = self._world.checks.after_step
-
-        def after_step(host: Host, now_ms: Millis, actions: Sequence[AnyAction]) -> None:
-            check(host, now_ms, actions)
-            for action in actions:
-                if isinstance(action, Note) and action.text.startswith(VOID_MARK):
-                    self._reasons.setdefault(action.round, Counter())[action.text.removeprefix(VOID_MARK)] += 1
-
-        self._world.checks.after_step = after_step  # type: ignore[method-assign]
+    def _ask_why(self, round: Round) -> Counter[str]:
+        """What peers would note of the void round that is about to end; whose clock is ahead has left it already."""
+        peers = [host.peer for host in self._world.hosts if host.peer is not None and host.peer.round == round]
+        return Counter(peer.top.state.failure or peer.leaf.state.failure or NO_CERTIFICATE for peer in peers)
 
     def _look(self) -> None:
         hosts = self._world.hosts

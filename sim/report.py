@@ -54,6 +54,8 @@ class KindReport(msgspec.Struct, frozen=True):
     num_blamed: int
     reward_pfm: float
     """A mean a peer."""
+    together_pfm: float
+    """Of all peers of the kind: they may have one owner."""
     slashed_pfm: float
     """A mean a peer."""
     gain_pfm: float
@@ -111,7 +113,7 @@ def make_report(world: World, recorder: Recorder, cpu_s: float, is_complete: boo
         is_complete=is_complete,
         trace=world.trace_digest(),
         optimum_loss_nats=world.workshop.get_optimum_loss(),
-        num_steps=world.checks.num_steps,
+        num_steps=world.num_steps,
         num_crashes=world.num_crashes,
         num_bases=len({host.durable.base for host in world.hosts}),
         cpu_s=cpu_s,
@@ -160,6 +162,7 @@ def compute_kinds_report(report: SimReport) -> tuple[KindReport, ...]:
                 num_peers=len(peers),
                 num_blamed=sum(peer.is_blamed for peer in peers),
                 reward_pfm=reward_pfm,
+                together_pfm=sum(peer.reward_pfm for peer in peers),
                 slashed_pfm=slashed_pfm,
                 gain_pfm=0.0 if kind == HONEST else reward_pfm - honest_pfm - slashed_pfm,
                 sent_bytes=fmean(peer.bytes_sent for peer in peers) / num_rounds,
@@ -203,29 +206,20 @@ def _cut(rounds: Sequence[RoundReport]) -> list[RoundReport | None]:
 
 def _render_kinds(report: SimReport) -> Table:
     table = Table(title="Peers", title_justify="left")
-    for name in (
-        "kind",
-        "peers",
-        "reward a peer",
-        "slashed",
-        "gain over honest",
-        "kB sent a round",
-        "kB got",
-        "blamed",
-    ):
-        table.add_column(name, justify="left" if name == "kind" else "right")
+    for name in ("kind", "peers", "reward", "together", "slashed", "gain over honest", "kB sent a round", "blamed"):
+        table.add_column(name, justify="left" if name == "kind" else "right", no_wrap=name == "kind")
     for kind in compute_kinds_report(report):
         table.add_row(
             kind.kind,
             str(kind.num_peers),
             f"{kind.reward_pfm:.3f}",
-            f"{kind.slashed_pfm:.3f}",
+            f"{kind.together_pfm:.2f}",
+            f"{kind.slashed_pfm:.2f}",
             "" if kind.kind == HONEST else f"{kind.gain_pfm:+.3f}",
             f"{kind.sent_bytes / 1000:.1f}",
-            f"{kind.received_bytes / 1000:.1f}",
             str(kind.num_blamed),
         )
-    table.caption, table.caption_justify = "rewards, slashes and gains in PFM, means a peer", "left"
+    table.caption, table.caption_justify = "PFM; means a peer, but for what all of a kind drew together", "left"
     return table
 
 

@@ -145,8 +145,18 @@ def _render_economy(report: SimReport) -> str:
     kinds = compute_kinds_report(report)
     if not kinds:
         return '<p class="empty">No round has ended.</p>'
-    names = ("kind", "peers", "reward", "slashed", "gain over honest work", "does it pay?", "kB sent a round", "blamed")
-    heads = "".join(f'<th scope="col"{"" if i in (0, 5) else _NUM}>{name}</th>' for i, name in enumerate(names))
+    names = (
+        "kind",
+        "peers",
+        "reward",
+        "all together",
+        "slashed",
+        "gain over honest work",
+        "does it pay?",
+        "kB sent a round",
+        "blamed",
+    )
+    heads = "".join(f'<th scope="col"{"" if i in (0, 6) else _NUM}>{name}</th>' for i, name in enumerate(names))
     rows = "".join(_render_kind(kind) for kind in kinds)
     note = "PFM, means a peer. Gain: its reward less what an honest peer drew and what it lost by slashing."
     return (
@@ -165,13 +175,14 @@ def _render_kind(kind: KindReport) -> str:
     cells = (
         f"{kind.num_peers:,}",
         format_value(kind.reward_pfm),
+        format_value(kind.together_pfm),
         format_value(kind.slashed_pfm),
         "–" if is_honest else format_value(kind.gain_pfm),
         verdict or "–",
         format_value(kind.sent_bytes / 1000),
         f"{kind.num_blamed:,}",
     )
-    rest = "".join(f"<td{'' if index == 4 else _NUM}>{cell}</td>" for index, cell in enumerate(cells))
+    rest = "".join(f"<td{'' if index == 5 else _NUM}>{cell}</td>" for index, cell in enumerate(cells))
     return f'<tr><th scope="row">{escape(kind.kind)}</th>{rest}</tr>'
 
 
