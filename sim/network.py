@@ -25,6 +25,9 @@ ONE = 1 << 32
 
 LOW_BITS = ONE - 1
 
+FEW = 12
+"""Fewer than this are drawn one by one: numpy's calls would cost more."""
+
 NUM_SAMPLES = 1_024
 """Arrivals kept for a pair of regions: the quantiles of a wave's delays are within about 3 % of rank."""
 
@@ -308,6 +311,8 @@ class Network:
         self, source: int, targets: Sequence[int] | Ints, num_bytes: int, now_ms: Millis
     ) -> list[int | None]:
         """`draw_delay` to many targets, `num_bytes` to each: what one host asks of others at once."""
+        if len(targets) < FEW:
+            return [self.draw_delay(source, target, num_bytes, now_ms) for target in targets]
         at = np.asarray(targets, np.int64)  # (num_targets,)
         bits = self._bits.random_raw(len(at)).view(np.int64)
         delays, is_heard = self._draw_direct(source, at, num_bytes, bits)
@@ -421,10 +426,11 @@ class Network:
         self, sources: Sequence[int] | Ints, target: int, sizes: Sequence[int] | Ints, now_ms: Millis
     ) -> list[int | None]:
         """`draw_transfer` of many payloads that one host asks for at once, `sizes` [bytes] of each source in turn."""
-        at, num_bytes = np.asarray(sources, np.int64), np.asarray(sizes, np.int64)  # (num_sources,)
-        if self._model.links and len(set(at.tolist())) < len(at):  # one uplink carries several: one after the other
-            pairs = zip(at.tolist(), num_bytes.tolist(), strict=True)
+        # Where one uplink carries several, they are booked one after the other.
+        if len(sources) < FEW or (self._model.links and len(set(map(int, sources))) < len(sources)):
+            pairs = zip(map(int, sources), map(int, sizes), strict=True)
             return [self.draw_transfer(source, target, size, now_ms) for source, size in pairs]
+        at, num_bytes = np.asarray(sources, np.int64), np.asarray(sizes, np.int64)  # (num_sources,)
         bits = self._bits.random_raw(len(at)).view(np.int64)
         link, region = self._link_of[target], self._region_of[target]
         fractions = (bits >> 32) & LOW_BITS

@@ -135,7 +135,9 @@ def test_a_seed_decides_every_draw_on_every_machine() -> None:
             now_ms = Millis(GENESIS_MS + 1_500 * number)
             wave = network.draw_wave(number, [host for host in range(50) if host != number], 700, now_ms)
             straight = network.draw_delay(number, 9, 700, now_ms), network.draw_transfer(number, 9, 70_000, now_ms)
-            digest.update(repr((wave, straight, network.draw_transfers([1, 2, 3], 0, [9_000] * 3, now_ms))).encode())
+            digest.update(
+                repr((wave, straight, network.draw_transfers(range(1, 20), 0, [9_000] * 19, now_ms))).encode()
+            )
         return digest.hexdigest()[:16]
 
     drawn = {name: draw_trace(name) for name in MODELS}
@@ -146,11 +148,11 @@ def test_a_seed_decides_every_draw_on_every_machine() -> None:
 
 # Drawn on Linux, x86-64: wherever this differs, a seed does not replay.
 PINNED = {
-    "plain": "9ea04ac446edb544",
-    "lossy": "cfdbfc60b5f68b9e",
-    "world": "bb314a326467fd94",
-    "full": "e60a5d517cc09110",
-    "gossip": "35b6b5d65d57cb0a",
+    "plain": "63268badf88c1f95",
+    "lossy": "bd24245613821254",
+    "world": "94f5c6ae3fa24043",
+    "full": "e5ffe6c38249331e",
+    "gossip": "6a5fdffa72ee9e05",
 }
 
 
@@ -178,13 +180,12 @@ def test_hosts_are_dealt_by_their_shares() -> None:
 
 
 def test_two_behind_symmetric_nats_exchange_no_payload_but_each_does_with_others() -> None:
-    network = make_network(NetworkModel(symmetric_nat=0.5), 10)
-    hidden = [index for index in range(10) if not network.can_transfer(index, index)]
-    open_ = [index for index in range(10) if index not in hidden]
-    assert len(hidden) == 5
-    sources = [*hidden[1:], *open_]
-    expected = [None] * 4 + [True] * 5
-    drawn = network.draw_transfers(sources, hidden[0], [1_000] * 9, GENESIS_MS)
+    network = make_network(NetworkModel(symmetric_nat=0.5), 40)
+    hidden = [index for index in range(40) if not network.can_transfer(index, index)]
+    sources = [index for index in range(40) if index != hidden[0]]
+    expected = [None if index in hidden else True for index in sources]
+    assert len(hidden) == 20
+    drawn = network.draw_transfers(sources, hidden[0], [1_000] * 39, GENESIS_MS)
     assert [delay_ms and True for delay_ms in drawn] == expected
     single = [network.draw_transfer(source, hidden[0], 1_000, GENESIS_MS) for source in sources]
     assert [delay_ms and True for delay_ms in single] == expected
@@ -231,12 +232,12 @@ def test_no_link_carries_more_than_its_bandwidth(asked: list[tuple[int, int, int
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 200_000)), max_size=12), st.integers(0, 2))
+@given(st.lists(st.tuples(st.integers(1, 39), st.integers(0, 200_000)), max_size=30), st.integers(0, 2))
 def test_payloads_asked_for_at_once_take_as_long_as_one_after_the_other(
     asked: list[tuple[int, int]], which: int
 ) -> None:
     model = NetworkModel(latency_ms=(7, 7), links=((), HOME, FIBRE)[which])
-    left, right = make_network(model, 10), make_network(model, 10)
+    left, right = make_network(model, 40), make_network(model, 40)
     for _ in range(2):
         sources, sizes = [source for source, _ in asked], [num_bytes for _, num_bytes in asked]
         together = left.draw_transfers(sources, 0, sizes, GENESIS_MS)
