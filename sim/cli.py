@@ -25,6 +25,8 @@ from sim.checks import Violation
 from sim.compare import compare as compare_reports
 from sim.compare import compute_figures, compute_spreads, format_spread, render_comparison
 from sim.estimate import compute_estimate, describe, get_free_bytes, validate_memory
+from sim.hunt import PEERS_MAX, Failure
+from sim.hunt import hunt as run_hunt
 from sim.library import change_scenario, list_names, load_scenario
 from sim.progress import RunProgress
 from sim.recorder import Recorder
@@ -181,8 +183,8 @@ def compare(
     """Two sets of runs side by side: means, standard errors over seeds, and ratios."""
     screen = Console(stderr=json)
     with _refusals(screen):
-        sides = [_get_reports(name, seeds, engine, screen) for name in (left, right)]
-        lines = compare_reports(*sides)
+        sides = [_find_side(name, seeds) for name in (left, right)]
+        lines = compare_reports(*(_run_side(side, engine, screen) for side in sides))
     if json:
         _write_json(lines)
     else:
@@ -208,6 +210,38 @@ def report(
         screen.print(str(page), highlight=False, soft_wrap=True)
     if is_open:
         typer.launch(pages[0].resolve().as_uri())
+
+
+@app.command(epilog="Example: p2pfm sim hunt --minutes 60 --out found")
+def hunt(
+    minutes: Annotated[float, typer.Option(min=0, help="How long to look [min].")] = 10.0,
+    seed: Annotated[int, typer.Option(min=0, help="The scenarios are drawn from this.")] = 1,
+    peers: Annotated[int, typer.Option(min=1, help="At most so many peers.")] = PEERS_MAX,
+    out: Annotated[Path, typer.Option(help="Folder where each finding is saved.")] = Path("found"),
+    json: Json = False,
+) -> None:
+    """Run random scenarios until time is up; what fails is made small, saved, and told with a command for it."""
+    screen = Console(stderr=json)
+    screen.print(f"seed {seed}", highlight=False)
+    columns = (TextColumn("{task.fields[what]}"), BarColumn(), TimeRemainingColumn())
+    with _refusals(screen), Progress(*columns, console=screen, transient=True) as progress:
+        task, started_s = progress.add_task("hunt", total=minutes * 60, what="no run yet"), time.monotonic()
+
+        def on_run(number: int, scenario: Scenario, failure: Failure | None) -> None:
+            if failure is not None:
+                screen.print(
+                    f"run {number} of {scenario.num_peers} peers: {failure.text}", highlight=False, markup=False
+                )
+            progress.update(task, completed=time.monotonic() - started_s, what=f"{number} runs")
+
+        found = run_hunt(minutes, seed, on_run, folder=out, peers_max=peers)
+    if json:
+        _write_json(found)
+    for finding in found:
+        screen.print(f"{finding.failure.kind}: {finding.command}", highlight=False, markup=False, soft_wrap=True)
+    screen.print(f"{len(found)} findings" if found else "nothing found", highlight=False)
+    if found:
+        raise typer.Exit(EXIT_VIOLATED)
 
 
 @app.command(epilog="Example: p2pfm sim replay ~/.p2pfm/alice/events/000000.events")
@@ -378,15 +412,21 @@ def _render_sweep(runs: Sequence[tuple[str, SimReport]]) -> Table:
     return table
 
 
-def _get_reports(name: str, seeds: str, engine: Literal["local", "ray"], screen: Console) -> list[SimReport]:
-    """Of a folder; else of a scenario, which is run."""
+def _find_side(name: str, seeds: str) -> list[SimReport] | list[Scenario]:
+    """The reports in a folder; else a scenario with every seed, which is still to be run."""
     if Path(name).is_dir():
         return load_reports(Path(name))
-    plan = _plan_sweep([name], _parse_seeds(seeds), {})
-    done = _sweep([scenario for _, scenario in plan], engine, screen)
-    if len(done) < len(plan):
+    return [scenario for _, scenario in _plan_sweep([name], _parse_seeds(seeds), {})]
+
+
+def _run_side(
+    side: list[SimReport] | list[Scenario], engine: Literal["local", "ray"], screen: Console
+) -> list[SimReport]:
+    missing = [item for item in side if isinstance(item, Scenario)]
+    done = _sweep(missing, engine, screen) if missing else {}
+    if len(done) < len(missing):
         raise KeyboardInterrupt
-    return list(done.values())
+    return [item for item in side if isinstance(item, SimReport)] + list(done.values())
 
 
 # --- what people see

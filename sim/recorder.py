@@ -75,11 +75,7 @@ class Recorder:
         self._cpu_s = time.process_time()
         self._up_shares: list[float] = []
         self._reasons: dict[Round, Counter[str]] = {}
-        for number in range(world.scenario.num_rounds):
-            start = compute_round_start(world.config, Round(number))
-            length = compute_round_start(world.config, Round(number + 1)) - start
-            for sample in range(SAMPLES_A_ROUND):
-                world.schedule.at(start + length * sample // SAMPLES_A_ROUND, self._look)
+        self._plan_look(0)
 
     def on_round(self, round: Round) -> None:
         """A round is over: for `World.run`."""
@@ -127,9 +123,18 @@ class Recorder:
         peers = [host.peer for host in self._world.hosts if host.peer is not None and host.peer.round == round]
         return Counter(peer.top.state.failure or peer.leaf.state.failure or NO_CERTIFICATE for peer in peers)
 
-    def _look(self) -> None:
+    def _plan_look(self, number: int) -> None:
+        """Look who is up at a moment of its own, and then plan the next."""
+        round, sample = divmod(number, SAMPLES_A_ROUND)
+        if round < self._world.scenario.num_rounds:
+            start = compute_round_start(self._world.config, Round(round))
+            length = compute_round_start(self._world.config, Round(round + 1)) - start
+            self._world.schedule.at(start + length * sample // SAMPLES_A_ROUND, lambda: self._look(number))
+
+    def _look(self, number: int) -> None:
         hosts = self._world.hosts
         self._up_shares.append(sum(host.peer is not None for host in hosts) / len(hosts))
+        self._plan_look(number + 1)
 
     def _count_slashed(self) -> int:
         entries = self._world.chain.ledger.get_entries()

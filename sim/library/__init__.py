@@ -18,13 +18,15 @@ from sim.scenarios import Scenario, validate_scenario
 
 SUFFIX = ".toml"
 
+FOLDER = Path(__file__).parent
+
 ANY = "[*]"
 """A place in a table whose key msgspec does not tell."""
 
 
 def list_names() -> tuple[str, ...]:
     """Names of the shipped scenarios, in order."""
-    return tuple(sorted(path.stem for path in Path(__file__).parent.glob(f"*{SUFFIX}")))
+    return tuple(sorted(path.stem for path in FOLDER.glob(f"*{SUFFIX}")))
 
 
 def load_scenario(name: str) -> Scenario:
@@ -36,7 +38,7 @@ def load_scenario(name: str) -> Scenario:
     if name.lstrip().startswith("{"):
         return parse_json(name)
     if name in list_names():
-        return parse_toml((Path(__file__).parent / f"{name}{SUFFIX}").read_text(encoding="utf-8"), name)
+        return parse_toml((FOLDER / f"{name}{SUFFIX}").read_text(encoding="utf-8"), name)
     path = Path(name)
     if not path.is_file():
         near = get_close_matches(name, list_names(), 1)

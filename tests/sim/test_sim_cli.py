@@ -1,0 +1,272 @@
+"""The simulator as people use it: scenario files, runs, sweeps, comparisons, and what is said of mistakes."""
+
+import csv
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+from typer.testing import CliRunner, Result
+
+from p2pfm.errors import ConfigError
+from sim.checks import replay_command
+from sim.cli import app
+from sim.estimate import compute_estimate, validate_memory
+from sim.library import (
+    FOLDER,
+    change_scenario,
+    dump_toml,
+    get_changes,
+    list_names,
+    load_scenario,
+    parse_json,
+    parse_toml,
+)
+from sim.report import SimReport
+from sim.results import load_report
+from sim.scenarios import LearnerModel, Scenario, validate_scenario
+
+PROMISED = {
+    *("small", "honest_1000", "churn_2000", "attackers_40", "partition_heal", "free_riders", "sybils"),
+    *("digests_10000", "lora_50"),
+}
+
+
+def sim(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+# --- scenario files --------------------------------------------------------------------------------------------------
+
+
+def test_the_promised_scenarios_are_shipped() -> None:
+    assert set(list_names()) >= PROMISED
+
+
+@pytest.mark.parametrize("name", list_names())
+def test_every_shipped_scenario_can_run_and_says_what_it_asks(name: str) -> None:
+    scenario = load_scenario(name)
+    validate_scenario(scenario)
+    assert scenario.title.endswith("?")
+    assert (FOLDER / f"{name}.toml").read_text(encoding="utf-8").startswith("# ")
+
+
+@pytest.mark.parametrize("name", list_names())
+def test_a_scenario_comes_back_from_its_file(name: str) -> None:
+    scenario = load_scenario(name)
+    assert parse_toml(dump_toml(scenario)) == scenario
+    assert parse_json(msgspec.json.encode(get_changes(scenario)).decode()) == scenario
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("num_peer = 3", "unknown key 'num_peer': did you mean num_peers?"),
+        ("num_peers = 'x'", "num_peers: expected int, got 'x'"),
+        ("num_peers = 3.5", "num_peers: expected int, got 3.5"),
+        ("[learner]\nkind = 'mlpp'", "learner.kind: expected one of digests, convex, mlp, lora; got 'mlpp'; did you"),
+        ("[churn]\ncrsh = 0.1", "[churn] unknown key 'crsh': did you mean crash?"),
+        ("[churn]\ndown_ms = [1, 'a']", "churn.down_ms[1]: expected int, got 'a'"),
+        ("[[outages]]\nstart_ms = 1\nend_ms = 2\nsize = 3", "[outages[0]] unknown key 'size': expected one of end_ms"),
+        ("[adversary_shares]\nzeroo = 0.1", "got 'zeroo'; did you mean zero?"),
+        ("adversaries = ['zero', 'hero']", "adversaries[1]: expected one of zero"),
+        ("learner = 3", "learner: expected object, got 3"),
+        ("num_peers =", "expected TOML, got a fault"),
+    ],
+)
+def test_a_wrong_key_is_named_with_what_was_expected(text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        parse_toml(text)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"committee_size": 9},
+        {"churn.crash": 1.5},
+        {"network.loss": -0.1},
+        {"adversary_shares.zero": 1.5},
+        {"adversaries": ["zero"] * 9},
+        {"num_peers": 10, "shard_size": 4, "committee_size": 5},
+    ],
+)
+def test_impossible_parameters_are_refused_before_a_run(changes: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="expected"):
+        change_scenario(Scenario(), changes)
+
+
+def test_a_mistaken_name_is_answered_with_the_nearest() -> None:
+    told = sim("run", "attacker_40")
+    assert told.exit_code == 2
+    assert "did you mean attackers_40?" in told.output
+
+
+# --- the estimate ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_does_not_fit_is_refused_with_what_would() -> None:
+    scenario = Scenario(num_peers=128, learner=LearnerModel(kind="lora"))
+    needed = compute_estimate(scenario).memory_bytes
+    validate_memory(scenario, 2 * needed)
+    with pytest.raises(ConfigError, match=r"128 peers with learner lora need about .* GB.*at most [\d,]+ peers fit"):
+        validate_memory(scenario, 0.9 * needed)
+
+
+@pytest.mark.parametrize("kind", ["digests", "convex", "mlp", "lora"])
+def test_the_estimate_grows_with_peers_and_rounds(kind: str) -> None:
+    learner = msgspec.convert({"kind": kind}, LearnerModel)
+    few, many = (compute_estimate(Scenario(num_peers=num, num_rounds=num, learner=learner)) for num in (10, 1_000))
+    assert many.memory_bytes > few.memory_bytes > 0
+    assert many.cpu_s > few.cpu_s > 0
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    folder = tmp_path_factory.mktemp("results") / "small"
+    return folder, sim("run", "small", "--seed", 7, "--out", folder)
+
+
+def test_the_seed_is_told_first_and_every_round_certifies(small: tuple[Path, Result]) -> None:
+    _, told = small
+    assert told.exit_code == 0, told.output
+    assert told.output.startswith("seed 7\n")
+    assert "6 of 6 rounds certified, 0 void" in told.output
+
+
+def test_results_are_a_folder_that_reads_back(small: tuple[Path, Result]) -> None:
+    folder, _ = small
+    report = load_report(folder)
+    assert report.is_complete
+    assert report.scenario == parse_toml((folder / "scenario.toml").read_text())
+    with (folder / "rounds.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["loss_nats"]) for row in rows] == [item.loss_nats for item in report.rounds]
+    assert [float(row["reward_honest_pfm"]) for row in rows] == [item.rewards_pfm["honest"] for item in report.rounds]
+    with (folder / "peers.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 8
+
+
+def test_the_page_is_made_again_from_the_results(small: tuple[Path, Result]) -> None:
+    folder, _ = small
+    before = (folder / "report.html").read_text()
+    (folder / "report.html").unlink()
+    told = sim("report", folder)
+    assert told.exit_code == 0, told.output
+    assert (folder / "report.html").read_text() == before
+
+
+def test_results_of_another_version_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text('{"rounds": 3}')
+    told = sim("report", tmp_path)
+    assert (told.exit_code, "not a report of this version" in told.output) == (2, True)
+    assert sim("report", tmp_path / "nowhere").exit_code == 2
+
+
+def test_options_change_the_scenario(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("num_peers = 5\nnum_rounds = 3\n[churn]\ncrash = 0.1\n")
+    told = sim(
+        *("run", file, "--peers", 4, "--rounds", 1, "--loss", 0.01, "--adversary", "zero", "--json"),
+        *("--set", "clocks.skew_ms=7"),
+    )
+    assert told.exit_code == 0, told.output
+    report = msgspec.json.decode(told.stdout, type=SimReport)
+    found = report.scenario
+    assert (found.num_peers, found.num_rounds, found.churn.crash, found.network.loss) == (4, 1, 0.1, 0.01)
+    assert (found.adversaries, found.clocks.skew_ms) == (("zero",), 7)
+    assert len(report.rounds) == 1
+
+
+def test_the_command_of_a_violation_runs() -> None:
+    command = shlex.split(replay_command(Scenario(seed=5, num_peers=3, num_rounds=1)))
+    assert command[:2] == ["p2pfm", "sim"]
+    told = sim(*command[2:])
+    assert told.exit_code == 0, told.output
+    assert told.output.startswith("seed 5\n")
+
+
+def test_an_interrupted_run_reports_on_its_rounds_so_far(tmp_path: Path) -> None:
+    arguments = ["run", "small", "--peers", "3", "--rounds", "100000", "--out", str(tmp_path)]
+    code = "import sys; from sim.cli import app; app(sys.argv[1:])"
+    with subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "seed 1\n"
+        assert process.stdout.readline().startswith("about ")
+        time.sleep(2)  # into the run, as far as it comes: how far does not matter
+        process.send_signal(signal.SIGINT)
+        said = process.stdout.read()
+    assert process.returncode == 130, said
+    assert "interrupted" in said
+    report = load_report(tmp_path)
+    assert not report.is_complete
+    assert len(report.rounds) < 100_000
+    assert "Interrupted after" in (tmp_path / "report.html").read_text()
+
+
+# --- many runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, float]]]:
+    folder = tmp_path_factory.mktemp("sweep")
+    told = sim(
+        *("sweep", "small", "--seeds", "1-2", "--set", "num_peers=3,6", "--set", "num_rounds=2"),
+        *("--out", folder, "--json"),
+    )
+    assert told.exit_code == 0, told.output
+    return folder, json.loads(told.stdout)
+
+
+def test_a_sweep_runs_every_seed_with_every_setting(swept: tuple[Path, list[dict[str, float]]]) -> None:
+    folder, rows = swept
+    assert [(row["scenario"], row["seed"]) for row in rows] == [
+        (f"small num_peers={num} num_rounds=2", seed) for num in (3, 6) for seed in (1, 2)
+    ]
+    assert load_report(folder / "small num_peers=6 num_rounds=2" / "seed-2").scenario.num_peers == 6
+    with (folder / "sweep.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 4
+
+
+def test_runs_are_compared_with_means_errors_and_ratios(swept: tuple[Path, list[dict[str, float]]]) -> None:
+    folder, rows = swept
+    name = "sent a peer and round, kB"
+    told = sim("compare", *(folder / f"small num_peers={num} num_rounds=2" for num in (3, 6)), "--json")
+    assert told.exit_code == 0, told.output
+    line = next(line for line in json.loads(told.stdout) if line["figure"] == name)
+    few, many = [row[name] for row in rows[:2]], [row[name] for row in rows[2:]]
+    assert line["left"]["mean"] == pytest.approx(sum(few) / 2)
+    assert line["left"]["error"] == pytest.approx(abs(few[0] - few[1]) / 2)
+    assert line["ratio"] == pytest.approx(sum(many) / sum(few))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["sweep", "small", "--seeds", "3-1"],
+        ["sweep", "small", "--seeds", "x"],
+        ["sweep", "small", "--set", "num_peers"],
+        ["sweep", "small", "--set", "num_peer=3"],
+        ["run", "small", "--set", "num_peers=3,4"],
+        ["compare", "small", "nothing"],
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(arguments: list[str]) -> None:
+    told = sim(*arguments)
+    assert told.exit_code == 2
+    assert "rounds certified" not in told.output
+
+
+def test_the_list_names_every_scenario_with_its_question() -> None:
+    told = sim("list", "--json")
+    assert {name: item["title"] for name, item in json.loads(told.stdout).items()} == {
+        name: load_scenario(name).title for name in list_names()
+    }

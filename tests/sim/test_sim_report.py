@@ -1,0 +1,123 @@
+"""What a run's figures are: taken without changing the run, and right."""
+
+import csv
+from functools import cache
+from math import sqrt
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from p2pfm.config import WEI_PER_PFM
+from p2pfm.types import NANO
+from sim.churn import ChurnModel
+from sim.compare import compare, compute_figures, compute_spreads, format_spread
+from sim.network import NetworkModel
+from sim.page.plots import compute_ticks, format_value
+from sim.recorder import Recorder, compute_gini
+from sim.report import SimReport, compute_kinds_report, make_report
+from sim.scenarios import Scenario
+from sim.tables import make_round_rows, write_table
+from sim.world import World
+
+
+@cache
+def troubled() -> tuple[World, SimReport]:
+    """Crashes, one who hands in nothing, and one whose updates go backwards."""
+    scenario = Scenario(
+        seed=4, num_peers=12, num_rounds=4, churn=ChurnModel(crash=0.2), adversaries=("zero", "sign_flip")
+    )
+    world = World(scenario)
+    recorder = Recorder(world)
+    world.run(recorder.on_round)
+    return world, make_report(world, recorder, 1.0)
+
+
+def test_a_recorded_run_is_the_run() -> None:
+    _, report = troubled()
+    plain = World(report.scenario)
+    plain.run()
+    assert plain.trace_digest() == report.trace
+
+
+def test_rewards_are_what_was_claimed() -> None:
+    world, report = troubled()
+    claimed = [amount / WEI_PER_PFM for amount in world.chain.get_claimed()]
+    assert [peer.reward_pfm for peer in report.peers] == pytest.approx(claimed)
+    kinds = {kind.kind: kind for kind in compute_kinds_report(report)}
+    assert kinds["zero"].reward_pfm == pytest.approx(claimed[0])
+    assert kinds["honest"].reward_pfm == pytest.approx(sum(claimed[2:]) / 10)
+    assert kinds["zero"].gain_pfm == pytest.approx(claimed[0] - sum(claimed[2:]) / 10)
+    assert kinds["honest"].together_pfm == pytest.approx(sum(claimed[2:]))
+
+
+def test_rounds_have_what_the_world_saw() -> None:
+    world, report = troubled()
+    for item in report.rounds:
+        assert item.is_certified == (item.round in world.checks.certificates)
+        assert item.loss_nats == (world.losses[item.round] / NANO if item.is_certified else None)
+    assert sum(item.num_steps for item in report.rounds) <= world.num_steps
+    assert sum(item.sent.mean_bytes for item in report.rounds) <= np.mean([host.num_bytes_sent for host in world.hosts])
+    assert all(item.sent.mean_bytes <= item.sent.max_bytes for item in report.rounds)
+
+
+def test_crashes_are_seen_in_the_availability() -> None:
+    _, report = troubled()
+    assert report.num_crashes > 0
+    assert 0.5 < np.mean([item.availability for item in report.rounds]) < 1
+
+
+def test_a_void_round_has_its_reasons() -> None:
+    scenario = Scenario(seed=2, num_peers=6, num_rounds=2, network=NetworkModel(loss=1.0))
+    world = World(scenario)
+    recorder = Recorder(world)
+    world.run(recorder.on_round)
+    report = make_report(world, recorder, 1.0)
+    assert [item.is_certified for item in report.rounds] == [False, False]
+    assert all(item.void_reasons for item in report.rounds)
+
+
+def test_gini_of_known_amounts() -> None:
+    assert compute_gini(np.zeros(4)) == 0
+    assert compute_gini(np.full(5, 3.0)) == pytest.approx(0)
+    assert compute_gini(np.array([0.0, 0, 0, 8])) == pytest.approx(3 / 4)
+    assert compute_gini(np.array([1.0, 2, 3, 4])) == pytest.approx(1 / 4)
+
+
+def test_the_standard_error_of_known_figures() -> None:
+    spread = compute_spreads([{"a": 1.0}, {"a": 3.0, "b": 5.0}])
+    assert (spread["a"].mean, spread["a"].num) == (2.0, 2)
+    assert spread["a"].error == pytest.approx(sqrt(2) / sqrt(2))
+    assert spread["b"].error is None
+    assert format_spread(spread["b"]) == "5"
+
+
+def test_a_run_compared_with_itself_is_alike() -> None:
+    _, report = troubled()
+    lines = compare([report], [report])
+    assert {line.figure for line in lines} == set(compute_figures(report))
+    assert all(line.ratio in (1.0, None) for line in lines)
+
+
+def test_parquet_holds_what_csv_holds(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    _, report = troubled()
+    rows = make_round_rows(report)
+    read = parquet.read_table(write_table(rows, tmp_path / "rounds", "parquet")).to_pylist()
+    assert read == [dict(row) for row in rows]
+    with write_table(rows, tmp_path / "rounds", "csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(read)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "–"), (0, "0"), (1234567, "1,234,567"), (0.12345, "0.1235"), (-2.5, "−2.5")]
+)
+def test_numbers_are_written_with_four_digits(value: float | None, text: str) -> None:
+    assert format_value(value) == text
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.07, 0.98), (0, 0), (3, 3), (0, 123456), (-2, 5)])
+def test_ticks_hold_the_values_between_them(low: float, high: float) -> None:
+    ticks = compute_ticks(low, high)
+    assert ticks[0] <= low <= high <= ticks[-1]
+    assert 2 <= len(ticks) <= 8
