@@ -119,6 +119,15 @@ def test_a_receiver_is_rounded_up_to_the_next_quantum() -> None:
     assert network.draw_wave(0, [], 100, GENESIS_MS) == []
 
 
+def test_delays_of_minutes_are_kept_in_order_too() -> None:
+    network = make_network(NetworkModel(latency_ms=(1_000, 300_000), quantum_ms=1), 200)
+    wave = network.draw_wave(0, range(1, 200), 100, GENESIS_MS)
+    delays = [delay_ms for delay_ms, _ in wave]
+    assert delays == sorted(set(delays))
+    assert delays[0] < 65_536 < delays[-1]
+    assert sorted(host for _, host in flatten(wave)) == list(range(1, 200))
+
+
 def test_loss_is_as_given_by_network_and_link() -> None:
     links = (LinkClass(0.5, 1_000, 1_000, loss=0.1), LinkClass(0.5, 1_000, 1_000))
     network = make_network(NetworkModel(loss=0.2, links=links), 2_000)
@@ -201,6 +210,10 @@ def test_several_partitions_cut_by_number_by_share_and_by_region() -> None:
     is_european = [network.get_region(host) == "europe" for host in hosts]
     first = [network.is_cut(0, host, GENESIS_MS) for host in hosts]
     assert first == [(host >= 3) or is_european[host] != is_european[0] for host in hosts]
+    heard = make_network(msgspec.structs.replace(FULL, loss=0, links=()), 200).draw_delays(
+        0, hosts, 100, Millis(GENESIS_MS + 8_000)
+    )
+    assert [delay_ms is None for delay_ms in heard] == apart
     assert not any(network.is_cut(0, host, Millis(GENESIS_MS + 9_000)) for host in hosts)
     assert not any(network.is_cut(0, host, Millis(GENESIS_MS - 1)) for host in hosts)
 
