@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable, Sequence
-from statistics import fmean
+from math import sqrt
+from statistics import fmean, stdev
 
 import msgspec
 from rich.console import Group, RenderableType
@@ -60,6 +61,8 @@ class KindReport(msgspec.Struct, frozen=True):
     """A mean a peer."""
     gain_pfm: float
     """Of a peer over honest work: its reward less what an honest peer drew and what it lost by slashing. 0: honest."""
+    gain_error_pfm: float
+    """Its standard error, if rewards of this kind differed among themselves as honest ones do."""
     sent_bytes: float
     """A mean a peer and round."""
     received_bytes: float
@@ -152,6 +155,7 @@ def compute_kinds_report(report: SimReport) -> tuple[KindReport, ...]:
     kinds = sorted({peer.kind for peer in report.peers}, key=lambda kind: (kind != HONEST, kind))
     honest = [peer.reward_pfm for peer in report.peers if peer.kind == HONEST]
     honest_pfm = fmean(honest) if honest else 0.0
+    spread_pfm = stdev(honest) if len(honest) > 1 else 0.0
     reports = []
     for kind in kinds if num_rounds else ():
         peers = [peer for peer in report.peers if peer.kind == kind]
@@ -165,6 +169,7 @@ def compute_kinds_report(report: SimReport) -> tuple[KindReport, ...]:
                 together_pfm=sum(peer.reward_pfm for peer in peers),
                 slashed_pfm=slashed_pfm,
                 gain_pfm=0.0 if kind == HONEST else reward_pfm - honest_pfm - slashed_pfm,
+                gain_error_pfm=0.0 if kind == HONEST else spread_pfm * sqrt(1 / len(peers) + 1 / max(1, len(honest))),
                 sent_bytes=fmean(peer.bytes_sent for peer in peers) / num_rounds,
                 received_bytes=fmean(peer.bytes_received for peer in peers) / num_rounds,
             )
@@ -212,10 +217,10 @@ def _render_kinds(report: SimReport) -> Table:
         table.add_row(
             kind.kind,
             str(kind.num_peers),
-            f"{kind.reward_pfm:.3f}",
+            f"{kind.reward_pfm:.2f}",
             f"{kind.together_pfm:.2f}",
             f"{kind.slashed_pfm:.2f}",
-            "" if kind.kind == HONEST else f"{kind.gain_pfm:+.3f}",
+            "" if kind.kind == HONEST else f"{kind.gain_pfm:+.2f} ± {kind.gain_error_pfm:.2f}",
             f"{kind.sent_bytes / 1000:.1f}",
             str(kind.num_blamed),
         )

@@ -70,9 +70,9 @@ def make_plots(report: SimReport) -> tuple[Plot, ...]:
         ),
         Plot(
             "bytes", "Traffic", "kB a peer and round", rounds,
-            [Series(name, [value / 1000 for value in values]) for name, values in traffic.items()],
+            [Series(name, [value / 1000 for value in values]) for name, values in traffic.items()], may_be_log=True,
         ),
-        Plot("rewards", "Rewards", "PFM so far, mean a peer", rounds, _make_rewards(report)),
+        Plot("rewards", "Rewards", "PFM so far, mean a peer; the kinds that drew most", rounds, _make_rewards(report)),
         Plot(
             "gini", "Gini coefficient of rewards", "0 all alike, 1 one has all", rounds,
             [
@@ -158,9 +158,9 @@ def _render_economy(report: SimReport) -> str:
     )
     heads = "".join(f'<th scope="col"{"" if i in (0, 6) else _NUM}>{name}</th>' for i, name in enumerate(names))
     rows = "".join(_render_kind(kind) for kind in kinds)
-    note = "PFM, means a peer. Gain: its reward less what an honest peer drew and what it lost by slashing."
+    note = "PFM, means a peer. Gain: reward less what an honest peer drew and what was slashed, ± its standard error."
     return (
-        f'<p class="note">{note}</p><div class="scroll" tabindex="0" role="region" aria-label="Rewards by kind">'
+        f'<p class="note">{note}</p><div class="scroll all" tabindex="0" role="region" aria-label="Rewards by kind">'
         f'<table><caption class="unseen">Rewards by kind</caption><thead><tr>{heads}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
     )
@@ -171,14 +171,14 @@ _NUM = ' class="num"'
 
 def _render_kind(kind: KindReport) -> str:
     is_honest = kind.kind == HONEST
-    verdict = "" if is_honest else _PAYS if kind.gain_pfm > 0 else _LOSES
+    verdict = _NONE if is_honest else _judge(kind)
     cells = (
         f"{kind.num_peers:,}",
         format_value(kind.reward_pfm),
         format_value(kind.together_pfm),
         format_value(kind.slashed_pfm),
-        "–" if is_honest else format_value(kind.gain_pfm),
-        verdict or "–",
+        "–" if is_honest else f"{format_value(kind.gain_pfm)} ± {format_value(kind.gain_error_pfm)}",
+        verdict,
         format_value(kind.sent_bytes / 1000),
         f"{kind.num_blamed:,}",
     )
@@ -186,6 +186,15 @@ def _render_kind(kind: KindReport) -> str:
     return f'<tr><th scope="row">{escape(kind.kind)}</th>{rest}</tr>'
 
 
+def _judge(kind: KindReport) -> str:
+    """What is told apart from chance: honest peers' rewards differ, too."""
+    if abs(kind.gain_pfm) <= 2 * kind.gain_error_pfm:
+        return _CHANCE
+    return _PAYS if kind.gain_pfm > 0 else _LOSES
+
+
+_NONE = "–"
+_CHANCE = '<span class="quiet">as honest work: within chance</span>'
 _PAYS = '<span class="bad">✕ it pays</span>'
 _LOSES = '<span class="good">✓ honest work pays more</span>'
 

@@ -53,6 +53,8 @@ class Plot(msgspec.Struct, frozen=True):
     is_bars: bool = False
     """The first series as bars; a round of value 0 is crossed."""
     from_zero: bool = True
+    may_be_log: bool = False
+    """Values far apart are drawn on a scale of powers of ten."""
     empty: str = "Nothing to show."
     """What is said where no series has a value."""
 
@@ -111,7 +113,7 @@ def _make_scale(plot: Plot) -> _Scale:
     values = [value for series in plot.series for value in series.values if value is not None]
     low, high = min(values), max(values)
     positive = [value for value in values if value > 0]
-    if plot.from_zero and len(positive) == len(values) and high > LOG_SPAN * low:
+    if plot.may_be_log and len(positive) == len(values) and high > LOG_SPAN * low:
         return _Scale([10.0**power for power in range(floor(log10(low)), ceil(log10(high) - 1e-9) + 1)], True)
     ticks = compute_ticks(min(low, 0.0) if plot.from_zero else low, high)
     return _Scale(ticks, False)
@@ -243,7 +245,7 @@ def _format_tick(tick: float, is_share: bool) -> str:
     if is_share:
         return f"{tick:.0%}"
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(tick) >= size * 10:
+        if abs(tick) >= size:
             return f"{format_value(tick / size)}{letter}"
     return format_value(tick)
 
