@@ -1,0 +1,131 @@
+"""The hunt finds what is broken on purpose and makes it small; what it found once stays mended."""
+
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from p2pfm.errors import ConfigError
+from p2pfm.messages import Announcement, Proposal, Word
+from p2pfm.protocol.ballot import Ballot
+from p2pfm.protocol.events import AnyAction, Blame, Publish, Serve, Trained
+from p2pfm.protocol.peer import Peer
+from p2pfm.types import Digest, PeerId
+from sim.hunt import Failure, Finding, draw_scenario, find_failure, hunt, load, shrink
+from sim.scenarios import Scenario
+
+SEEDS = sorted((Path(__file__).parent / "seeds").glob("*.json"))
+
+
+def hunt_first(draw: object = None, runs_max: int = 20) -> Finding:
+    found = hunt(5, 3, folder=None, runs_max=runs_max, findings_max=1, draw=draw)  # type: ignore[arg-type]
+    assert len(found) == 1
+    return found[0]
+
+
+def test_a_core_that_serves_in_train_is_found_with_one_peer_and_one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_trained = Peer._on_trained
+
+    def serve_at_once(self: Peer, event: Trained) -> list[AnyAction]:
+        actions = on_trained(self, event)
+        return [*actions, Serve(event.payload)] if any(isinstance(action, Publish) for action in actions) else actions
+
+    monkeypatch.setattr(Peer, "_on_trained", serve_at_once)
+    found = hunt_first()
+    assert found.failure.kind == "a payload is served only after TRAIN"
+    assert (found.scenario.num_peers, found.scenario.num_rounds) == (1, 1)
+    assert found.drawn.num_peers > 1
+    assert found.command.startswith("p2pfm sim run ")
+    assert f"seed {found.scenario.seed}, step " in found.failure.text
+
+
+def test_a_core_that_signs_every_proposal_is_found_with_one_adversary(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sign_all(self: Ballot, author: PeerId, message: Word, *, is_second: bool) -> list[AnyAction]:
+        if not isinstance(message, Proposal):
+            return []
+        self.standing.save(signed_round=-1)
+        self.state.proposal, self.state.is_proposal_valid = message, False
+        return self.consider_proposal()
+
+    def draw(rng: Random) -> Scenario:
+        return Scenario(seed=rng.randrange(1000), num_peers=5, num_rounds=4, adversaries=("lazy", "split_votes"))
+
+    monkeypatch.setattr(Ballot, "on_second_word", sign_all)
+    found = hunt_first(draw)
+    assert found.failure.kind == "a member signs one proposal of round #"
+    assert "split_votes" in found.scenario.adversaries
+    assert set(found.scenario.adversaries) <= {"split_votes", "zero"}
+    assert found.scenario.num_rounds < found.drawn.num_rounds
+
+
+def test_a_core_that_blames_whoever_is_late_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_announcement = Ballot._on_announcement
+
+    def blame_late(self: Ballot, author: PeerId, message: Announcement) -> tuple[bool, list[AnyAction]]:
+        is_late = self.state.phase > 0 and self.state.saw_train
+        return (True, [Blame(author, "late")]) if is_late else on_announcement(self, author, message)
+
+    def draw(rng: Random) -> Scenario:
+        return Scenario(seed=rng.randrange(1000), num_peers=10, num_rounds=4, adversaries=("latecomer", "silent"))
+
+    monkeypatch.setattr(Ballot, "_on_announcement", blame_late)
+    found = hunt_first(draw)
+    assert found.failure.kind == "no honest peer is blamed (late)"
+    assert found.scenario.adversaries == ("latecomer",)
+    assert (found.scenario.num_peers, found.scenario.num_rounds) < (4, 2)
+
+
+def test_an_exception_in_the_core_is_a_finding_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forget(self: Ballot, digest: Digest, is_malformed: bool) -> list[AnyAction]:
+        raise KeyError(digest.hex())
+
+    monkeypatch.setattr(Ballot, "on_fetch_failed", forget)
+    scenario = Scenario(seed=2, num_peers=6, num_rounds=2, adversaries=("zero", "withholder"))
+    failure = find_failure(scenario)
+    assert failure is not None
+    assert failure.kind == "KeyError in forget of test_hunt.py"
+    small = shrink(scenario, failure).scenario
+    assert small.adversaries == ("withholder",)
+    assert (small.num_peers, small.num_rounds) == (2, 1)
+
+
+def test_one_seed_draws_the_same_scenarios() -> None:
+    drawn = [[draw_scenario(rng) for _ in range(50)] for rng in (Random("7 hunt"), Random("7 hunt"))]
+    assert drawn[0] == drawn[1]
+    assert len({scenario.num_peers for scenario in drawn[0]}) > 10
+
+
+def test_a_hunt_runs_what_it_draws_until_it_is_told_to_stop() -> None:
+    told: list[int] = []
+
+    def on_run(number: int, scenario: Scenario, failure: Failure | None) -> None:
+        told.append(number)
+
+    def draw(rng: Random) -> Scenario:
+        return Scenario(seed=rng.randrange(9), num_peers=2, num_rounds=1)
+
+    assert hunt(5, 1, on_run, folder=None, runs_max=3, draw=draw) == []
+    assert told == [1, 2, 3]
+
+
+def test_a_finding_is_kept_in_a_file_that_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Peer, event: Trained) -> list[AnyAction]:
+        raise ValueError("broken")
+
+    monkeypatch.setattr(Peer, "_on_trained", fail)
+    found = hunt(5, 3, folder=tmp_path, runs_max=1, findings_max=1)[0]
+    kept = load(Path(found.path))
+    assert kept.scenario == found.scenario
+    assert find_failure(kept.scenario) == found.failure
+
+
+def test_a_file_that_is_no_seed_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "broken.json"
+    path.write_text('{"kind": 1}')
+    with pytest.raises(ConfigError, match=r"broken\.json"):
+        load(path)
+
+
+@pytest.mark.parametrize("path", SEEDS, ids=lambda path: path.stem)
+def test_what_failed_once_fails_no_more(path: Path) -> None:
+    assert find_failure(load(path).scenario) is None
