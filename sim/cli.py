@@ -25,7 +25,7 @@ from sim.checks import Violation
 from sim.compare import compare as compare_reports
 from sim.compare import compute_figures, compute_spreads, format_spread, render_comparison
 from sim.estimate import compute_estimate, describe, get_free_bytes, validate_memory
-from sim.hunt import PEERS_MAX, Failure
+from sim.hunt import Failure
 from sim.hunt import hunt as run_hunt
 from sim.library import change_scenario, list_names, load_scenario
 from sim.progress import RunProgress
@@ -216,7 +216,6 @@ def report(
 def hunt(
     minutes: Annotated[float, typer.Option(min=0, help="How long to look [min].")] = 10.0,
     seed: Annotated[int, typer.Option(min=0, help="The scenarios are drawn from this.")] = 1,
-    peers: Annotated[int, typer.Option(min=1, help="At most so many peers.")] = PEERS_MAX,
     out: Annotated[Path, typer.Option(help="Folder where each finding is saved.")] = Path("found"),
     json: Json = False,
 ) -> None:
@@ -234,7 +233,7 @@ def hunt(
                 )
             progress.update(task, completed=time.monotonic() - started_s, what=f"{number} runs")
 
-        found = run_hunt(minutes, seed, on_run, folder=out, peers_max=peers)
+        found = run_hunt(minutes, seed, on_run, folder=out)
     if json:
         _write_json(found)
     for finding in found:

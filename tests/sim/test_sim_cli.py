@@ -270,3 +270,10 @@ def test_the_list_names_every_scenario_with_its_question() -> None:
     assert {name: item["title"] for name, item in json.loads(told.stdout).items()} == {
         name: load_scenario(name).title for name in list_names()
     }
+
+
+def test_a_hunt_tells_its_seed_first_and_what_it_found() -> None:
+    with CliRunner().isolated_filesystem():
+        told = sim("hunt", "--minutes", 0.005, "--seed", 4)
+    assert told.output.startswith("seed 4\n")
+    assert told.exit_code == (0 if "nothing found" in told.output else 3)
