@@ -15,12 +15,12 @@ noise        announces random values of its update's size                       
 gaussian     announces random values ten times its update's size                      L   little         noise    no
 copycat      announces what the last peer's data give, as its own work                L   none           half     no
 skipper      trains as others do, but not on the public batch drawn for it            L   none           gated    no
-alie         a cabal: the mean of its honest updates less z deviations, all alike     L   little         once     no
-ipm          a cabal: half the mean of its honest updates, backwards                  L   little         nothing  no
-minmax       a cabal: as far from the mean as two honest updates are apart            L   little         once     no
-label_flip   trains on mirrored labels (the regression: on negated targets)           L   little         nothing  no
+alie         a cabal: the mean of its honest updates less z deviations, all alike     L   none           once     no
+ipm          a cabal: half the mean of its honest updates, backwards                  L   none           nothing  no
+minmax       a cabal: as far from the mean as two honest updates are apart            L   none           once     no
+label_flip   trains on mirrored labels (the regression: on negated targets)           L   none           nothing  no
 backdoor     trains on triggered prompts, and boosts it; needs labels                 L   its trigger    little   no
-sybil        one owner's peers, all with the first one's update, slightly changed     L   none           once     no
+sybil        one owner's peers, all with the first one's update, slightly changed     L   little         once     no
 latecomer    announces when payloads are public                                       F   its own work   nothing  no
 equivocator  announces one update to one half of its peers and another to the rest    F   its own work   nothing  yes
 withholder   announces its update and never serves it                                 F   its own work   nothing  no
@@ -37,7 +37,7 @@ silent       as a committee member, says nothing                                
 late         as an evaluator, commits when the others' vectors are public             F   none           as work  no
 split_votes  makes two right proposals, one for each half, and signs both             F   its proposals  as work  yes
 eclipse      keeps its words from the newest member, and answers its syncs with none  F   none           as work  no
-spammer      floods all with well-formed nonsense                                     F   its own work   nothing  yes
+spammer      floods all with well-formed nonsense, false proposals among it           F   its proposals  nothing  yes
 untimely     announces for later rounds as well, and for the last one again           F   none           as work  may be
 
 "Its proposals": rounds in which such a one is first-ranked are void, as if it were down. A majority of the committee

@@ -46,6 +46,9 @@ SIGNER_KINDS: frozenset[AdversaryKind] = frozenset({"split_votes", "overpayer"})
 TROUBLE = 0.4
 """The chance of each kind of trouble (loss, crashes, partitions ...): half of all scenarios have two or three."""
 
+SHARDED = 0.25
+"""Share of the scenarios whose peers are dealt into shards, of a few peers each."""
+
 REPLAYED = 0.2
 """Share of the scenarios whose event logs are kept and replayed into fresh cores."""
 
@@ -190,7 +193,8 @@ def _draw(rng: Random, peers_max: int) -> Scenario:
     # Most bugs need few peers, and small worlds are quick: 2 to 12 as often as all others.
     num_peers = rng.randint(2, min(12, peers_max) if rng.random() < 0.5 else peers_max)
     num_rounds = rng.randint(1, ROUNDS_MAX)
-    committee_size = rng.randint(1, num_peers) if _has(rng) else 0
+    shard_size = rng.randint(2, 10) if rng.random() < SHARDED else Scenario().shard_size
+    committee_size = rng.randint(1, min(num_peers, shard_size)) if _has(rng) else 0
     phases = _draw_phases(rng) if _has(rng) else Scenario().phases
     length_ms = num_rounds * sum(msgspec.structs.astuple(phases))
     return Scenario(
@@ -200,11 +204,12 @@ def _draw(rng: Random, peers_max: int) -> Scenario:
         churn=_draw_churn(rng, length_ms) if _has(rng) else ChurnModel(),
         network=_draw_network(rng, num_peers, length_ms),
         clocks=ClockModel(rng.choice((0, 100, 500, 2_000)), rng.choice((0.0, 0.0, 100.0))),
-        adversaries=_draw_adversaries(rng, num_peers, committee_size) if _has(rng) else (),
+        adversaries=_draw_adversaries(rng, num_peers, committee_size or COMMITTEE_SIZE) if _has(rng) else (),
         outages=(_draw_outage(rng, length_ms),) if _has(rng) else (),
         work=_draw_work(rng) if _has(rng) else WorkTimes(),
         phases=phases,
-        committee_size=committee_size,
+        committee_size=committee_size or (shard_size if shard_size < COMMITTEE_SIZE else 0),
+        shard_size=shard_size,
         work_steps=4 if rng.random() < 0.1 else 0,
         rounds_per_epoch=rng.randint(1, 4),
         keep_logs=tuple(range(num_peers)) if rng.random() < REPLAYED else (),
@@ -249,7 +254,7 @@ def _draw_network(rng: Random, num_peers: int, length_ms: int) -> NetworkModel:
 def _draw_adversaries(rng: Random, num_peers: int, committee_size: int) -> tuple[AdversaryKind, ...]:
     known = [kind for kind in get_args(AdversaryKind) if kind not in NEEDS_LABELS]
     drawn = rng.choices(known, k=rng.randint(1, max(1, num_peers // 3)))
-    signers_max = ((committee_size or min(COMMITTEE_SIZE, num_peers)) - 1) // 3
+    signers_max = (min(committee_size, num_peers) - 1) // 3
     signers = [kind for kind in drawn if kind in SIGNER_KINDS]
     return (*(kind for kind in drawn if kind not in SIGNER_KINDS), *signers[:signers_max])
 

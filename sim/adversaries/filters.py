@@ -48,6 +48,7 @@ from p2pfm.protocol.events import (
     Train,
 )
 from p2pfm.protocol.membership import get_member
+from p2pfm.protocol.shards import EVERYBODY
 from p2pfm.settlement import merkle
 from p2pfm.settlement.ledger import Roster
 from p2pfm.settlement.rewards import from_wire, proposal_message
@@ -313,7 +314,7 @@ class Overpayer(Colluder):
     """Pays a round's whole reward to its friends when it proposes, and signs whatever a friend proposes.
 
     Its core proves such a proposal wrong and signs nothing; so it signs and, with a quorum of friends, aggregates on
-    its own account. Plays in small networks only: a shard pays nobody.
+    its own account. A shard pays nobody: there it only praises.
     """
 
     def __init__(self, config: NetworkConfig) -> None:
@@ -419,7 +420,7 @@ class Splitter(Honest):
                 self._me = maker
             case Persist(durable=durable):
                 self._head = durable.head.proposal if durable.head else None
-            case Publish(message=Proposal() as proposal):
+            case Publish(message=Proposal() as proposal, topic=topic) if topic == EVERYBODY:
                 return self._split(action, proposal)
             case _:
                 pass
