@@ -7,52 +7,70 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 
+import msgspec
+
 from p2pfm.config import NetworkConfig
 from p2pfm.errors import Reject, Unjudged
 from p2pfm.messages import (
+    MEMBERS_MAX,
     Attestation,
     Certificate,
     Envelope,
     Message,
     Presence,
+    ShardMessage,
     decode_envelope,
     decode_message,
     encode,
     proposal_digest,
 )
+from p2pfm.protocol.committee import shard_message
 from p2pfm.protocol.events import AnyEvent, RosterChanged, SettledChanged
 from p2pfm.protocol.membership import get_member
+from p2pfm.protocol.phases import compute_position
+from p2pfm.protocol.shards import deal
+from p2pfm.runtime.clock import now_ms
 from p2pfm.runtime.envelopes import verify_envelope
 from p2pfm.runtime.network.limits import TokenBucket
 from p2pfm.settlement import bls
 from p2pfm.settlement.ledger import Roster, SettledRound
 from p2pfm.settlement.rewards import proposal_message
 from p2pfm.settlement.sampling import compute_quorum
-from p2pfm.types import Digest, PeerId, compute_digest, short
+from p2pfm.types import Digest, MemberIndex, Millis, PeerId, compute_digest, short
 
 ROSTERS_MAX = 8
 """Committees remembered: a certificate of an earlier epoch can still arrive."""
 
+VERSIONS_MAX = 4
+"""Rosters of one committee remembered: who joined in its time changes the next round's shards, not this one's."""
 
 PROVEN_MAX = 1024
 """Bodies remembered as proven: more than a round has of them."""
 
 BLS_BURST = 16
 BLS_PER_S = 1.0
-"""Signatures of one author that are verified: an honest member has two a round. Each costs milliseconds."""
+"""Signatures of one author that are verified: an honest member has two a round and level. Each costs milliseconds."""
 
-AUTHORS_MAX = 1024
-"""Authors whose rate is remembered: more than a registry has."""
+AUTHORS_MAX = MEMBERS_MAX
+"""Authors whose rate is remembered: as many as a registry has."""
 
 
 class Door:
     """Remembers whose keys count. Every method raises `Reject` for what an honest peer never sends."""
 
-    def __init__(self, config: NetworkConfig, clock_s: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        config: NetworkConfig,
+        clock_s: Callable[[], float] = time.monotonic,
+        clock_ms: Callable[[], Millis] = now_ms,
+    ) -> None:
+        """`clock_s` runs evenly, for rates; `clock_ms` tells the time [ms since 1970], for rounds."""
         self._config = config
         self._clock_s = clock_s
+        self._clock_ms = clock_ms
         self._network_id = config.network_id()
-        self._rosters: OrderedDict[tuple[int, int], Roster] = OrderedDict()
+        self._rosters: OrderedDict[tuple[int, int], tuple[Roster, ...]] = OrderedDict()
+        """By epoch and restart, as the chain told them: the newest first."""
         self._settled: SettledRound | None = None
         self._proven: OrderedDict[Digest, None] = OrderedDict()
         self._verified: OrderedDict[PeerId, TokenBucket] = OrderedDict()
@@ -61,8 +79,10 @@ class Door:
         """Learn what the chain tells: committees, and the newest round."""
         match event:
             case RosterChanged(roster=roster):
-                self._rosters[(roster.epoch, roster.nonce)] = roster
-                self._rosters.move_to_end((roster.epoch, roster.nonce))
+                key = (roster.epoch, roster.nonce)
+                own = msgspec.structs.replace(roster)  # what is worked out of it is kept with it, and this is a thread
+                self._rosters[key] = (own, *self._rosters.get(key, ()))[:VERSIONS_MAX]
+                self._rosters.move_to_end(key)
                 while len(self._rosters) > ROSTERS_MAX:
                     self._rosters.popitem(last=False)
             case SettledChanged(settled=settled):
@@ -105,6 +125,8 @@ class Door:
         match message:
             case Attestation():
                 self._verify_attestation(envelope.author, message)
+            case ShardMessage():
+                self._open_shard_message(envelope.author, message)
             case Presence() if message.peer != envelope.author:
                 raise Reject(f"presence that speaks for {message.peer}")
             case Presence() | Certificate() if not self._is_registered(envelope.author):
@@ -127,21 +149,55 @@ class Door:
         """
         proposal = certificate.proposal
         settled = self._settled
-        roster = self._rosters.get((proposal.epoch, proposal.nonce))
-        if roster is None:
+        rosters = self._rosters.get((proposal.epoch, proposal.nonce))
+        if rosters is None:
             if settled and settled.round == proposal.round and settled.data_digest == proposal_digest(proposal):
                 return  # the contract has verified it: good even when its committee is no longer known here
             raise Unjudged(f"certificate of epoch {proposal.epoch}, restart {proposal.nonce}: no such committee known")
-        absent = set(certificate.absent)
-        signers = [index for index in roster.committee if index not in absent]
-        if not absent <= set(roster.committee) or len(absent) != len(certificate.absent):
-            raise Reject("certificate names absentees that are not on the committee, or one twice")
-        if len(signers) < compute_quorum(len(roster.committee)):
-            raise Reject(f"certificate of {len(signers)} signatures, expected {compute_quorum(len(roster.committee))}")
-        keys = [roster.members[index].bls_key for index in signers]
-        message = proposal_message(self._config.chain, proposal)
-        if not bls.fast_aggregate_verify(keys, message, certificate.signature):
-            raise Reject(f"certificate of round {proposal.round}: its signature does not verify")
+        _verify_signers(rosters[0], certificate, proposal_message(self._config.chain, proposal))
+
+    def _open_shard_message(self, author: PeerId, message: ShardMessage) -> None:
+        limits = self._config.limits
+        if not self._config.has_shards:
+            raise Reject("speaks of shards in a network that has none")
+        if message.shard >= 2 * limits.peers_max // limits.shard_peers_max:  # equal parts are half full at least
+            raise Reject(f"speaks for shard {message.shard}, and {limits.peers_max} peers make no so many")
+        if not self._newest() or not self._is_registered(author):
+            raise Unjudged("shards are registered peers' affair")
+        match message.message:
+            case Attestation() as attestation:
+                self._verify_attestation(author, attestation)
+            case Certificate() as certificate:
+                self._verify_shard_certificate(author, message.shard, certificate)
+            case _:
+                pass
+
+    def _verify_shard_certificate(self, author: PeerId, shard: MemberIndex, certificate: Certificate) -> None:
+        """More than two thirds of a shard's committee signed it, in one of the deals that a peer may know by now.
+
+        Who joined or left while the round lasts may be known here and not there, so that a wrong signature is no proof
+        against anybody: only what is wrong in every deal is.
+        """
+        proposal = certificate.proposal
+        if proposal.leaves:
+            raise Reject("a shard's certificate that pays somebody")
+        if list(certificate.absent) != sorted(set(certificate.absent)):
+            raise Reject("certificate names absentees out of order, or one twice")
+        if abs(compute_position(self._config, self._clock_ms()).round - proposal.round) > 1:
+            raise Unjudged("a shard's certificate counts in its own round")  # to deal an epoch costs milliseconds, too
+        self._take_turn(author)
+        why = f"epoch {proposal.epoch}, restart {proposal.nonce}: no such committee known"
+        signed = shard_message(self._config.chain, shard, proposal)
+        for roster in self._rosters.get((proposal.epoch, proposal.nonce), ()):
+            dealt = deal(self._config, roster, proposal.round)
+            if dealt is None or shard >= len(dealt.shards):
+                why = "no such shard in any deal known"
+                continue
+            try:
+                return _verify_signers(dealt.shards[shard], certificate, signed)
+            except Reject as error:
+                why = str(error)
+        raise Unjudged(f"shard {shard}: {why}")
 
     def _take_turn(self, author: PeerId) -> None:
         """Before each BLS verification. Raises: Unjudged."""
@@ -153,7 +209,8 @@ class Door:
             raise Unjudged(f"{short(author)} sends more signatures than a member has")
 
     def _newest(self) -> Roster | None:
-        return next(reversed(self._rosters.values()), None)
+        newest = next(reversed(self._rosters.values()), None)
+        return newest[0] if newest else None
 
     def _is_registered(self, peer: PeerId) -> bool:
         """Everybody may be, while no registry could be read: serving goes on when the chain is down."""
@@ -170,3 +227,16 @@ class Door:
         self._take_turn(author)
         if not bls.verify(member.bls_key, attestation.message, attestation.signature):
             raise Reject(f"attestation of member {attestation.member}: its signature does not verify")
+
+
+def _verify_signers(roster: Roster, certificate: Certificate, message: Digest) -> None:
+    """All of the roster's committee but those named absent signed `message`, and they are enough. Raises: Reject."""
+    absent = set(certificate.absent)
+    signers = [index for index in roster.committee if index not in absent]
+    if not absent <= set(roster.committee) or len(absent) != len(certificate.absent):
+        raise Reject("certificate names absentees that are not on the committee, or one twice")
+    if len(signers) < compute_quorum(len(roster.committee)):
+        raise Reject(f"certificate of {len(signers)} signatures, expected {compute_quorum(len(roster.committee))}")
+    keys = [roster.by_index[index].bls_key for index in signers]
+    if not bls.fast_aggregate_verify(keys, message, certificate.signature):
+        raise Reject(f"certificate of round {certificate.proposal.round}: its signature does not verify")

@@ -5,13 +5,26 @@ import pytest
 
 from p2pfm.config import ChainConfig, NetworkConfig
 from p2pfm.errors import Reject, Unjudged
-from p2pfm.messages import Attestation, Certificate, Envelope, Message, Presence, Proposal, encode
+from p2pfm.messages import (
+    Attestation,
+    Certificate,
+    Envelope,
+    Leaf,
+    Message,
+    Presence,
+    Proposal,
+    ShardMessage,
+    encode,
+)
+from p2pfm.protocol.committee import shard_message
 from p2pfm.protocol.events import RosterChanged
+from p2pfm.protocol.phases import compute_round_start
+from p2pfm.protocol.shards import deal
 from p2pfm.runtime.door import BLS_BURST, Door
 from p2pfm.settlement import bls
 from p2pfm.settlement.ledger import Member, Roster
 from p2pfm.settlement.rewards import proposal_message
-from p2pfm.types import Digest, MemberIndex, Millis, PeerId, Round, Wei, compute_digest
+from p2pfm.types import Contribution, Digest, MemberIndex, Millis, PeerId, Round, Wei, compute_digest
 
 ZERO = Digest(bytes(32))
 CONFIG = NetworkConfig("test", Millis(0), "toy", "0" * 64, ChainConfig(1, "0x" + "11" * 20, "0x" + "22" * 20))
@@ -127,3 +140,89 @@ def test_an_author_gets_so_many_signatures_verified_and_no_more() -> None:
     assert door.open(sealed(NAMES[0], attestation(0, by=0))), "others are not touched by it"
     now[0] += 5
     send(99)
+
+
+# --- shards
+
+SHARDED = msgspec.structs.replace(CONFIG, limits=msgspec.structs.replace(CONFIG.limits, peers_max=4, shard_peers_max=2))
+DEALT = deal(SHARDED, ROSTER, Round(3))
+AT_MS = Millis(compute_round_start(SHARDED, Round(3)) + 1)
+
+
+@pytest.fixture
+def sharded() -> Door:
+    door = Door(SHARDED, clock_ms=lambda: AT_MS)
+    door.on_event(RosterChanged(ROSTER))
+    return door
+
+
+def shard_certificate(
+    shard: int, *absent: int, signed_as: int | None = None, proposal: Proposal = PROPOSAL
+) -> ShardMessage:
+    assert DEALT is not None
+    message = shard_message(SHARDED.chain, shard if signed_as is None else signed_as, proposal)
+    signers = [index for index in DEALT.shards[shard].committee if index not in absent]
+    signature = bls.aggregate([bls.sign(SECRETS[index], message) for index in signers])
+    inner = Certificate(proposal, tuple(MemberIndex(index) for index in absent), signature)
+    return ShardMessage(MemberIndex(shard), inner)
+
+
+def test_a_shards_certificate_is_signed_by_the_shards_own_committee(sharded: Door) -> None:
+    for shard in (0, 1):
+        assert sharded.open(sealed(NAMES[0], shard_certificate(shard)))
+    with pytest.raises(Unjudged, match="does not verify"):
+        sharded.open(sealed(NAMES[0], shard_certificate(0, signed_as=1)))
+    assert DEALT is not None
+    elsewhere = DEALT.shards[0].committee[0]
+    told = msgspec.structs.replace(shard_certificate(1).message, absent=(elsewhere,))
+    with pytest.raises(Unjudged, match="not on the committee"):
+        sharded.open(sealed(NAMES[0], ShardMessage(MemberIndex(1), told)))
+    with pytest.raises(Unjudged, match="signatures, expected 2"):
+        sharded.open(sealed(NAMES[0], shard_certificate(0, elsewhere)))
+
+
+def test_what_no_deal_allows_is_rejected(sharded: Door, door: Door) -> None:
+    with pytest.raises(Reject, match="has none"):
+        door.open(sealed(NAMES[0], shard_certificate(0)))
+    with pytest.raises(Reject, match="shard 4"):
+        sharded.open(sealed(NAMES[0], msgspec.structs.replace(shard_certificate(0), shard=MemberIndex(4))))
+    paying = msgspec.structs.replace(PROPOSAL, leaves=(Leaf(bytes(16), bytes(16), Contribution(0)),))
+    with pytest.raises(Reject, match="pays"):
+        sharded.open(sealed(NAMES[0], shard_certificate(0, proposal=paying)))
+
+
+def test_a_shard_that_is_not_dealt_or_not_of_now_is_not_judged(sharded: Door) -> None:
+    with pytest.raises(Unjudged, match="no such shard"):
+        sharded.open(sealed(NAMES[0], msgspec.structs.replace(shard_certificate(0), shard=MemberIndex(2))))
+    later = msgspec.structs.replace(PROPOSAL, epoch=2)
+    with pytest.raises(Unjudged, match="no such committee"):
+        sharded.open(sealed(NAMES[0], shard_certificate(0, proposal=later)))
+    with pytest.raises(Unjudged, match="own round"):
+        sharded.open(sealed(NAMES[0], shard_certificate(0, proposal=msgspec.structs.replace(PROPOSAL, round=Round(9)))))
+    with pytest.raises(Unjudged, match="registered"):
+        sharded.open(sealed(PeerId("stranger"), shard_certificate(0)))
+
+
+def test_a_shard_dealt_before_somebody_joined_is_still_known(sharded: Door) -> None:
+    joined = Member(MemberIndex(4), f"0x{4:040x}", PeerId("peer-4"), bls.public_key(SECRETS[0]), Wei(1), active=True)
+    sharded.on_event(RosterChanged(msgspec.structs.replace(ROSTER, members=(*ROSTER.members, joined))))
+    assert sharded.open(sealed(NAMES[0], shard_certificate(0)))
+
+
+def test_an_attestation_in_a_shard_is_the_members_own_word(sharded: Door) -> None:
+    assert sharded.open(sealed(NAMES[1], ShardMessage(MemberIndex(0), attestation(1, by=1))))
+    with pytest.raises(Reject, match="does not verify"):
+        sharded.open(sealed(NAMES[1], ShardMessage(MemberIndex(0), attestation(1, by=2))))
+    with pytest.raises(Reject, match="registry index"):
+        sharded.open(sealed(NAMES[1], ShardMessage(MemberIndex(0), attestation(2, by=2))))
+
+
+def test_shard_certificates_of_one_author_cost_so_many_verifications_and_no_more() -> None:
+    door = Door(SHARDED, lambda: 100.0, lambda: AT_MS)
+    door.on_event(RosterChanged(ROSTER))
+    told = [msgspec.structs.replace(PROPOSAL, new_base=compute_digest(b"%d" % n)) for n in range(BLS_BURST + 1)]
+    for proposal in told[:-1]:
+        assert door.open(sealed(NAMES[0], shard_certificate(0, proposal=proposal)))
+    with pytest.raises(Unjudged, match="more signatures"):
+        door.open(sealed(NAMES[0], shard_certificate(0, proposal=told[-1])))
+    assert door.open(sealed(NAMES[1], shard_certificate(0, proposal=told[-1])))
