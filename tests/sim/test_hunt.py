@@ -8,9 +8,9 @@ import pytest
 from p2pfm.errors import ConfigError
 from p2pfm.messages import Announcement, Proposal, Word
 from p2pfm.protocol.ballot import Ballot
-from p2pfm.protocol.events import AnyAction, Blame, Publish, Serve, Trained
+from p2pfm.protocol.events import AnyAction, AnyEvent, Blame, Publish, Serve, Trained
 from p2pfm.protocol.peer import Peer
-from p2pfm.types import Digest, PeerId
+from p2pfm.types import Digest, Millis, PeerId
 from sim.hunt import Failure, Finding, draw_scenario, find_failure, hunt, load, shrink
 from sim.scenarios import Scenario
 
@@ -24,13 +24,14 @@ def hunt_first(draw: object = None, runs_max: int = 20) -> Finding:
 
 
 def test_a_core_that_serves_in_train_is_found_with_one_peer_and_one_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    on_trained = Peer._on_trained
+    handle = Peer.handle
 
-    def serve_at_once(self: Peer, event: Trained) -> list[AnyAction]:
-        actions = on_trained(self, event)
-        return [*actions, Serve(event.payload)] if any(isinstance(action, Publish) for action in actions) else actions
+    def serve_at_once(self: Peer, event: AnyEvent, now_ms: Millis) -> list[AnyAction]:
+        actions = handle(self, event, now_ms)
+        has_announced = any(isinstance(action, Publish) for action in actions)
+        return [*actions, Serve(event.payload)] if isinstance(event, Trained) and has_announced else actions
 
-    monkeypatch.setattr(Peer, "_on_trained", serve_at_once)
+    monkeypatch.setattr(Peer, "handle", serve_at_once)
     found = hunt_first()
     assert found.failure.kind == "a payload is served only after TRAIN"
     assert (found.scenario.num_peers, found.scenario.num_rounds) == (1, 1)
@@ -109,10 +110,10 @@ def test_a_hunt_runs_what_it_draws_until_it_is_told_to_stop() -> None:
 
 
 def test_a_finding_is_kept_in_a_file_that_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: Peer, event: Trained) -> list[AnyAction]:
+    def fail(self: Peer, event: AnyEvent, now_ms: Millis) -> list[AnyAction]:
         raise ValueError("broken")
 
-    monkeypatch.setattr(Peer, "_on_trained", fail)
+    monkeypatch.setattr(Peer, "handle", fail)
     found = hunt(5, 3, folder=tmp_path, runs_max=1, findings_max=1)[0]
     kept = load(Path(found.path))
     assert kept.scenario == found.scenario
