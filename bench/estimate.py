@@ -16,6 +16,9 @@ from scipy.optimize import nnls
 
 from sim.scenarios import LearnerModel, Scenario
 
+LONGER = 8
+"""One more run of a middle size has so many times the rounds: what each leaves behind in memory."""
+
 RUN = """
 import resource, sys
 from sim.report import run_scenario
@@ -44,18 +47,18 @@ def main() -> None:
     parser.add_argument("--peers", default="8,32,96,128,256")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    sizes = np.array([float(size) for size in options.peers.split(",")])
+    runs = [(int(size), options.rounds) for size in options.peers.split(",")]
+    runs.append((runs[len(runs) // 2][0], LONGER * options.rounds))
+    sizes, rounds = np.array(runs, float).T
     pairs = sizes * np.minimum(sizes, Scenario().shard_size)
     for kind in options.kind or ["digests", "convex", "mlp", "lora"]:
-        memory, seconds = np.array([measure(kind, int(size), options.rounds) for size in sizes]).T
-        space, time = np.stack([np.ones_like(sizes), sizes, pairs], 1), np.stack([sizes, pairs], 1)
-        base, peer, pair = fit(space, memory)
-        peer_s, pair_s = fit(time, seconds)
-        print(f'"{kind}": Cost({base:.3g}, {peer:.3g}, {pair:.3g}, {peer_s:.3g}, {pair_s:.3g}),')
-        for size, *figures in zip(
-            sizes, memory, space @ [base, peer, pair], seconds, time @ [peer_s, pair_s], strict=True
-        ):
-            print("  {:5.0f} peers: {:.3g} B, fit {:.3g}; {:.3g} s a round, fit {:.3g}".format(size, *figures))
+        memory, seconds = np.array([measure(kind, *run) for run in runs]).T
+        space, time = np.stack([np.ones_like(sizes), sizes, pairs, sizes * rounds], 1), np.stack([sizes, pairs], 1)
+        in_space, in_time = fit(space, memory), fit(time, seconds)
+        print(f'"{kind}": Cost({", ".join(f"{value:.3g}" for value in (*in_space, *in_time))}),')
+        for (size, num), *figures in zip(runs, memory, space @ in_space, seconds, time @ in_time, strict=True):
+            text = "  {} peers, {} rounds: {:.3g} B, fit {:.3g}; {:.3g} s a round, fit {:.3g}"
+            print(text.format(size, num, *figures))
 
 
 if __name__ == "__main__":
