@@ -58,10 +58,11 @@ def make_plots(report: SimReport) -> tuple[Plot, ...]:
         "sent, most": [item.sent.max_bytes for item in items],
         "received, mean": [item.received.mean_bytes for item in items],
     }
+    cut = f"; top {KINDS_MAX} kinds" if rounds and len(items[-1].rewards_pfm) > KINDS_MAX else ""
     plots = [
         Plot(
             "loss", "Held-out loss", "nats", rounds, loss if has_losses else [],
-            from_zero=False, empty="This scenario's learner has no loss: its payloads are names.",
+            from_zero=False, empty="No round was certified, so no base was measured.",
         ),
         Plot(
             "certified", "Rounds certified", "share of peers that hold it", rounds,
@@ -72,7 +73,7 @@ def make_plots(report: SimReport) -> tuple[Plot, ...]:
             "bytes", "Traffic", "kB a peer and round", rounds,
             [Series(name, [value / 1000 for value in values]) for name, values in traffic.items()], may_be_log=True,
         ),
-        Plot("rewards", "Rewards", "PFM so far, mean a peer; the kinds that drew most", rounds, _make_rewards(report)),
+        Plot("rewards", "Rewards", f"PFM so far, mean a peer{cut}", rounds, _make_rewards(report)),
         Plot(
             "gini", "Gini coefficient of rewards", "0 all alike, 1 one has all", rounds,
             [

@@ -62,7 +62,9 @@ class Plot(msgspec.Struct, frozen=True):
 def render_plot(plot: Plot) -> str:
     """A card: heading, legend, the drawing as a <figure>, and the table behind it."""
     has_values = any(value is not None for series in plot.series for value in series.values)
-    head = f"<h3>{escape(plot.title)} <span>{escape(plot.unit)}</span></h3>"
+    every = ceil(len(plot.rounds) / COLUMNS_MAX)
+    unit = plot.unit if every <= 1 else f"{plot.unit}; means of {every} rounds"
+    head = f"<h3>{escape(plot.title)} <span>{escape(unit)}</span></h3>"
     note = f'<p class="note">{escape(plot.note)}</p>' if plot.note else ""
     if not has_values:
         body = f'<p class="empty">{escape(plot.empty)}</p>'

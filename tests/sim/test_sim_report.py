@@ -1,7 +1,9 @@
 """What a run's figures are: taken without changing the run, and right."""
 
 import csv
+import re
 from functools import cache
+from itertools import combinations
 from math import sqrt
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from p2pfm.types import NANO
 from sim.churn import ChurnModel
 from sim.compare import compare, compute_figures, compute_spreads, format_spread
 from sim.network import NetworkModel
+from sim.page import FOLDER
 from sim.page.plots import compute_ticks, format_value
 from sim.recorder import Recorder, compute_gini
 from sim.report import SimReport, compute_kinds_report, make_report
@@ -121,3 +124,41 @@ def test_ticks_hold_the_values_between_them(low: float, high: float) -> None:
     ticks = compute_ticks(low, high)
     assert ticks[0] <= low <= high <= ticks[-1]
     assert 2 <= len(ticks) <= 8
+
+
+# --- colours ---------------------------------------------------------------------------------------------------------
+
+VISION = {
+    "normal": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    "protan": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+    "deutan": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+    "tritan": [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]],
+}
+"""What linear light becomes in eyes of each kind: Machado, Oliveira, Fernandes 2009, severity 1."""
+
+XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+
+
+def to_light(colour: str) -> np.ndarray:
+    value = np.array([int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)])
+    return np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+
+
+def to_lab(light: np.ndarray) -> np.ndarray:
+    xyz = XYZ @ np.clip(light, 0, 1) / [0.9505, 1, 1.0888]
+    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_lines_differ_for_all_kinds_of_colour_vision(theme: int) -> None:
+    style = (FOLDER / "style.css").read_text(encoding="utf-8")
+    lines = [found[theme] for found in (re.findall(rf"--c{number}: (#\w+)", style) for number in range(6))]
+    ground = (XYZ @ to_light(re.findall(r"--ground: (#\w+)", style)[theme]))[1]
+    for colour in lines:
+        low, high = sorted(((XYZ @ to_light(colour))[1], ground))
+        assert (high + 0.05) / (low + 0.05) >= 3, f"{colour} on the ground"
+    for kind, eyes in VISION.items():
+        for one, other in combinations(lines, 2):
+            distance = np.linalg.norm(to_lab(eyes @ to_light(one)) - to_lab(eyes @ to_light(other)))
+            assert distance > 30, f"{one} and {other} to {kind} eyes"
