@@ -8,8 +8,12 @@ from collections.abc import Callable, Sequence
 from p2pfm.config import WEI_PER_PFM, NetworkConfig
 from p2pfm.errors import ChainError
 from p2pfm.messages import Attestation, Certificate
+from p2pfm.protocol.committee import shard_message
+from p2pfm.protocol.shards import deal
+from p2pfm.settlement import merkle
 from p2pfm.settlement.ledger import FederationParams, Roster, SettledRound
 from p2pfm.settlement.memory_ledger import InMemoryLedger
+from p2pfm.settlement.proofs import Proof
 from p2pfm.settlement.rewards import from_wire, make_submission, proposal_message
 from p2pfm.settlement.sampling import compute_quorum
 from p2pfm.types import Digest, MemberIndex, Millis, PeerId, Wei
@@ -60,6 +64,7 @@ class Chain:
             possession = signatures.prove_possession(network.chain, account, peer)
             self.ledger.register(account, peer, signatures.bls_key(peer), possession, STAKE)
         self._rosters: dict[int, Roster] = {}
+        self._verified: dict[tuple[Digest, bytes, tuple[MemberIndex, ...]], bool] = {}
         self.rotate()
 
     @property
@@ -75,8 +80,9 @@ class Chain:
     def read_roster(self) -> Roster:
         """The registry and committee as they are on chain now."""
         roster = self.ledger.get_roster()
-        self._rosters[roster.epoch] = roster
-        return roster
+        if self._rosters.get(roster.epoch) != roster:
+            self._rosters[roster.epoch] = roster
+        return self._rosters[roster.epoch]
 
     def get_head(self) -> SettledRound | None:
         """The newest round that the chain has taken."""
@@ -99,9 +105,10 @@ class Chain:
 
     def claim(self, certificate: Certificate) -> None:
         """Every member draws what the round of this certificate, which the chain has taken, owes it."""
-        tree = from_wire(certificate.proposal.leaves)
-        for index, account in enumerate(self.accounts[: len(tree)]):
-            self.ledger.as_account(account).claim(certificate.proposal.round, MemberIndex(index), tree)
+        leaves = from_wire(certificate.proposal.leaves)
+        levels = merkle.build(leaves)
+        for index in map(MemberIndex, range(len(leaves))):
+            self.ledger.claim(certificate.proposal.round, index, Proof(leaves[index], merkle.prove(levels, index)))
 
     def get_claimed(self) -> list[Wei]:
         """What each peer has drawn so far [wei]."""
@@ -117,12 +124,27 @@ class Chain:
     def verify_certificate(self, certificate: Certificate) -> bool:
         """Whether more than two thirds of the committee of its epoch signed it."""
         roster = self._rosters.get(certificate.proposal.epoch)
+        key = (certificate.proposal.digest, certificate.signature, certificate.absent)
+        if key not in self._verified:
+            message = proposal_message(self._network.chain, certificate.proposal)
+            self._verified[key] = self._verify(roster, message, certificate)
+        return self._verified[key]
+
+    def verify_shard_certificate(self, shard: int, certificate: Certificate) -> bool:
+        """The same of a shard's committee."""
+        proposal = certificate.proposal
+        roster = self._rosters.get(proposal.epoch)
+        dealt = deal(self._network, roster, proposal.round) if roster else None
+        if dealt is None or shard >= len(dealt.shards):
+            return False
+        return self._verify(dealt.shards[shard], shard_message(self._network.chain, shard, proposal), certificate)
+
+    def _verify(self, roster: Roster | None, message: Digest, certificate: Certificate) -> bool:
         absent = set(certificate.absent)
         if roster is None or not absent <= set(roster.committee) or len(absent) != len(certificate.absent):
             return False
         signers = [index for index in roster.committee if index not in absent]
         if len(signers) < compute_quorum(len(roster.committee)):
             return False
-        keys = [roster.members[index].bls_key for index in signers]
-        message: Digest = proposal_message(self._network.chain, certificate.proposal)
+        keys = [roster.by_index[index].bls_key for index in signers]
         return self._signatures.verify_round(keys, message, certificate.signature)

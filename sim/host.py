@@ -7,8 +7,9 @@ from p2pfm.messages import Certificate
 from p2pfm.protocol.events import Durable
 from p2pfm.protocol.peer import Peer
 from p2pfm.types import Digest, Millis, PeerId, Round
+from sim.adversaries.filters import Honest
+from sim.churn import Departure
 from sim.disk import Disk
-from sim.faults import Honest
 from sim.scenarios import AdversaryKind
 
 
@@ -19,11 +20,10 @@ class Host:
     index: int
     me: PeerId
     kind: AdversaryKind | None
-    filter: Honest
+    filter: Honest | None
+    """What stands between the peer and its driver; None: nothing."""
     disk: Disk
     rng: Random
-    offset_ms: int
-    """Its clock is ahead of the world's by this much [ms]."""
     durable: Durable
     genesis: Digest
     """The base before round 0."""
@@ -44,5 +44,13 @@ class Host:
     """The earliest wake-up call that is scheduled."""
     actions_left: int | None = None
     """Killed after so many more actions; None: not about to be."""
+    departure: Departure | None = None
+    """Why it is about to go, and for how long."""
+    topics: tuple[str, ...] = ()
+    """Gossip that it hears beside what everybody does."""
     num_bytes_sent: int = 0
     num_bytes_received: int = 0
+
+    def gives(self, digest: Digest) -> bool:
+        """Whether it gives a blob to whoever asks."""
+        return digest in self.served and digest in self.disk.held

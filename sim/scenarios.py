@@ -9,6 +9,7 @@ from typing import Literal
 import msgspec
 
 from p2pfm.config import (
+    GOSSIP_BYTES_MAX,
     ChainConfig,
     CompressionConfig,
     LimitConfig,
@@ -20,9 +21,12 @@ from p2pfm.config import (
 )
 from p2pfm.errors import ConfigError
 from p2pfm.types import Millis, compute_digest
-from sim.churn import ChurnModel
-from sim.clocks import ClockModel
-from sim.network import NetworkModel
+from sim.churn import ChurnModel, validate_churn_model
+from sim.clocks import ClockModel, validate_clock_model
+from sim.network import NetworkModel, validate_network_model
+
+PEERS_MAX = 16_000
+"""Two levels of shards reach so many, and one message must hold a leaf for each."""
 
 COMMITTEE_SIZE = 9
 """Members of a committee where a scenario does not say."""
@@ -53,6 +57,7 @@ AdversaryKind = Literal[
     "garbler",
     "forger",
     "thief",
+    "late_reveal",
     "lazy",
     "colluder",
     "overpayer",
@@ -143,17 +148,22 @@ def validate_scenario(scenario: Scenario) -> None:
         ConfigError: names the field, what is allowed, and what it was.
     """
     checks: tuple[tuple[str, float, float, float], ...] = (
-        ("num_peers", scenario.num_peers, 1, LimitConfig().peers_max),
+        ("num_peers", scenario.num_peers, 1, min(PEERS_MAX, scenario.shard_size**2)),
         ("num_rounds", scenario.num_rounds, 1, 100_000),
-        ("churn.crash", scenario.churn.crash, 0, 1),
-        ("network.loss", scenario.network.loss, 0, 1),
-        ("committee_size", scenario.committee_size, 0, min(128, scenario.num_peers)),
+        ("shard_size", scenario.shard_size, 2, 128),
+        ("committee_size", scenario.committee_size, 0, min(128, scenario.num_peers, scenario.shard_size)),
         ("adversaries", len(scenario.adversaries), 0, scenario.num_peers),
         ("seed", scenario.seed, 0, 2**63 - 1),
     )
     for key, value, low, high in checks:
         if not low <= value <= high:
             raise ConfigError(f"scenario {key}: expected {low:g} to {high:g}, got {value:g}")
+    validate_churn_model(scenario.churn)
+    validate_clock_model(scenario.clocks)
+    validate_network_model(scenario.network, scenario.num_peers)
+    shares = sum(scenario.adversary_shares.values())
+    if min(scenario.adversary_shares.values(), default=0) < 0 or shares > 1:
+        raise ConfigError(f"scenario adversary_shares: expected shares of 0 to 1 in all, got {shares:g}")
     validate_network(make_network(scenario))
 
 
@@ -186,4 +196,9 @@ def make_network(scenario: Scenario) -> NetworkConfig:
             work_steps=scenario.work_steps,
         ),
         settlement=SettlementConfig(rounds_per_epoch=scenario.rounds_per_epoch, pool_per_epoch_pfm=100),
+        limits=LimitConfig(
+            peers_max=max(scenario.num_peers, scenario.shard_size),
+            shard_peers_max=scenario.shard_size,
+            message_bytes_max=GOSSIP_BYTES_MAX,
+        ),
     )

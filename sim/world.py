@@ -4,7 +4,10 @@ Knows every part of a simulation and no rule of the protocol. All randomness com
 the same to the last byte on every machine; its trace digest proves it.
 """
 
-from collections.abc import Callable, Iterable
+import gc
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
 from random import Random
@@ -12,18 +15,9 @@ from typing import assert_never
 
 import msgspec
 
+from p2pfm.config import NetworkConfig
 from p2pfm.errors import ChainError, Reverted
-from p2pfm.messages import (
-    Attestation,
-    Certificate,
-    Envelope,
-    Message,
-    SyncReply,
-    SyncRequest,
-    decode_message,
-    encode,
-    signed_bytes,
-)
+from p2pfm.messages import Certificate
 from p2pfm.protocol.events import (
     Accuse,
     Adopt,
@@ -34,16 +28,15 @@ from p2pfm.protocol.events import (
     AnyEvent,
     AskSync,
     Blame,
+    Condense,
     Evaluate,
     Fetch,
-    Fetched,
-    FetchFailed,
+    Listen,
     Merge,
     Note,
     PeersChanged,
     Persist,
     Publish,
-    Received,
     Rewind,
     Rewound,
     RosterChanged,
@@ -54,8 +47,6 @@ from p2pfm.protocol.events import (
     SettledChanged,
     Sign,
     Signed,
-    SyncAnswered,
-    SyncAsked,
     Tick,
     Train,
 )
@@ -64,8 +55,11 @@ from p2pfm.protocol.membership import is_outdated_for
 from p2pfm.protocol.peer import Peer, initial_durable
 from p2pfm.protocol.phases import compute_round_start
 from p2pfm.types import Digest, Millis, PeerId, Round
+from sim.adversaries.filters import Deed, Honest
 from sim.chain import Chain
 from sim.checks import Checks
+from sim.churn import Churn, Departure
+from sim.clocks import Clocks
 from sim.disk import Disk
 from sim.faults import make_filter
 from sim.host import Host
@@ -73,16 +67,8 @@ from sim.network import Network
 from sim.scenarios import Scenario, compute_kinds, make_network, validate_scenario
 from sim.schedule import Schedule
 from sim.signatures import Signatures
+from sim.transit import Transit
 from sim.workshop import make_workshop
-
-PROVIDERS_MAX = 8
-"""Providers that a fetch tries before it fails."""
-
-REQUEST_BYTES = 100
-"""What a request for a blob weighs [bytes]."""
-
-TIMEOUT_MS = 2_000
-"""A host that does not answer is given up after this [ms]."""
 
 BLOCK_MS = 1_000
 """A transaction is seen by everybody after at most this [ms]."""
@@ -100,44 +86,74 @@ COOL_DOWN_MS = 15_000
 """After the last round: time for laggards to catch up and for the last root to be settled [ms]."""
 
 NOTICE_MS = 300
-"""A peer's coming or going is noticed by the others after this [ms]."""
+"""A peer's coming or going is noticed by its neighbours after this [ms]."""
+
+NEIGHBOURS = 32
+"""Connections of a host in a network of more than `ALL_CONNECTED_MAX`; in a smaller one all are connected."""
+
+ALL_CONNECTED_MAX = 128
 
 KEEP_ROUNDS = 2
 """Blobs that no host's durable state has named for so many rounds are dropped."""
 
 
+UNTOLD = frozenset({SetTimer, Serve, AnswerSync, Note})
+"""What the trace only counts."""
+
+_encode = msgspec.msgpack.Encoder().encode
+
+
 class World:
     """All hosts of a scenario, their network and their chain."""
 
-    def __init__(self, scenario: Scenario) -> None:
-        """Raises: ConfigError: a scenario that cannot run."""
+    def __init__(
+        self, scenario: Scenario, config: NetworkConfig | None = None, names: Sequence[PeerId] | None = None
+    ) -> None:
+        """Args: config, names: the rules and the peers' ids, where another driver's network is to be followed.
+
+        Raises:
+            ConfigError: a scenario that cannot run.
+        """
         validate_scenario(scenario)
         self.scenario = scenario
-        self.config = make_network(scenario)
+        self.config = config or make_network(scenario)
         self.schedule = Schedule(Millis(self.config.genesis_ms - 1_000))
         self.checks = Checks(scenario)
         self.losses: dict[Round, int] = {}
         """Held-out loss of the base certified in a round [nano-nats/token]."""
         self.num_crashes = 0
+        self.num_steps = 0
         self.num_steps_by_round: dict[Round, int] = {}
-        self._rng = {name: Random(f"{scenario.seed} {name}") for name in ("network", "work", "faults")}
-        self._network = Network(scenario.network, scenario.num_peers, self.config.genesis_ms, self._rng["network"])
-        self._signatures = Signatures(Random(f"{scenario.seed} secret").randbytes(32))
-        self._network_id = self.config.network_id()
+        self._rng = {name: Random(f"{scenario.seed} {name}") for name in ("network", "work", "faults", "churn")}
+        num_peers, genesis_ms = scenario.num_peers, self.config.genesis_ms
+        self.network = Network(scenario.network, num_peers, genesis_ms, self._rng["network"])
+        self.churn = Churn(scenario.churn, num_peers, genesis_ms, self._rng["churn"], self.network.get_utc_hours())
+        self.clocks = Clocks(scenario.clocks, num_peers, self._rng["faults"], genesis_ms)
+        signatures = Signatures(Random(f"{scenario.seed} secret").randbytes(32))
         self._pool: dict[Digest, bytes] = {}
         self._pool_rounds: dict[Digest, Round] = {}
-        self._askers: dict[int, tuple[Host, int, Host]] = {}
-        self._num_tokens = 0
         self._trace = sha256()
         self._round = Round(-1)
         self._kinds = compute_kinds(scenario)
         self.workshop = make_workshop(scenario, self.config, self._kinds)
         genesis = self.workshop.get_genesis()
-        self.hosts = [self._make_host(index, genesis) for index in range(scenario.num_peers)]
-        self._by_peer = {host.me: host for host in self.hosts}
-        self.chain = Chain(
-            scenario, self.config, self._signatures, lambda: self.schedule.now_ms, [host.me for host in self.hosts]
+        names = names or [PeerId(f"peer-{index:05d}") for index in range(num_peers)]
+        self.hosts = [self._make_host(index, name, genesis) for index, name in enumerate(names)]
+        self.chain = Chain(scenario, self.config, signatures, lambda: self.schedule.now_ms, names)
+        self._signatures = signatures
+        self.transit = Transit(
+            self.config,
+            self.schedule,
+            self.network,
+            self.hosts,
+            signatures,
+            self.chain,
+            self.workshop,
+            self._step,
+            self._deliver,
         )
+        self._neighbours = self._connect()
+        self._noticing: set[int] = set()
 
     def run(self, on_round: Callable[[Round], None] | None = None) -> None:
         """All rounds of the scenario, a time to cool down, and the claims.
@@ -148,12 +164,23 @@ class World:
         Raises:
             Violation: an invariant does not hold.
         """
+        with _quiet_collector():
+            self._run(on_round)
+
+    def _run(self, on_round: Callable[[Round], None] | None) -> None:
         for host in self.hosts:
-            self._start(host)
+            first_ms = self.churn.first_up_ms(host.index)
+            if self.churn.is_up_at_start(host.index):
+                self._start(host)
+            elif first_ms is not None:
+                self.schedule.at(first_ms, partial(self._start, host))
         for number in range(self.scenario.num_rounds):
             self._round = Round(number)
-            self._plan_crashes(Round(number))
-            self.schedule.run(Millis(compute_round_start(self.config, Round(number + 1)) - 1))
+            start_ms = compute_round_start(self.config, Round(number))
+            end_ms = compute_round_start(self.config, Round(number + 1))
+            for departure in self.churn.plan(start_ms, end_ms):
+                self.schedule.at(max(departure.when_ms, self.schedule.now_ms), partial(self._depart, departure))
+            self.schedule.run(Millis(end_ms - 1))
             self._drop_old_blobs()
             if on_round:
                 on_round(Round(number))
@@ -163,7 +190,7 @@ class World:
         self._claim()
 
     def trace_digest(self) -> str:
-        """SHA-256 (hex) over every step so far: when, who, what happened, what was done."""
+        """SHA-256 (hex) over all that happened so far: when, who, what, and what was done about it."""
         return self._trace.hexdigest()
 
     def base_of(self, host: Host) -> Digest:
@@ -172,24 +199,36 @@ class World:
 
     # --- hosts
 
-    def _make_host(self, index: int, genesis: bytes) -> Host:
-        seed, kind = self.scenario.seed, self._kinds[index]
-        skew_ms = self.scenario.clocks.skew_ms
+    def _make_host(self, index: int, name: PeerId, genesis: bytes) -> Host:
+        kind = self._kinds[index]
         disk = Disk(self._pool)
         base = disk.put(genesis)
+        filter = make_filter(kind, self.workshop.make_empty_payload, disk, self.config)
         host = Host(
             index=index,
-            me=PeerId(f"peer-{index:05d}"),
+            me=name,
             kind=kind,
-            filter=make_filter(kind, self.workshop.make_empty_payload, disk, self.config),
+            filter=None if type(filter) is Honest else filter,
             disk=disk,
-            rng=Random(f"{seed} host {index}"),
-            offset_ms=self._rng["faults"].randint(-skew_ms, skew_ms),
+            rng=Random(f"{self.scenario.seed} host {index}"),
             durable=initial_durable(base),
             genesis=base,
         )
         self.checks.add(host)
         return host
+
+    def _connect(self) -> list[list[int]]:
+        """By host: to whom it is connected."""
+        everybody = range(len(self.hosts))
+        if len(self.hosts) <= ALL_CONNECTED_MAX:
+            return [[other for other in everybody if other != index] for index in everybody]
+        links: list[set[int]] = [set() for _ in everybody]
+        for index in everybody:
+            for other in self._rng["network"].sample(everybody, NEIGHBOURS // 2):
+                if other != index:
+                    links[index].add(other)
+                    links[other].add(index)
+        return [sorted(known) for known in links]
 
     def _start(self, host: Host) -> None:
         host.life += 1
@@ -204,68 +243,124 @@ class World:
             self._emit(host, 0, SettledChanged(head))
         for certificate in host.unsettled.values():
             self._settle(host, certificate, 0)
-        self._tell_peers()
+        self._notice(host)
+
+    def _notice(self, host: Host) -> None:
+        """A host came or went: it and its neighbours learn who is there a moment later, together."""
+        if not self._noticing:
+            self.schedule.after(NOTICE_MS, self._tell_peers)
+        self._noticing.update((host.index, *self._neighbours[host.index]))
 
     def _tell_peers(self) -> None:
-        up = tuple(host.me for host in self.hosts if host.peer is not None)
-        for host in self.hosts:
-            self._emit(host, NOTICE_MS, PeersChanged(tuple(peer for peer in up if peer != host.me)))
+        changed, self._noticing = sorted(self._noticing), set()
+        for index in changed:
+            host = self.hosts[index]
+            if host.peer is not None:
+                up = tuple(self.hosts[i].me for i in self._neighbours[index] if self.hosts[i].peer is not None)
+                self._step(host, PeersChanged(up))
 
-    def _plan_crashes(self, round: Round) -> None:
-        """Choose who is killed in this round, when, and for how long."""
-        rng, start = self._rng["faults"], compute_round_start(self.config, round)
-        length = compute_round_start(self.config, Round(round + 1)) - start
-        for host in rng.sample(self.hosts, round_half_up(self.scenario.churn.crash * len(self.hosts))):
-            when, num_actions = start + rng.randrange(length), rng.randrange(6)
-            self.schedule.at(max(when, self.schedule.now_ms), partial(self._doom, host, num_actions))
-
-    def _doom(self, host: Host, num_actions: int) -> None:
-        if host.peer is not None:
-            host.actions_left = num_actions
+    def _depart(self, departure: Departure) -> None:
+        host = self.hosts[departure.index]
+        if host.peer is None:
+            return
+        host.departure, host.actions_left = departure, departure.num_actions
+        if departure.num_actions is None:
+            self._kill(host)
 
     def _kill(self, host: Host) -> None:
+        departure, host.departure = host.departure, None
+        assert departure is not None, "whoever goes was sent"
         self.num_crashes += 1
         host.peer = None
-        self._tell_peers()
-        self.schedule.after(self._rng["faults"].randint(*self.scenario.churn.down_ms), partial(self._start, host))
+        host.actions_left = None
+        self.transit.listen(host, ())
+        if departure.loses_disk:
+            self._wipe(host)
+        self._notice(host)
+        if departure.back_ms is not None:
+            self.schedule.at(max(departure.back_ms, self.schedule.now_ms + 1), partial(self._start, host))
+
+    def _wipe(self, host: Host) -> None:
+        """A new disk: it takes part from the next round on, since it cannot know what it has signed in this one."""
+        host.disk.held = {host.genesis}
+        host.certificates, host.unsettled = {}, {}
+        host.durable = msgspec.structs.replace(
+            initial_durable(host.genesis),
+            signed_round=self._round,
+            signed_shard_round=self._round,
+            announced_round=self._round,
+        )
 
     # --- steps
 
     def _emit(self, host: Host, delay_ms: int, event: AnyEvent) -> None:
         """Let an event reach a host later, if it is still in the same life."""
-        life = host.life
-        self.schedule.after(delay_ms, lambda: self._step(host, event) if host.life == life else None)
+        self.schedule.after(delay_ms, partial(self._step_in, host, host.life, event))
+
+    def _step_in(self, host: Host, life: int, event: AnyEvent) -> None:
+        if host.life == life:
+            self._step(host, event)
+
+    def _deliver(self, targets: Iterable[int], event: AnyEvent) -> None:
+        """Let an event reach several hosts now."""
+        now_ms, hosts, tell = self.schedule.now_ms, self.hosts, self.clocks.tell
+        self._trace.update(array("I", targets).tobytes())
+        for index in targets:
+            host = hosts[index]
+            if host.filter is not None or host.logs:
+                self._step(host, event)
+            elif host.peer is not None:
+                self.num_steps += 1
+                local_ms = tell(index, now_ms)
+                actions = host.peer.handle(event, local_ms)
+                if actions:
+                    self._act(host, local_ms, event, actions)
 
     def _step(self, host: Host, event: AnyEvent) -> None:
-        heard = host.filter.hear(event)
+        heard = event if host.filter is None else host.filter.hear(event)
         if host.peer is None or heard is None:
             return
-        now_ms = self._clock(host)
-        actions = host.peer.handle(heard, now_ms)
-        self.num_steps_by_round[self._round] = self.num_steps_by_round.get(self._round, 0) + 1
-        self._trace.update(msgspec.msgpack.encode((now_ms, host.index, type(heard).__name__, actions)))
+        self.num_steps += 1
+        local_ms = self.clocks.tell(host.index, self.schedule.now_ms)
+        actions = host.peer.handle(heard, local_ms)
         if host.logs:
-            host.logs[-1] += encode_record(now_ms, heard, actions)
-        self.checks.after_step(host, now_ms, actions)
-        for deed in host.filter.act(actions):
+            host.logs[-1] += encode_record(local_ms, heard, actions)
+        if actions or host.filter is not None:
+            self._act(host, local_ms, heard, actions)
+
+    def _act(self, host: Host, local_ms: Millis, event: AnyEvent, actions: list[AnyAction]) -> None:
+        kinds = [_name(action) for action in actions if type(action) not in UNTOLD]
+        self._trace.update(_encode((local_ms, host.index, type(event).__name__, len(actions), kinds)))
+        self.checks.num_steps = self.num_steps
+        self.checks.after_step(host, local_ms, actions)
+        fetches: list[Fetch] = []
+        deeds = host.filter.act(actions) if host.filter else None
+        for position, action in enumerate(actions if deeds is None else [deed.action for deed in deeds]):
             if host.actions_left is not None:
                 if host.actions_left == 0:
                     self._kill(host)
                     return
                 host.actions_left -= 1
-            if isinstance(deed.action, Publish):
-                self._publish(host, deed.action.message, deed.audience, deed.but)
+            if isinstance(action, Fetch):
+                fetches.append(action)
+            elif isinstance(action, Publish):
+                self.transit.publish(host, deeds[position] if deeds else Deed(action))
             else:
-                self._carry_out(host, deed.action)
-
-    def _clock(self, host: Host) -> Millis:
-        return Millis(self.schedule.now_ms + host.offset_ms)
+                self._carry_out(host, action)
+        if fetches:
+            self.transit.fetch(host, fetches)
 
     def _carry_out(self, host: Host, action: AnyAction) -> None:
         times = self.scenario.work
         match action:
             case SetTimer(at_ms=at_ms):
                 self._set_timer(host, at_ms)
+            case Serve(digest=digest):
+                host.served.add(digest)
+            case AskSync(peer=peer, request=request):
+                self.transit.ask_sync(host, peer, request)
+            case AnswerSync(token=token, reply=reply):
+                self.transit.answer_sync(token, reply)
             case Persist(durable=durable):
                 host.durable = durable
                 if durable.head is not None:
@@ -275,36 +370,27 @@ class World:
             case Train():
                 if action.round < self.scenario.num_rounds:
                     self.workshop.expect(host.index, host.disk, action)
-                    self._work(host, times.train_ms, lambda: self.workshop.train(host.index, host.disk, action))
+                    self._work(host, times.train_ms, partial(self.workshop.train, host.index, host.disk, action))
             case ScoreUpdates():
-                self._work(
-                    host,
-                    self.scenario.work.score_ms,
-                    lambda: self.workshop.score(host.index, host.disk, action, host.rng),
-                )
-            case Merge():
-                self._work(host, times.merge_ms, lambda: self._merge(host, action))
+                score = partial(self.workshop.score, host.index, host.disk, action, host.rng)
+                self._work(host, times.score_ms, score)
+            case Merge() | Condense():
+                self._work(host, times.merge_ms, partial(self._merge, host, action))
             case Evaluate():
-                self._work(host, times.evaluate_ms, lambda: self._evaluate(host, action))
+                self._work(host, times.evaluate_ms, partial(self._evaluate, host, action))
             case Sign():
-                self._work(host, times.sign_ms, lambda: self._sign(host, action))
+                self._work(host, times.sign_ms, partial(self._sign, host, action))
             case Aggregate():
-                self._work(host, times.aggregate_ms, lambda: self._aggregate(action))
-            case Publish(message=message):
-                self._publish(host, message, "all")
-            case Serve(digest=digest):
-                host.served.add(digest)
-            case Fetch():
-                self._fetch(host, host.life, action, 0)
+                self._work(host, times.aggregate_ms, partial(self._aggregate, action))
+            case Publish() | Fetch():
+                raise AssertionError("carried out together, above")
+            case Listen(topics=topics):
+                self.transit.listen(host, topics)
             case Adopt() | Note() | Blame() | Accuse():
                 pass  # serving, logs, connections and slashing: a simulation has none
             case Settle(certificate=certificate, rank=rank):
                 host.unsettled[certificate.proposal.round] = certificate
                 self._settle(host, certificate, rank * RANK_DELAY_MS)
-            case AskSync(peer=peer, request=request):
-                self._ask_sync(host, self._by_peer[peer], request)
-            case AnswerSync(token=token, reply=reply):
-                self._answer_sync(token, reply)
             case _:
                 assert_never(action)
 
@@ -315,11 +401,13 @@ class World:
 
     def _set_timer(self, host: Host, at_ms: Millis) -> None:
         """One wake-up call a host; a later one stays, and is put off when it rings too early."""
-        host.wake_ms = Millis(max(at_ms - host.offset_ms, self.schedule.now_ms + 1))
+        host.wake_ms = Millis(max(self.clocks.to_true(host.index, at_ms), self.schedule.now_ms + 1))
         if host.alarm_ms is None or host.wake_ms < host.alarm_ms:
-            host.alarm_ms = host.wake_ms
-            life, alarm_ms = host.life, host.alarm_ms
-            self.schedule.at(alarm_ms, lambda: self._ring(host, life, alarm_ms))
+            self._set_alarm(host, host.wake_ms)
+
+    def _set_alarm(self, host: Host, alarm_ms: Millis) -> None:
+        host.alarm_ms = alarm_ms
+        self.schedule.at(alarm_ms, partial(self._ring, host, host.life, alarm_ms))
 
     def _ring(self, host: Host, life: int, alarm_ms: Millis) -> None:
         if host.life != life or host.alarm_ms != alarm_ms:
@@ -329,7 +417,7 @@ class World:
         if host.wake_ms <= self.schedule.now_ms:
             self._step(host, Tick())
         else:
-            self._set_timer(host, Millis(host.wake_ms + host.offset_ms))
+            self._set_alarm(host, host.wake_ms)
 
     # --- heavy work
 
@@ -343,7 +431,7 @@ class World:
 
         self.schedule.after(self._rng["work"].randint(*times_ms), finish)
 
-    def _merge(self, host: Host, action: Merge) -> AnyEvent:
+    def _merge(self, host: Host, action: Merge | Condense) -> AnyEvent:
         missing = [update for update in action.updates if update.payload not in host.disk.held]
         assert not missing, "the core merges only what it has heard of as fetched"
         return self.workshop.merge(host.index, host.disk, action)
@@ -361,130 +449,10 @@ class World:
         signature = self._signatures.aggregate([attestation.signature for attestation in action.attestations])
         return Aggregated(action.round, action.message, action.absent, signature)
 
-    # --- gossip
-
-    def _publish(self, host: Host, message: Message, audience: str, but: frozenset[PeerId] = frozenset()) -> None:
-        """Sign and send to all who hear it; the author hears itself at once."""
-        body = encode(message)
-        signature = self._signatures.seal(host.me, signed_bytes(self._network_id, host.me, body))
-        envelope = Envelope(host.me, body, signature)
-        message = decode_message(body, self.config.limits.message_bytes_max)
-        if not self._is_genuine(message):
-            return  # every door rejects it
-        received = Received(envelope, message)
-        if audience != "odd":
-            self._emit(host, 0, received)
-        num_bytes = len(body) + len(signature)
-        others = [
-            other.index for other in self.hosts if other is not host and other.me not in but and _is_in(other, audience)
-        ]
-        host.num_bytes_sent += num_bytes * len(others)
-        for delay_ms, targets in self._network.draw_wave(host.index, others, num_bytes, self.schedule.now_ms):
-            self.schedule.after(delay_ms, partial(self._arrive, targets, received, num_bytes))
-
-    def _arrive(self, targets: Iterable[int], received: Received, num_bytes: int) -> None:
-        for index in targets:
-            host = self.hosts[index]
-            if host.peer is not None:
-                host.num_bytes_received += num_bytes
-                self._step(host, received)
-
-    def _is_genuine(self, message: Message) -> bool:
-        """Whether the BLS signatures inside a message are what they claim: what a node's door checks."""
-        match message:
-            case Attestation():
-                return self.chain.verify_attestation(message)
-            case Certificate():
-                return self.chain.verify_certificate(message)
-            case _:
-                return True
-
-    # --- requests
-
-    def _ask_sync(self, host: Host, target: Host, request: SyncRequest) -> None:
-        num_bytes = len(encode(request))
-        host.num_bytes_sent += num_bytes
-        delay_ms = self._network.draw_delay(host.index, target.index, num_bytes, self.schedule.now_ms)
-        if delay_ms is None:
-            return
-        self._num_tokens += 1
-        self._askers[self._num_tokens] = (host, host.life, target)
-        asked = SyncAsked(host.me, request, self._num_tokens)
-        self.schedule.after(delay_ms, lambda: self._hear_sync(target, asked))
-
-    def _hear_sync(self, target: Host, asked: SyncAsked) -> None:
-        if target.peer is None:
-            del self._askers[asked.token]
-            return
-        self._step(target, asked)
-
-    def _answer_sync(self, token: int, reply: SyncReply) -> None:
-        host, life, target = self._askers.pop(token)
-        num_bytes = len(encode(reply))
-        target.num_bytes_sent += num_bytes
-        delay_ms = self._network.draw_delay(target.index, host.index, num_bytes, self.schedule.now_ms)
-        if delay_ms is None:
-            return
-
-        def deliver() -> None:
-            if host.life != life or host.peer is None:
-                return
-            host.num_bytes_received += num_bytes
-            for envelope in reply.envelopes:
-                message = decode_message(envelope.body, self.config.limits.message_bytes_max)
-                self._emit(host, 0, Received(envelope, message))
-            is_good = reply.head is not None and self.chain.verify_certificate(reply.head)
-            self._emit(host, 0, SyncAnswered(target.me, reply.head if is_good else None))
-
-        self.schedule.after(delay_ms, deliver)
-
-    def _fetch(self, host: Host, life: int, action: Fetch, attempt: int) -> None:
-        """From the host's own disk, else from one provider after the other."""
-        if host.life != life or host.peer is None:
-            return
-        if action.digest in host.disk.held:
-            _, maker = self.workshop.validate(action.kind, action.digest, host.disk.get(action.digest))
-            self._emit(host, 0, Fetched(action.digest, maker))
-            return
-        if attempt == min(len(action.providers), PROVIDERS_MAX):
-            self._emit(host, 0, FetchFailed(action.digest, is_malformed=False))
-            return
-        target = self._by_peer[action.providers[attempt]]
-        host.num_bytes_sent += REQUEST_BYTES
-        delay_ms = self._network.draw_delay(host.index, target.index, REQUEST_BYTES, self.schedule.now_ms)
-        if delay_ms is None or target.peer is None:
-            self.schedule.after(TIMEOUT_MS, lambda: self._fetch(host, life, action, attempt + 1))
-        else:
-            self.schedule.after(delay_ms, lambda: self._serve(host, life, target, action, attempt))
-
-    def _serve(self, host: Host, life: int, target: Host, action: Fetch, attempt: int) -> None:
-        is_held = target.peer is not None and action.digest in target.served and action.digest in target.disk.held
-        data = target.disk.get(action.digest) if is_held else b""
-        target.num_bytes_sent += len(data)
-        delay_ms = self._network.draw_delay(target.index, host.index, len(data), self.schedule.now_ms)
-        if delay_ms is None:
-            self.schedule.after(TIMEOUT_MS, lambda: self._fetch(host, life, action, attempt + 1))
-        elif not data or len(data) > action.bytes_max:
-            self.schedule.after(delay_ms, lambda: self._fetch(host, life, action, attempt + 1))
-        else:
-            self.schedule.after(delay_ms, lambda: self._take(host, life, action, data))
-
-    def _take(self, host: Host, life: int, action: Fetch, data: bytes) -> None:
-        if host.life != life or host.peer is None:
-            return
-        host.num_bytes_received += len(data)
-        is_valid, maker = self.workshop.validate(action.kind, action.digest, data)
-        if is_valid:
-            host.disk.put(data)
-            self._step(host, Fetched(action.digest, maker))
-        else:
-            self._step(host, FetchFailed(action.digest, is_malformed=True))
-
     # --- the chain
 
     def _settle(self, host: Host, certificate: Certificate, delay_ms: int, tries: int = 0) -> None:
-        life = host.life
-        self.schedule.after(delay_ms, lambda: self._submit(host, life, certificate, tries))
+        self.schedule.after(delay_ms, partial(self._submit, host, host.life, certificate, tries))
 
     def _submit(self, host: Host, life: int, certificate: Certificate, tries: int) -> None:
         """In the order of rounds, each root linking to the one before; what the chain refuses is tried again."""
@@ -519,11 +487,14 @@ class World:
         """Everybody reads the chain: its newest round, and registry and committee where they have changed."""
         head, before = self.chain.get_head(), self.chain.roster
         roster = self.chain.read_roster()
+        told: dict[int, list[int]] = {}
         for host in self.hosts:
-            delay_ms = self._rng["network"].randint(0, BLOCK_MS)
-            self._emit(host, delay_ms, SettledChanged(head))
-            if roster != before:
-                self._emit(host, delay_ms, RosterChanged(roster))
+            delay_ms = self._rng["network"].randrange(0, BLOCK_MS, self.network.quantum_ms)
+            told.setdefault(delay_ms, []).append(host.index)
+        for delay_ms, targets in told.items():
+            self.schedule.after(delay_ms, partial(self._deliver, targets, SettledChanged(head)))
+            if roster is not before:
+                self.schedule.after(delay_ms, partial(self._deliver, targets, RosterChanged(roster)))
 
     def _claim(self) -> None:
         """All draw what the newest final round owes them: one that was settled late is still open to challenge."""
@@ -558,10 +529,27 @@ class World:
             host.served -= old
 
 
-def round_half_up(value: float) -> int:
-    """The nearest integer; halves go up."""
-    return int(value + 0.5)
+@contextmanager
+def _quiet_collector() -> Iterator[None]:
+    """No search for cycles among millions of objects that are all in use: it takes half of a large run's time."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
-def _is_in(host: Host, audience: str) -> bool:
-    return audience == "all" or (host.index % 2 == 0) == (audience == "even")
+def _name(action: AnyAction) -> object:
+    """What the trace holds of an action: all of it, but for what is long and follows from the rest."""
+    match action:
+        case Fetch(digest=digest, providers=providers):
+            return (digest, providers[:1])
+        case AskSync(peer=peer, request=request):
+            return (peer, len(request.have))
+        case Settle(certificate=certificate) | Publish(message=Certificate() as certificate):
+            return certificate.signature
+        case Persist(durable=durable):
+            return (durable.base, durable.signed_round, durable.announced_payload)
+        case _:
+            return action

@@ -65,7 +65,10 @@ from p2pfm.protocol.standing import Standing
 from p2pfm.protocol.updates import FETCH_TRIES_MAX
 from p2pfm.settlement.rewards import proposal_message
 from p2pfm.settlement.sampling import compute_quorum
-from p2pfm.types import Contribution, Digest, MemberIndex, PeerId, compute_digest
+from p2pfm.types import Contribution, Digest, MemberIndex, PeerId
+
+HOLDERS_MAX = 16
+"""Members of a shard that are asked for a payload beside its author."""
 
 
 class Ballot:
@@ -131,9 +134,9 @@ class Ballot:
         if self.dealt is None:
             return self.standing.peers
         number = self.shard if self.shard is not None else int(author.removeprefix("shard-"))
-        mates = tuple(member.peer for member in self.dealt.shards[number].members)
-        start = mates.index(author) if author in mates else compute_start(self.standing.me, len(mates))
-        return mates[start:] + mates[:start]
+        mates = self.dealt.names[number]
+        start = self.standing.number % len(mates)
+        return (mates[start:] + mates[:start])[:HOLDERS_MAX]
 
     def _proposed(self) -> frozenset[Digest]:
         """Payloads that the received proposal includes, be it right or wrong."""
@@ -505,8 +508,3 @@ class Ballot:
             return False
         state.proposal = message
         return True
-
-
-def compute_start(name: PeerId, size: int) -> int:
-    """Where a peer begins among so many equals, so that not all begin with the same one."""
-    return int.from_bytes(compute_digest(name.encode())[:4], "big") % size

@@ -71,7 +71,7 @@ from p2pfm.protocol.round_state import EarlyMessages, RoundState
 from p2pfm.protocol.shards import TOP, deal, get_shard_name, get_shard_topic
 from p2pfm.protocol.standing import Standing
 from p2pfm.settlement.ledger import Roster
-from p2pfm.types import Digest, MemberIndex, Millis, PeerId, Round, compute_digest
+from p2pfm.types import Digest, MemberIndex, Millis, PeerId, Round
 
 SYNC_MS = 3_000
 """How often a peer asks another for what it lacks: three chances in the shortest usual phase."""
@@ -120,27 +120,9 @@ class Peer(Standing):
         self._phase_ends_ms = Millis(-(2**63))
         self._next_sync_ms = Millis(0)
         self._next_retry_ms = Millis(0)
-        self._timer_ms: Millis | None = None
-        # Everybody begins with another neighbour, so that no single one is asked by all at once.
-        self._num_syncs = int.from_bytes(compute_digest(me.encode())[:4], "big")
-        self._handlers: dict[type[AnyEvent], Callable[[Any], list[AnyAction]]] = {
-            Tick: lambda _: [],
-            RosterChanged: self._on_roster,
-            SettledChanged: self._on_settled,
-            Received: self._on_received,
-            Trained: self._on_trained,
-            Fetched: self._on_fetched,
-            FetchFailed: self._on_fetch_failed,
-            Scored: self._on_scored,
-            Merged: self._on_merged,
-            Signed: self._on_signed,
-            Aggregated: self._on_aggregated,
-            Evaluated: self._on_evaluated,
-            SyncAsked: self._on_sync_asked,
-            SyncAnswered: lambda event: self._on_certificate(event.head) if event.head else [],
-            Rewound: self._on_rewound,
-            PeersChanged: self._on_peers,
-        }
+        self._num_syncs = self.number
+        self._due_ms = Millis(-(2**63))
+        """Before this the clock has nothing to ask."""
 
     @property
     def state(self) -> RoundState:
@@ -164,19 +146,11 @@ class Peer(Standing):
 
     def handle(self, event: AnyEvent, now_ms: Millis) -> list[AnyAction]:
         """What to do about `event`: first whatever the clock made due, then the event itself."""
-        actions = self._advance(now_ms) if now_ms >= self._phase_ends_ms else []
-        actions += self._handlers[type(event)](event)
-        if now_ms >= self._next_sync_ms:
-            self._next_sync_ms = Millis(now_ms + SYNC_MS)
-            actions += self._ask_sync()
-        due_ms = min(self._phase_ends_ms, self._next_sync_ms)
-        if self.leaf.state.updates.resting or self.top.state.updates.resting:
-            if now_ms >= self._next_retry_ms:
-                actions += self._retry(now_ms)
-            due_ms = min(due_ms, self._next_retry_ms)
-        if due_ms != self._timer_ms or type(event) is Tick:
-            self._timer_ms = due_ms
-            actions.append(SetTimer(due_ms))
+        is_due = now_ms >= self._due_ms
+        actions = self._advance(now_ms) if is_due and now_ms >= self._phase_ends_ms else []
+        actions += HANDLERS[type(event)](self, event)
+        if is_due or now_ms >= self._due_ms or type(event) is FetchFailed or type(event) is Tick:
+            actions += self._on_housekeeping(now_ms, is_tick=type(event) is Tick)
         return actions
 
     # --- the clock
@@ -194,6 +168,22 @@ class Peer(Standing):
                 actions += self._enter_phase(ballot, Phase(ballot.state.phase + 1))
             ends_ms.append(position.ends_ms)
         self._phase_ends_ms = min(ends_ms)
+        return actions
+
+    def _on_housekeeping(self, now_ms: Millis, *, is_tick: bool) -> list[AnyAction]:
+        """Ask a neighbour for what is missing, when it is time; set the next timer."""
+        actions: list[AnyAction] = []
+        if now_ms >= self._next_sync_ms:
+            self._next_sync_ms = Millis(now_ms + SYNC_MS)
+            actions += self._ask_sync()
+        due_ms = min(self._phase_ends_ms, self._next_sync_ms)
+        if any(ballot.state.updates.resting for ballot in self.ballots):
+            if now_ms >= self._next_retry_ms:
+                actions += self._retry(now_ms)
+            due_ms = min(due_ms, self._next_retry_ms)
+        if due_ms != self._due_ms or is_tick:
+            self._due_ms = due_ms
+            actions.append(SetTimer(due_ms))
         return actions
 
     def _start_round(self, round: Round, phase: Phase) -> list[AnyAction]:
@@ -527,6 +517,8 @@ class Peer(Standing):
             return []
         self._num_syncs += 1
         peer = others[self._num_syncs % len(others)]
+        if peer == self.me:
+            return []
         head = self.durable.head
         head_round = head.proposal.round if head else -1
         settled = self.history.settled
@@ -539,13 +531,12 @@ class Peer(Standing):
 
     def _get_mates(self) -> tuple[PeerId, ...]:
         """Whom to ask for what is missing: neighbours; in a large network those that hear the same topics."""
-        inside, whole = self.leaf.state.roster, self.top.state.roster
-        if self.top is self.leaf or inside is None or whole is None:
+        dealt, whole = self.top.dealt, self.top.state.roster
+        if dealt is None or whole is None or self.leaf.shard in (None, NO_SHARD):
             return self.peers
-        members = inside.members
         if self.top.get_my_index() is not None and self._num_syncs % 2 == 0:
-            members = tuple(whole.by_index[index] for index in whole.committee)
-        return tuple(member.peer for member in members if member.peer != self.me) or self.peers
+            return tuple(whole.by_index[index].peer for index in whole.committee)
+        return dealt.names[self.leaf.shard]
 
     def _shifted_peers(self) -> tuple[PeerId, ...]:
         """Connected peers, beginning with another one on each peer."""
@@ -565,7 +556,7 @@ class Peer(Standing):
         actions += self._open_ballots(state.round, saw_train=state.saw_train)
         for ballot in self.ballots:
             ballot.state.phase = phase if ballot is self.leaf else Phase.TRAIN
-        self._phase_ends_ms = Millis(-(2**63))  # the level above may be further than its beginning
+        self._phase_ends_ms = self._due_ms = Millis(-(2**63))  # the level above may be further than its beginning
         return actions + self._start_training()
 
     def _on_settled(self, event: SettledChanged) -> list[AnyAction]:
@@ -605,6 +596,26 @@ class Peer(Standing):
         self.rewinds_to = None
         self.save(base=event.base, head=None)
         return [Persist(self.durable), Serve(event.base), Adopt(Round(-1), event.base), *self._start_training()]
+
+
+HANDLERS: dict[type[AnyEvent], Callable[[Peer, Any], list[AnyAction]]] = {
+    Tick: lambda peer, event: [],
+    RosterChanged: Peer._on_roster,
+    SettledChanged: Peer._on_settled,
+    Received: Peer._on_received,
+    Trained: Peer._on_trained,
+    Fetched: Peer._on_fetched,
+    FetchFailed: Peer._on_fetch_failed,
+    Scored: Peer._on_scored,
+    Merged: Peer._on_merged,
+    Signed: Peer._on_signed,
+    Aggregated: Peer._on_aggregated,
+    Evaluated: Peer._on_evaluated,
+    SyncAsked: Peer._on_sync_asked,
+    SyncAnswered: lambda peer, event: peer._on_certificate(event.head) if event.head else [],
+    Rewound: Peer._on_rewound,
+    PeersChanged: Peer._on_peers,
+}
 
 
 def _get_certified(durable: Durable) -> tuple[Remembered, ...]:

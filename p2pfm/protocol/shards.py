@@ -32,6 +32,11 @@ class Deal(msgspec.Struct, frozen=True, dict=True):
     """Each with its own members and its own committee."""
 
     @cached_property
+    def names(self) -> tuple[tuple[PeerId, ...], ...]:
+        """By shard: its members, in registry order."""
+        return tuple(tuple(member.peer for member in shard.members) for shard in self.shards)
+
+    @cached_property
     def shard_of(self) -> dict[PeerId, MemberIndex]:
         """By peer: the number of its shard."""
         return {
@@ -45,7 +50,7 @@ def deal(config: NetworkConfig, roster: Roster, round: Round) -> Deal | None:
     Active members in the order of a hash of their name and the epoch's seed, cut into equal parts of at most
     `limits.shard_peers_max`. The seed holds the chain's committee, which nobody could steer when it registered.
     """
-    if not config.has_shards or len(roster.by_peer) <= config.limits.shard_peers_max:
+    if round < 0 or not config.has_shards or len(roster.by_peer) <= config.limits.shard_peers_max:
         return None
     epoch = round // config.settlement.rounds_per_epoch
     cache: dict[tuple[int, int, int], Deal] = roster.__dict__.setdefault("_deals", {})

@@ -11,7 +11,7 @@ from p2pfm.protocol.events import Durable, Remembered
 from p2pfm.protocol.history import History
 from p2pfm.protocol.proofs import Proofs
 from p2pfm.settlement.ledger import Roster, SettledRound
-from p2pfm.types import PeerId
+from p2pfm.types import PeerId, compute_digest
 
 
 class Standing:
@@ -19,6 +19,8 @@ class Standing:
 
     def __init__(self, me: PeerId, config: NetworkConfig, durable: Durable) -> None:
         self.me = me
+        self.number = int.from_bytes(compute_digest(me.encode())[:4], "big")
+        """Its own, so that not all begin with the same neighbour."""
         self.config = config
         self.durable = durable
         self.roster: Roster | None = None

@@ -157,18 +157,21 @@ def round_message(
 
 def proposal_message(chain: ChainConfig, proposal: Proposal) -> Digest:
     """`round_message` of a proposal: what an attestation signs."""
-    return round_message(
-        chain,
-        epoch=proposal.epoch,
-        nonce=proposal.nonce,
-        round=proposal.round,
-        prev_root=proposal.prev_root,
-        root=proposal.root,
-        num_leaves=len(proposal.leaves),
-        sums=compute_sums(from_wire(proposal.leaves)),
-        data_digest=proposal_digest(proposal),
-        base=proposal.new_base,
-    )
+    known: dict[ChainConfig, Digest] = proposal.__dict__.setdefault("_messages", {})
+    if chain not in known:
+        known[chain] = round_message(
+            chain,
+            epoch=proposal.epoch,
+            nonce=proposal.nonce,
+            round=proposal.round,
+            prev_root=proposal.prev_root,
+            root=proposal.root,
+            num_leaves=len(proposal.leaves),
+            sums=compute_sums(from_wire(proposal.leaves)),
+            data_digest=proposal_digest(proposal),
+            base=proposal.new_base,
+        )
+    return known[chain]
 
 
 def submission_message(chain: ChainConfig, submission: Submission) -> Digest:

@@ -104,7 +104,7 @@ def test_one_peer_alone_is_its_own_network() -> None:
 
 def test_anti_entropy_makes_up_for_a_fifth_of_all_messages() -> None:
     world = run(Scenario(seed=2, num_peers=20, num_rounds=5, network=NetworkModel(loss=0.2)))
-    assert len(certified(world)) >= 4
+    assert len(certified(world)) >= 3  # a proposer that still lacks three vectors costs its round
     assert len(bases(world)) == 1
 
 
@@ -172,7 +172,7 @@ def test_of_two_peers_with_one_work_the_first_is_paid() -> None:
 
 
 def test_who_skips_the_proof_of_computation_is_known_to_every_evaluator() -> None:
-    scenario = Scenario(seed=3, num_peers=6, num_rounds=5, work_steps=8, adversaries=("skipper",))
+    scenario = Scenario(seed=3, num_peers=6, num_rounds=20, work_steps=8, adversaries=("skipper",))
     world = run(scenario)
     skipper, *honest = (host.me for host in world.hosts)
     for host in world.hosts[1:]:
@@ -275,7 +275,7 @@ def test_a_violation_names_seed_step_peers_and_the_command_that_replays_it() -> 
     world = World(scenario)
     victim: Host = world.hosts[2]
     # A peer that forgets its signatures on restart would sign twice: let the checks see such a one.
-    world.checks._signed[(victim.me, Round(0))] = compute_digest(b"another proposal")
+    world.checks._signed[(victim.me, Round(0), "top")] = compute_digest(b"another proposal")
     with pytest.raises(Violation) as caught:
         world.run()
     text = str(caught.value)
@@ -284,7 +284,7 @@ def test_a_violation_names_seed_step_peers_and_the_command_that_replays_it() -> 
     assert 'p2pfm sim run --scenario \'{"seed":11,"num_peers":4,"num_rounds":1}\'' in text
 
 
-@pytest.mark.parametrize("field", [{"num_peers": 0}, {"num_peers": 129}, {"committee_size": 9}, {"num_rounds": 0}])
+@pytest.mark.parametrize("field", [{"num_peers": 0}, {"num_peers": 16_001}, {"committee_size": 9}, {"num_rounds": 0}])
 def test_an_impossible_scenario_is_refused(field: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(field))):
         run(Scenario(**field))  # type: ignore[arg-type]

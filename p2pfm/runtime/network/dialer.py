@@ -99,7 +99,7 @@ class Dialer:
             while True:
                 now = trio.current_time()
                 for peer in self._choose(now):
-                    nursery.start_soon(self._dial_quietly, peer)
+                    nursery.start_soon(self.dial_quietly, peer)
                 for peer in self._choose_to_leave(now):
                     nursery.start_soon(self.disconnect, peer)
                 with trio.move_on_after(DIAL_TICK_S):
@@ -136,7 +136,8 @@ class Dialer:
         self._counters["left_for_room"] += min(surplus, len(young))
         return random.sample(young, min(surplus, len(young)))
 
-    async def _dial_quietly(self, peer: PeerId) -> None:
+    async def dial_quietly(self, peer: PeerId) -> None:
+        """The same as `dial` for who does not wait for it."""
         try:
             await self.dial(peer)
         except PeerUnreachable as error:

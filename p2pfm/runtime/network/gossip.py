@@ -1,4 +1,4 @@
-"""py-libp2p 0.8.1's GossipSub for one topic, with its doors closed: readers survive any bytes.
+"""py-libp2p 0.8.1's GossipSub for a few topics, with its doors closed: readers survive any bytes.
 
 Each subclass overrides the one place where the measured fault lies (NETWORK, "Gossip"). Hands messages to a callback
 and tells a `Blame` callback who broke which rule.
@@ -7,7 +7,7 @@ and tells a `Blame` callback who broke which rule.
 import logging
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import trio
@@ -31,6 +31,7 @@ SEEN_MAX = 65_536
 READ_BYTES = 64 * 1024
 WRITE_BYTES = 48 * 1024  # what waits for a peer is written together, in one frame and one encryption
 LENGTH_BYTES_MAX = 5  # of the varint before an RPC
+TOPICS_MAX = 3  # that one peer hears: everybody's, its shard's, and the one above the shards
 RPC_S = 30.0  # an RPC that has begun must end within this
 
 
@@ -58,7 +59,10 @@ class Seen:
 
 
 class GuardedPubsub(Pubsub):  # type: ignore[misc]
-    """Pubsub for one topic, whose readers survive any bytes and hand messages to `deliver`.
+    """Pubsub for a few topics, whose readers survive any bytes and hand messages to `deliver`.
+
+    The first topic is everybody's. Who hears another one is remembered only while this peer hears it too, or where it
+    may have to speak without hearing (`watched`): what strangers name leaves no trace.
 
     `gate` judges the payload before it is delivered or forwarded: True lets it pass, False blames the forwarder (an
     honest one has the same gate). There are no topic validators: one that raises ends a stock node, and one that says
@@ -73,18 +77,20 @@ class GuardedPubsub(Pubsub):  # type: ignore[misc]
         topic: str,
         limits: TransportLimits,
         blame: Blame,
-        deliver: Callable[[str, bytes], None],
+        deliver: Callable[[str, str, bytes], None],
         gate: Callable[[bytes], bool],
+        watched: Iterable[str] = (),
     ) -> None:
+        """`deliver` is told the forwarder, the topic and the data of each new message."""
         self.dropped: Counter[str] = Counter()
         """Messages and entries that went no further, by reason, and what lazy gossip asked for and sent again."""
         super().__init__(
             host,
-            GuardedRouter(topic, limits, self.dropped),
+            GuardedRouter(limits, self.dropped),
             strict_signing=True,
-            allowed_topics={topic},
+            allowed_topics={topic, *watched},
             max_subscriptions_per_rpc=16,
-            max_subscriptions_per_peer=1,
+            max_subscriptions_per_peer=TOPICS_MAX,
         )
         self.seen_messages.stop()
         self.seen_messages = Seen()
@@ -92,6 +98,7 @@ class GuardedPubsub(Pubsub):  # type: ignore[misc]
         # restarted within the seen-cache's 120 s repeats its numbers and is not heard.
         self.counter = time.time_ns()
         self._topic = topic
+        self._watched = frozenset(watched)
         self._limits = limits
         self._blame = blame
         self._deliver = deliver
@@ -125,7 +132,7 @@ class GuardedPubsub(Pubsub):  # type: ignore[misc]
             self._handle_dead_peer(peer_id)
 
     async def continuously_read_stream(self, stream: Any) -> None:
-        """Messages of our topic, subscriptions, and control entries about our topic; nothing else enters."""
+        """Messages of our topics, subscriptions, and control entries about our topics; nothing else enters."""
         buffer = bytearray()
         try:
             await self._read_rpcs(stream, buffer)
@@ -159,7 +166,7 @@ class GuardedPubsub(Pubsub):  # type: ignore[misc]
         for position, message in enumerate(rpc.publish):
             if position % 64 == 63:
                 await trio.lowlevel.checkpoint()  # an RPC may hold thousands
-            if list(message.topicIDs) == [self._topic]:
+            if len(message.topicIDs) == 1 and message.topicIDs[0] in self.topic_ids:
                 await self.push_msg(peer_id, message)
             else:
                 self.dropped["topic"] += 1
@@ -174,7 +181,7 @@ class GuardedPubsub(Pubsub):  # type: ignore[misc]
             return
         self._mark_msg_seen(msg)
         if not is_own:
-            self._deliver(str(msg_forwarder), msg.data)
+            self._deliver(str(msg_forwarder), msg.topicIDs[0], msg.data)
         await self.router.publish(msg_forwarder, msg)
 
     def _is_admitted(self, forwarder: ID, msg: rpc_pb2.Message) -> bool:
@@ -223,8 +230,36 @@ class GuardedPubsub(Pubsub):  # type: ignore[misc]
             while (rpc := stock.pop()) is not None:
                 queue.push(rpc)
 
+    # --- topics ---
+
+    async def listen(self, topics: Collection[str]) -> None:
+        """From now on hear these topics beside everybody's, and no others."""
+        for topic in sorted(self.topic_ids - {self._topic, *topics}):
+            await self.unsubscribe(topic)
+            if topic not in self._watched:
+                self.allowed_topics.discard(topic)
+                for peer_id in tuple(self.peer_topics.get(topic, ())):
+                    self._forget_subscription(peer_id, topic)
+        for topic in sorted(set(topics) - self.topic_ids):
+            self.allowed_topics.add(topic)
+            await self.subscribe(topic)
+
+    def handle_subscription(self, origin_id: ID, sub_message: rpc_pb2.RPC.SubOpts) -> None:
+        """Who comes to a topic learns that we hear it: when we said so, it may have had no use for it."""
+        topic = sub_message.topicid
+        was_known = origin_id in self.peer_topics.get(topic, ())
+        super().handle_subscription(origin_id, sub_message)
+        is_known = origin_id in self.peer_topics.get(topic, ())
+        if is_known and not was_known and topic != self._topic and topic in self.topic_ids:
+            self.router.send_rpc(origin_id, self._build_announce_rpc(topic, True)[0], priority=True)
+
+    def _build_announce_rpc(self, topic_id: str, subscribe: bool) -> tuple[rpc_pb2.RPC, rpc_pb2.RPC.SubOpts]:
+        # Without the address record that the stock method signs.
+        entry = rpc_pb2.RPC.SubOpts(subscribe=subscribe, topicid=topic_id)
+        return rpc_pb2.RPC(subscriptions=[entry]), entry
+
     def get_hello_packet(self) -> rpc_pb2.RPC:
-        """Our subscription, without the address record that the stock method signs."""
+        """Our subscriptions, without the address record that the stock method signs."""
         return rpc_pb2.RPC(
             subscriptions=[rpc_pb2.RPC.SubOpts(subscribe=True, topicid=topic) for topic in self.topic_ids]
         )
@@ -254,15 +289,16 @@ class GuardedPubsub(Pubsub):  # type: ignore[misc]
             self._handle_dead_peer(peer_id)
 
     def _handle_dead_peer(self, peer_id: ID) -> None:
-        # Its subscription came on its own stream: while that one lives, it is not said again.
-        is_heard = peer_id in self._reading and peer_id in self.peer_topics.get(self._topic, ())
+        # Its subscriptions came on its own stream: while that one lives, they are not said again.
+        is_heard = peer_id in self._reading
+        topics = [topic for topic, peers in self.peer_topics.items() if is_heard and peer_id in peers]
         self.router.forget(peer_id)
         try:
             super()._handle_dead_peer(peer_id)
         except Exception:
             log.debug("forgetting %s failed", peer_id, exc_info=True)
-        if is_heard:
-            self.handle_subscription(peer_id, rpc_pb2.RPC.SubOpts(subscribe=True, topicid=self._topic))
+        for topic in topics:
+            self.handle_subscription(peer_id, rpc_pb2.RPC.SubOpts(subscribe=True, topicid=topic))
 
 
 class _BoundedQueue(PriorityQueue):  # type: ignore[misc]

@@ -1,11 +1,11 @@
 """Who sends what to whom in gossip: a mesh of a few peers gets every message, all others hear that it exists.
 
-GossipSub 1.1 for one topic over py-libp2p 0.8.1's router, of which little is left: its mesh grows to all peers (a
+GossipSub 1.1 for a few topics over py-libp2p 0.8.1's router, of which little is left: its mesh grows to all peers (a
 message then comes once from each of them), it never tells mesh peers what it had to drop, answers one message as often
 as it is asked, and keeps state for ever that strangers name. Knows no payloads and no rules of them.
 
-Delivery does not rest on the mesh: every connected peer outside it is told of every message within LAZY_BEATS seconds,
-and so is one that comes into the mesh or whose queue was full; what they lack they ask for.
+Delivery does not rest on the mesh: every connected peer outside it that hears the topic is told of every message within
+LAZY_BEATS seconds, and so is one that comes into the mesh or whose queue was full; what they lack they ask for.
 """
 
 import random
@@ -63,12 +63,13 @@ class RecentMessages:
         return found[1] if found else None
 
     def window(self, topic: str) -> list[bytes]:
-        """Ids to tell of, newest first, at most IDS_MAX. There is one topic."""
+        """Ids of one topic's messages to tell of, newest first, at most IDS_MAX."""
         found: list[bytes] = []
-        for mid, (beat, _) in reversed(self._messages.items()):
+        for mid, (beat, message) in reversed(self._messages.items()):
             if beat <= self._beat - LAZY_BEATS or len(found) == IDS_MAX:
                 break
-            found.append(mid)
+            if topic in message.topicIDs:
+                found.append(mid)
         return found
 
     def shift(self) -> None:
@@ -92,10 +93,19 @@ class _Beat:
     grafts: Counter[ID] = field(default_factory=Counter)
 
 
-class GuardedRouter(GossipSub):  # type: ignore[misc]
-    """GossipSub 1.1 for one topic: a bounded mesh, lazy gossip that reaches everyone, quotas on what peers ask."""
+@dataclass
+class _Topic:
+    """What is remembered of a topic that we hear, beside its mesh."""
 
-    def __init__(self, topic: str, limits: TransportLimits, counters: Counter[str]) -> None:
+    chosen: set[ID] = field(default_factory=set)
+    behind: set[ID] = field(default_factory=set)
+    lazy_turn: list[ID] = field(default_factory=list)
+
+
+class GuardedRouter(GossipSub):  # type: ignore[misc]
+    """GossipSub 1.1 for a few topics: bounded meshes, lazy gossip that reaches everyone, quotas on what peers ask."""
+
+    def __init__(self, limits: TransportLimits, counters: Counter[str]) -> None:
         super().__init__(
             protocols=[TProtocol(PROTOCOL_ID_V11)],
             degree=DEGREE,
@@ -108,20 +118,35 @@ class GuardedRouter(GossipSub):  # type: ignore[misc]
         )
         self.scorer = None  # it punishes honest forwarders; who breaks a rule is blamed by the pubsub
         self.mcache = RecentMessages()
-        self._topic = topic
         self._limits = limits
         self._counters = counters
         self._beat = _Beat()
-        self._chosen: set[ID] = set()
-        self._behind: set[ID] = set()
-        self._lazy_turn: list[ID] = []
+        self._topics: dict[str, _Topic] = {}
+
+    async def join(self, topic: str) -> None:
+        """Hear a topic from now on; the next heartbeat finds peers for its mesh."""
+        self.mesh.setdefault(topic, set())
+        self._topics.setdefault(topic, _Topic())
+
+    async def leave(self, topic: str) -> None:
+        """Forget a topic. Who had us in its mesh has heard that we listen no more."""
+        for state in (self.mesh, self._topics, self.back_off):
+            state.pop(topic, None)
 
     async def publish(self, msg_forwarder: ID, pubsub_msg: rpc_pb2.Message) -> None:
-        """Forward to the mesh. The stock method adds a signed address record to every copy, which costs more than
-        the message, and files state under topics that strangers choose."""
+        """Forward to the mesh; what this peer says in a topic that it does not hear, to some who do.
+
+        The stock method adds a signed address record to every copy, which costs more than the message, and files state
+        under topics that strangers choose.
+        """
         self.mcache.put(pubsub_msg)
         rpc = rpc_pb2.RPC(publish=[pubsub_msg])
-        for peer_id in self._mesh - {msg_forwarder, ID(pubsub_msg.from_id)}:
+        topic = pubsub_msg.topicIDs[0]
+        listeners = self.mesh.get(topic)
+        if listeners is None:
+            known = _sort(self.get_subscribers(topic))
+            listeners = set(random.sample(known, min(len(known), DEGREE)))
+        for peer_id in listeners - {msg_forwarder, ID(pubsub_msg.from_id)}:
             self.send_rpc(peer_id, rpc)
 
     def send_rpc(self, peer_id: ID, rpc: rpc_pb2.RPC, priority: bool = False) -> None:
@@ -131,9 +156,10 @@ class GuardedRouter(GossipSub):  # type: ignore[misc]
         if queue is None or queue.push(rpc, priority=priority):
             return
         self._counters["queue"] += 1
-        self._behind.add(peer_id)
-        if rpc.control.graft:
-            self._mesh.discard(peer_id)
+        for state in self._topics.values():
+            state.behind.add(peer_id)
+        for entry in rpc.control.graft:
+            self.mesh.get(entry.topicID, set()).discard(peer_id)
 
     async def emit_control_message(self, control_msg: rpc_pb2.ControlMessage, to_peer: ID) -> None:
         """Without the address record that the stock method signs for each."""
@@ -142,21 +168,21 @@ class GuardedRouter(GossipSub):  # type: ignore[misc]
     # --- what peers ask ---
 
     async def handle_rpc(self, rpc: rpc_pb2.RPC, sender_peer_id: ID) -> None:
-        """Control entries about the topic, within the sender's quotas. IDONTWANT and later ones are not spoken."""
-        control = rpc.control
-        told = [mid for entry in control.ihave if entry.topicID == self._topic for mid in entry.messageIDs[:IDS_MAX]]
+        """Control entries about our topics, within the sender's quotas. IDONTWANT and later ones are not spoken."""
+        control, topics = rpc.control, self._topics
+        told = [mid for entry in control.ihave if entry.topicID in topics for mid in entry.messageIDs[:IDS_MAX]]
         if told:
             self._ask_for(told, sender_peer_id)
         asked = [mid for entry in control.iwant[:16] for mid in entry.messageIDs[:IDS_MAX]]
         if asked:
             self._answer(asked, sender_peer_id)
-        if any(entry.topicID == self._topic for entry in control.graft):
-            await self._on_graft(sender_peer_id)
-        for entry in control.prune:
-            if entry.topicID == self._topic:  # its list of peers to dial is a stranger's word, and goes unread
-                self._mesh.discard(sender_peer_id)
-                self._add_back_off(sender_peer_id, self._topic, False, min(entry.backoff, BACK_OFF_MAX_S))
-                break
+        for topic in sorted(topics.keys() & {entry.topicID for entry in control.graft}):
+            await self._on_graft(topic, sender_peer_id)
+        # A PRUNE's list of peers to dial is a stranger's word, and goes unread.
+        for topic, back_off_s in {entry.topicID: entry.backoff for entry in control.prune}.items():
+            if topic in topics:
+                self.mesh[topic].discard(sender_peer_id)
+                self._add_back_off(sender_peer_id, topic, False, min(back_off_s, BACK_OFF_MAX_S))
 
     def _ask_for(self, mids: Iterable[bytes], teller: ID) -> None:
         """Ask for what was never seen."""
@@ -191,79 +217,80 @@ class GuardedRouter(GossipSub):  # type: ignore[misc]
             self._counters["sent again"] += len(answer.publish)
             self.send_rpc(asker, answer)
 
-    async def _on_graft(self, sender: ID) -> None:
+    async def _on_graft(self, topic: str, sender: ID) -> None:
         self._beat.grafts[sender] += 1
-        if sender in self._mesh or self._beat.grafts[sender] > GRAFTS_MAX:
+        if sender in self.mesh[topic] or self._beat.grafts[sender] > GRAFTS_MAX:
             return
-        if len(self._mesh) >= DEGREE_HIGH or self._check_back_off(sender, self._topic):
-            await self.emit_prune(self._topic, sender, False, False)
+        if len(self.mesh[topic]) >= DEGREE_HIGH or self._check_back_off(sender, topic):
+            await self.emit_prune(topic, sender, False, False)
         else:
-            self._take(sender)
+            self._take(topic, sender)
 
-    def _take(self, peer: ID) -> None:
+    def _take(self, topic: str, peer: ID) -> None:
         """Into the mesh. What was said just before it hears of now: from now on it is not told in turn."""
-        self._mesh.add(peer)
-        self._behind.add(peer)
+        self.mesh[topic].add(peer)
+        self._topics[topic].behind.add(peer)
 
     # --- heartbeat ---
 
     async def heartbeat(self) -> None:
-        """Mend the mesh and tell the others what they may lack, once a second."""
+        """Mend the meshes and tell the others what they may lack, once a second."""
         while True:
             await trio.sleep(BEAT_S * random.uniform(0.9, 1.1))  # so that not all peers do so at once
             self._beat = _Beat()
-            await self._mend_mesh()
-            self._tell_others()
+            for topic, state in tuple(self._topics.items()):
+                await self._mend_mesh(topic, state)
+                self._tell_others(topic, state)
             self.mcache.shift()
 
-    async def _mend_mesh(self) -> None:
-        known = self._get_subscribers()
-        mesh = self._mesh
+    async def _mend_mesh(self, topic: str, state: _Topic) -> None:
+        known = self.get_subscribers(topic)
+        mesh: set[ID] = self.mesh[topic]
         mesh &= known
-        self._chosen &= mesh
+        state.chosen &= mesh
         if len(mesh) < DEGREE_LOW:
-            free = _sort(peer for peer in known - mesh if not self._check_back_off(peer, self._topic))
+            free = _sort(peer for peer in known - mesh if not self._check_back_off(peer, topic))
             for peer in random.sample(free, min(len(free), DEGREE - len(mesh))):
-                self._take(peer)
-                await self.emit_graft(self._topic, peer)
+                self._take(topic, peer)
+                await self.emit_graft(topic, peer)
         elif len(mesh) > DEGREE_HIGH:
-            kept = set(random.sample(_sort(self._chosen), min(len(self._chosen), DEGREE_CHOSEN)))
+            kept = set(random.sample(_sort(state.chosen), min(len(state.chosen), DEGREE_CHOSEN)))
             kept |= set(random.sample(_sort(mesh - kept), DEGREE - len(kept)))
             for peer in _sort(mesh - kept):
                 mesh.discard(peer)
-                self._add_back_off(peer, self._topic, False)
-                await self.emit_prune(self._topic, peer, False, False)
+                self._add_back_off(peer, topic, False)
+                await self.emit_prune(topic, peer, False, False)
 
     async def emit_graft(self, topic: str, id: ID) -> None:
         """Tell a peer that it is in our mesh now; it counts as chosen by us."""
-        self._chosen.add(id)
+        self._topics[topic].chosen.add(id)
         await super().emit_graft(topic, id)
 
-    def _tell_others(self) -> None:
+    def _tell_others(self, topic: str, state: _Topic) -> None:
         """IHAVE to peers outside the mesh in turn, so that each comes by before a message is too old to be told of, and
         to those whose queue was full and has room again."""
-        told = self.mcache.window(self._topic)
+        known = self.get_subscribers(topic)
+        state.behind &= known
+        told = self.mcache.window(topic)
         if not told:
-            self._behind.clear()
+            state.behind.clear()
             return
         queues = self.pubsub.peer_queues
-        chosen = {
-            peer for peer in self._behind if peer in queues and len(queues[peer]) * 2 < self._limits.peer_queue_max
-        }
-        self._behind -= chosen
-        others = self._get_subscribers() - self._mesh
-        self._lazy_turn = [peer for peer in self._lazy_turn if peer in others]
-        fresh = _sort(others.difference(self._lazy_turn))
+        chosen = {peer for peer in state.behind if len(queues[peer]) * 2 < self._limits.peer_queue_max}
+        state.behind -= chosen
+        others = known - self.mesh[topic]
+        state.lazy_turn = [peer for peer in state.lazy_turn if peer in others]
+        fresh = _sort(others.difference(state.lazy_turn))
         random.shuffle(fresh)
-        self._lazy_turn = fresh + self._lazy_turn
+        state.lazy_turn = fresh + state.lazy_turn
         count = max(LAZY_PEERS, -(-len(others) // (LAZY_BEATS - 1)))
-        turn, self._lazy_turn = self._lazy_turn[:count], self._lazy_turn[count:]
-        self._lazy_turn += turn
+        turn, state.lazy_turn = state.lazy_turn[:count], state.lazy_turn[count:]
+        state.lazy_turn += turn
         for peer in _sort(chosen.union(turn)):
-            self._tell(peer, told)
+            self._tell(topic, peer, told)
 
-    def _tell(self, peer: ID, mids: list[bytes]) -> None:
-        control = rpc_pb2.ControlMessage(ihave=[rpc_pb2.ControlIHave(topicID=self._topic, messageIDs=mids)])
+    def _tell(self, topic: str, peer: ID, mids: list[bytes]) -> None:
+        control = rpc_pb2.ControlMessage(ihave=[rpc_pb2.ControlIHave(topicID=topic, messageIDs=mids)])
         self.send_rpc(peer, rpc_pb2.RPC(control=control), priority=True)
 
     async def send_recent_messages(self, peer_id: ID, topic: str) -> None:
@@ -271,7 +298,7 @@ class GuardedRouter(GossipSub):  # type: ignore[misc]
         peer sends everything to who joins, and two writers mix their bytes."""
         told = self.mcache.window(topic)
         if told:
-            self._tell(peer_id, told)
+            self._tell(topic, peer_id, told)
 
     # --- who is there ---
 
@@ -280,19 +307,17 @@ class GuardedRouter(GossipSub):  # type: ignore[misc]
         """The service's tasks, guarded."""
         return GuardedTasks(self._manager)
 
-    @property
-    def _mesh(self) -> set[ID]:
-        mesh: set[ID] = self.mesh.setdefault(self._topic, set())
-        return mesh
-
-    def _get_subscribers(self) -> set[ID]:
-        return {peer for peer in self.pubsub.peer_topics.get(self._topic, ()) if peer in self.pubsub.peer_queues}
+    def get_subscribers(self, topic: str) -> set[ID]:
+        """Peers that hear a topic and can be written to."""
+        return {peer for peer in self.pubsub.peer_topics.get(topic, ()) if peer in self.pubsub.peer_queues}
 
     def forget(self, peer_id: ID) -> None:
         """What the stock router keeps of every identity that ever came."""
-        self._chosen.discard(peer_id)
-        self._behind.discard(peer_id)
-        self.back_off.get(self._topic, {}).pop(peer_id, None)
+        for state in self._topics.values():
+            state.chosen.discard(peer_id)
+            state.behind.discard(peer_id)
+        for waiting in self.back_off.values():
+            waiting.pop(peer_id, None)
 
 
 def _sort(peers: Iterable[ID]) -> list[ID]:

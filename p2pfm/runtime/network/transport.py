@@ -6,6 +6,7 @@ blobs and rounds are its users' affair.
 """
 
 import logging
+import random
 import socket
 import time
 from collections import Counter, defaultdict, deque
@@ -29,7 +30,7 @@ from p2pfm.runtime.network.bans import Bans
 from p2pfm.runtime.network.dht import PeerTable
 from p2pfm.runtime.network.dialer import Dialer
 from p2pfm.runtime.network.frames import FRAME_S, end_stream, read_frame, write_frame
-from p2pfm.runtime.network.gossip import GuardedPubsub
+from p2pfm.runtime.network.gossip import TOPICS_MAX, GuardedPubsub
 from p2pfm.runtime.network.host import GuardedHost
 from p2pfm.runtime.network.limits import RuleBroken, TokenBucket
 from p2pfm.runtime.network.mdns import LocalPeers
@@ -45,6 +46,9 @@ REQUEST_PROTOCOL = "/p2pfm/request/1"
 STREAM_PROTOCOL = "/p2pfm/stream/1"
 IDLE_STREAMS_MAX = 4  # kept open to one peer for the next request: 1,400 requests/s against 200 with a stream for each
 SWEEP_S = 2.0
+EVERYBODY = "all"  # the topic that all peers of a network hear
+LISTENER_RETRY_S, LISTENER_TRIES = 1.0, 10
+LISTENERS_DIALLED = 3  # at once, by who wants to be heard where it does not listen
 
 SCOPE_NAMES = {NOWHERE: "nowhere", LOOPBACK: "this machine", PRIVATE: "the local network", PUBLIC: "the internet"}
 RELAY_MISSING = "not built: two peers that nobody can dial do not meet directly"
@@ -65,6 +69,7 @@ class Libp2pTransport:
         limits: bounds against any sender.
         memory: what `get_memory` gave in an earlier run.
         discovery: further ways to find peers.
+        watched: topics in which this peer may speak without hearing them.
 
     Raises (on entry):
         OperatorError: the address cannot be listened on, or a bootstrap address is malformed.
@@ -79,6 +84,7 @@ class Libp2pTransport:
         limits: TransportLimits | None = None,
         memory: NetworkMemory = EMPTY_MEMORY,
         discovery: DiscoveryConfig = DISCOVERY_DEFAULT,
+        watched: Sequence[str] = (),
     ) -> None:
         self.limits = limits or TransportLimits()
         self.peer_id = PeerId(str(ID.from_pubkey(keypair.public_key)))
@@ -94,6 +100,9 @@ class Libp2pTransport:
         self._table: PeerTable | None = None
         self.counters: Counter[str] = Counter()
         """What happened, by name: bytes and messages in and out, drops, dials, blames; for /metrics."""
+        self.heard: Counter[str] = Counter()
+        """New messages of other authors, by topic."""
+        self._topics_lock = trio.Lock()
         self._gossip_in, self.gossip = trio.open_memory_channel[tuple[PeerId, bytes]](self.limits.gossip_queue_max)
         """`gossip`: (forwarder, data) of every new message of another author, once."""
         self._changes_in, self.peers_changed = trio.open_memory_channel[tuple[PeerId, ...]](1)
@@ -118,7 +127,13 @@ class Libp2pTransport:
             self.book, self._dialer, self.limits, self.addresses, self._ask, self._blame, self.clocks
         )
         self._pubsub = GuardedPubsub(
-            self._host, self._topic, self.limits, self._blame, self._on_gossip, self._is_passed_by_gate
+            self._host,
+            self._topic,
+            self.limits,
+            self._blame,
+            self._on_gossip,
+            self._is_passed_by_gate,
+            [self._name(topic) for topic in watched],
         )
         self._nursery: trio.Nursery | None = None
 
@@ -198,10 +213,9 @@ class Libp2pTransport:
     async def _on_dialled(self, peer: PeerId) -> None:
         await self._peer_exchange.exchange(peer)
 
-    def is_gossiping_with(self, peer: PeerId) -> bool:
-        """Whether this peer has a gossip stream to `peer` and knows that it listens to our topic."""
-        peer_id = ID.from_base58(peer)
-        return peer_id in self._pubsub.peers and peer_id in self._pubsub.peer_topics.get(self._topic, ())
+    def is_gossiping_with(self, peer: PeerId, topic: str = EVERYBODY) -> bool:
+        """Whether this peer has a gossip stream to `peer` and knows that it listens to `topic`."""
+        return ID.from_base58(peer) in self._pubsub.router.get_subscribers(self._name(topic))
 
     @property
     def num_banned(self) -> int:
@@ -228,8 +242,21 @@ class Libp2pTransport:
         """
         self._gate = gate
 
-    async def publish(self, data: bytes) -> None:
-        """Send `data` to all peers of the network; waits when more than the burst is published.
+    def _name(self, topic: str) -> str:
+        return self._topic if topic == EVERYBODY else f"{self._topic}/{topic}"
+
+    async def listen(self, topics: Sequence[str]) -> None:
+        """From now on hear these topics beside everybody's, and no others. At most two."""
+        if len(set(topics)) >= TOPICS_MAX:
+            raise ValueError(f"a peer hears at most {TOPICS_MAX - 1} topics beside everybody's, got {topics}")
+        async with self._topics_lock:
+            await self._pubsub.listen([self._name(topic) for topic in topics])
+
+    async def publish(self, data: bytes, topic: str = EVERYBODY, listeners: Sequence[PeerId] = ()) -> None:
+        """Send `data` to all peers that hear `topic`; waits when more than the burst is published.
+
+        Args:
+            listeners: who should hear it; dialled when this peer does not hear it and knows nobody who does.
 
         Raises:
             ValueError: longer than `gossip_bytes_max` (above 1 MB the library loses messages without a word).
@@ -238,13 +265,31 @@ class Libp2pTransport:
             raise ValueError(f"gossip carries at most {self.limits.gossip_bytes_max} bytes, got {len(data)}")
         while wait_s := self._publish_bucket.take(trio.current_time()):
             await trio.sleep(wait_s)
+        name = self._name(topic)
+        if name not in self._pubsub.topic_ids:
+            await self._find_listeners(topic, listeners)
         self.counters["gossip_published"] += 1
         self.counters["gossip_bytes_out"] += len(data)
-        await self._pubsub.publish(self._topic, data)
+        await self._pubsub.publish(name, data)
 
-    def _on_gossip(self, forwarder: str, data: bytes) -> None:
+    async def _find_listeners(self, topic: str, listeners: Sequence[PeerId]) -> None:
+        """Until somebody is connected who hears a topic that this peer does not hear, or too much time is over."""
+        for number in range(LISTENER_TRIES):
+            if self._pubsub.router.get_subscribers(self._name(topic)):
+                return
+            log.info("nobody is connected who hears %r: dialling, try %d", topic, number + 1)
+            self.counters["gossip_no_listener"] += 1
+            absent = [peer for peer in listeners if peer != self.peer_id and peer not in self.connected()]
+            for peer in random.sample(absent, min(len(absent), LISTENERS_DIALLED)):
+                if self._nursery is not None:
+                    self._nursery.start_soon(self._dialer.dial_quietly, peer)
+            await trio.sleep(LISTENER_RETRY_S)
+        log.warning("nobody was found who hears %r: what was said there is heard by those who ask for it", topic)
+
+    def _on_gossip(self, forwarder: str, topic: str, data: bytes) -> None:
         self.counters["gossip_received"] += 1
         self.counters["gossip_bytes_in"] += len(data)
+        self.heard[topic.removeprefix(f"{self._topic}/") if topic != self._topic else EVERYBODY] += 1
         _put_newest(self._gossip_in, self.gossip, (PeerId(forwarder), data), self.counters, "gossip_dropped")
 
     def _is_passed_by_gate(self, data: bytes) -> bool:
