@@ -35,6 +35,7 @@ two_faced    as an evaluator, commits to one vector before one half, another bef
              the rest
 silent       as a committee member, says nothing                                      F   its proposals  as work  no
 late         as an evaluator, commits when the others' vectors are public             F   none           as work  no
+late_reveal  as an evaluator, reveals when a proposal shows the others' vectors       F   none           as work  no
 split_votes  makes two right proposals, one for each half, and signs both             F   its proposals  as work  yes
 eclipse      keeps its words from the newest member, and answers its syncs with none  F   none           as work  no
 spammer      floods all with well-formed nonsense, false proposals among it           F   its proposals  nothing  yes
@@ -168,6 +169,8 @@ def make_filter(kind: AdversaryKind | None, make_empty: MakeEmpty, blobs: BlobSt
             return filters.Withholder()
         case "late":
             return filters.LateCommitter()
+        case "late_reveal":
+            return filters.LateRevealer()
         case "latecomer":
             return filters.Latecomer()
         case "garbler":

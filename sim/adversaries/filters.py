@@ -271,6 +271,34 @@ class LateCommitter(Honest):
         return [Deed(action)]
 
 
+class LateRevealer(Honest):
+    """Holds its vector back until it has heard a proposal, which shows everybody else's."""
+
+    def __init__(self) -> None:
+        self._held: AnyAction | None = None
+        self._is_heard = False
+
+    def hear(self, event: AnyEvent) -> AnyEvent | None:
+        """See Honest."""
+        self._is_heard = isinstance(get_heard(event), Proposal)
+        return event
+
+    def act(self, actions: Sequence[AnyAction]) -> list[Deed]:
+        """See Honest."""
+        deeds = super().act(actions)
+        if self._is_heard and self._held is not None:
+            held, self._held = self._held, None
+            deeds.append(Deed(held))
+        return deeds
+
+    def do(self, action: AnyAction) -> list[Deed]:
+        """See Honest."""
+        if isinstance(get_word(action), ScoreReveal):
+            self._held = action
+            return []
+        return [Deed(action)]
+
+
 class Colluder(Honest):
     """Praises its friends' updates and damns all others."""
 

@@ -165,6 +165,17 @@ def test_evaluators_that_measure_nothing_change_little_below_a_third(kind: Adver
     assert world.checks.blamed == set()
 
 
+def test_a_vector_revealed_too_late_is_left_out() -> None:
+    world = run("late_reveal", "late_reveal", num_peers=9)
+    assert certified(world) == [0, 1, 2, 3]
+    members = {member.index for member in world.chain.roster.members if member.peer in names(world, 0, 1)}
+    for certificate in world.checks.certificates.values():
+        assert not members & {reveal.member for reveal in certificate.proposal.reveals} - {
+            certificate.proposal.proposer
+        }
+    assert world.checks.blamed == set()
+
+
 def test_praise_of_friends_pays_them_nothing_below_a_majority() -> None:
     world = run("colluder", "colluder", "colluder", "colluder", num_peers=9)
     assert max(rewards(world)[:4]) < 0.02
@@ -267,6 +278,20 @@ def test_a_flood_fills_no_queue_and_costs_the_honest_nothing() -> None:
     for host in world.hosts[2:]:
         assert host.peer is not None
         assert len(host.peer.state.log) <= SLOTS_MAX * 5 * 9
+
+
+# --- in shards -------------------------------------------------------------------------------------------------------
+
+
+def test_in_shards_the_same_ones_are_blamed_and_none_is_honest() -> None:
+    kinds: tuple[AdversaryKind, ...] = ("equivocator", "garbler", "thief", "colluder", "late", "zero")
+    world = World(Scenario(seed=4, num_peers=40, num_rounds=3, shard_size=10, committee_size=7, adversaries=kinds))
+    world.run()
+    assert certified(world) == [0, 1, 2]
+    assert world.checks.blamed == names(world, 0, 1, 2)
+    shares = rewards(world)
+    assert max(shares[:4]) == shares[5] == 0
+    assert min(shares[6:]) > 0.3
 
 
 # --- all at once -----------------------------------------------------------------------------------------------------
