@@ -223,7 +223,10 @@ def hunt(
     screen = Console(stderr=json)
     screen.print(f"seed {seed}", highlight=False)
     columns = (TextColumn("{task.fields[what]}"), BarColumn(), TimeRemainingColumn())
-    with _refusals(screen), Progress(*columns, console=screen, transient=True) as progress:
+    with (
+        _refusals(screen),
+        Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress,
+    ):
         task, started_s = progress.add_task("hunt", total=minutes * 60, what="no run yet"), time.monotonic()
 
         def on_run(number: int, scenario: Scenario, failure: Failure | None) -> None:
@@ -363,7 +366,7 @@ def _sweep(scenarios: Sequence[Scenario], engine: Literal["local", "ray"], scree
     screen.print(f"seeds {', '.join(map(str, sorted({item.seed for item in scenarios})))}", highlight=False)
     screen.print(f"{len(scenarios)} runs, about {total_s:.0f} s of CPU time", highlight=False, style="dim")
     columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=screen, transient=True) as progress:
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
         task = progress.add_task("runs", total=len(scenarios))
 
         def on_done(index: int, report: SimReport) -> None:

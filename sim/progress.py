@@ -20,7 +20,7 @@ class RunProgress(Progress):
     def __init__(self, world: World, estimate_s: float, screen: Console) -> None:
         """`estimate_s`: what all rounds are thought to take, which counts until the first has ended."""
         columns = (TextColumn("rounds"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
-        super().__init__(*columns, console=screen, transient=True)
+        super().__init__(*columns, console=screen, transient=True, disable=not screen.is_terminal)
         self._world = world
         self._estimate_s = estimate_s
         self._num_rounds = world.scenario.num_rounds
