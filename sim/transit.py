@@ -214,7 +214,7 @@ class Transit:
             if action.digest in host.disk.held:
                 _, maker = self._workshop.validate(action.kind, action.digest, host.disk.get(action.digest))
                 self._later(host, Fetched(action.digest, maker))
-            elif attempt > min(len(action.providers), PROVIDERS_MAX):
+            elif not action.providers or attempt > min(len(action.providers), PROVIDERS_MAX):
                 self._later(host, FetchFailed(action.digest, is_malformed=False))
             else:
                 asked.append((action, attempt))
