@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from re import fullmatch, match
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 import tomli_w
@@ -179,7 +179,9 @@ def _get_keys(keys: Sequence[str]) -> tuple[str, ...]:
 
 def _get_choices(keys: Sequence[str], is_key: bool) -> tuple[str, ...]:
     here = _get_type(keys)
-    return get_args(get_args(here)[0] if is_key else here)
+    here = get_args(here)[0] if is_key else here
+    literals = [here] if get_origin(here) is Literal else [one for one in get_args(here) if get_origin(one) is Literal]
+    return tuple(word for literal in literals for word in get_args(literal))
 
 
 def _without_none(value: Any) -> Any:

@@ -76,6 +76,12 @@ def test_a_scenario_comes_back_from_its_file(name: str) -> None:
         ("[[outages]]\nstart_ms = 1\nend_ms = 2\nsize = 3", "[outages[0]] unknown key 'size': expected one of end_ms"),
         ("[adversary_shares]\nzeroo = 0.1", "got 'zeroo'; did you mean zero?"),
         ("adversaries = ['zero', 'hero']", "adversaries[1]: expected one of zero"),
+        (
+            "[network]\nregions = 'wrld'",
+            "network.regions: expected one of none, world; got 'wrld'; did you mean world?",
+        ),
+        ("[network.regions]\nshare = [1.0]", "[network.regions] unknown key 'share': did you mean shares?"),
+        ("[churn.diurnal]\nshare = 'x'", "churn.diurnal.share: expected float, got 'x'"),
         ("learner = 3", "learner: expected object, got 3"),
         ("num_peers =", "expected TOML, got a fault"),
     ],
