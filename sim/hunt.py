@@ -379,13 +379,27 @@ def _reset_fields(held: Struct, usual: Struct) -> Iterator[Struct]:
 
 
 def save(finding: Finding, folder: Path) -> Finding:
-    """Write a finding as a Seed, named after how it failed; returns it with its path."""
+    """Write a finding as a Seed, named after how it failed; returns it with its path.
+
+    What is as usual is left out, so that a file outlives changes of what a scenario can say.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     words = re.findall(r"[a-z]+", finding.failure.kind.lower())
     path = folder / f"{'_'.join(words[:8])}-{finding.scenario.seed}.json"
-    seed = Seed(finding.failure.kind, "p2pfm sim hunt", finding.scenario)
+    seed = _tell_unusual(Seed(finding.failure.kind, "p2pfm sim hunt", finding.scenario))
     path.write_bytes(msgspec.json.format(msgspec.json.encode(seed), indent=2) + b"\n")
     return msgspec.structs.replace(finding, path=str(path))
+
+
+def _tell_unusual(held: msgspec.Struct) -> dict[str, object]:
+    """What differs from each struct's own defaults."""
+    told: dict[str, object] = {}
+    for field in msgspec.structs.fields(held):
+        value = getattr(held, field.name)
+        usual = field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
+        if value != usual:
+            told[field.name] = _tell_unusual(value) if isinstance(value, msgspec.Struct) else msgspec.to_builtins(value)
+    return told
 
 
 def load(path: Path) -> Seed:

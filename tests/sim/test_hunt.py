@@ -11,7 +11,7 @@ from p2pfm.protocol.ballot import Ballot
 from p2pfm.protocol.events import AnyAction, AnyEvent, Blame, Publish, Serve, Trained
 from p2pfm.protocol.peer import Peer
 from p2pfm.types import Digest, Millis, PeerId
-from sim.hunt import Failure, Finding, draw_scenario, find_failure, hunt, load, shrink
+from sim.hunt import Failure, Finding, draw_scenario, find_failure, hunt, load, save, shrink
 from sim.scenarios import Scenario
 
 SEEDS = sorted((Path(__file__).parent / "seeds").glob("*.json"))
@@ -118,6 +118,16 @@ def test_a_finding_is_kept_in_a_file_that_runs_again(tmp_path: Path, monkeypatch
     kept = load(Path(found.path))
     assert kept.scenario == found.scenario
     assert find_failure(kept.scenario) == found.failure
+
+
+def test_a_file_holds_what_is_unusual_and_nothing_else(tmp_path: Path) -> None:
+    for number, rng in enumerate(Random(f"{seed}") for seed in range(20)):
+        drawn = draw_scenario(rng)
+        finding = Finding(Failure(f"rule {number}", ""), drawn, drawn, "", 0)
+        assert load(Path(save(finding, tmp_path).path)).scenario == drawn
+    plain = Finding(Failure("plain", ""), Scenario(), Scenario(), "", 0)
+    assert b"scenario" in Path(save(plain, tmp_path).path).read_bytes()
+    assert len(Path(save(plain, tmp_path).path).read_bytes()) < 100
 
 
 def test_a_file_that_is_no_seed_is_refused(tmp_path: Path) -> None:
