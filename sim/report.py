@@ -27,6 +27,7 @@ class RoundReport(Record, frozen=True):
     num_holders: int
     """Peers that adopted its certificate by the end of the run."""
     num_updates: int
+    """Merged: peers' updates, or shards' where the network is dealt into shards."""
     loss_nats: float | None
     """Held-out loss of its base; None: void, or not measured."""
     void_reasons: tuple[str, ...]
@@ -211,8 +212,8 @@ def _cut(rounds: Sequence[RoundReport]) -> list[RoundReport | None]:
 
 def _render_kinds(report: SimReport) -> Table:
     table = Table(title="Peers", title_justify="left")
-    for name in ("kind", "peers", "reward", "together", "slashed", "gain over honest", "kB sent a round", "blamed"):
-        table.add_column(name, justify="left" if name == "kind" else "right", no_wrap=name == "kind")
+    for name in ("kind", "peers", "reward", "together", "slashed", "gain over honest", "blamed"):
+        table.add_column(name, justify="left" if name == "kind" else "right", no_wrap=True)
     for kind in compute_kinds_report(report):
         table.add_row(
             kind.kind,
@@ -221,7 +222,6 @@ def _render_kinds(report: SimReport) -> Table:
             f"{kind.together_pfm:.2f}",
             f"{kind.slashed_pfm:.2f}",
             "" if kind.kind == HONEST else f"{kind.gain_pfm:+.2f} ± {kind.gain_error_pfm:.2f}",
-            f"{kind.sent_bytes / 1000:.1f}",
             str(kind.num_blamed),
         )
     table.caption, table.caption_justify = "PFM; means a peer, but for what all of a kind drew together", "left"
