@@ -7,7 +7,7 @@ many of them are run depends on the clock, so what one found is found again.
 import re
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import TypeVar, get_args
@@ -152,6 +152,7 @@ def find_failure(scenario: Scenario, *, is_repeated: bool = False) -> Failure | 
     world = World(scenario)
     try:
         world.run()
+        check_end(world)
         for host in world.hosts:
             for log in host.logs:
                 difference = replay(bytes(log)).difference
@@ -169,6 +170,38 @@ def find_failure(scenario: Scenario, *, is_repeated: bool = False) -> Failure | 
         told = f"seed {scenario.seed}, step {world.checks.num_steps}: {where}, line {frame.lineno}: {error}"
         return Failure(where, f"{told}. Replay: {replay_command(scenario)}")
     return None
+
+
+def check_end(world: World) -> None:
+    """What must hold when a run is over, where nothing stood in the way: rounds are certified, nobody is left behind.
+
+    Raises:
+        Violation: it does not hold.
+    """
+    scenario, newest = world.scenario, max(world.checks.certificates, default=-1)
+    if _is_quiet(scenario):
+        missing = set(range(scenario.num_rounds)) - world.checks.certificates.keys()
+        _require(not missing, "a quiet network certifies every round", world, sorted(missing))
+    if scenario.network == NetworkModel() and scenario.churn == ChurnModel():
+        heads = {host.me: host.durable.head for host in world.hosts if host.kind is None}
+        behind = [peer for peer, head in heads.items() if (head.proposal.round if head else -1) < newest]
+        _require(not behind, "on a good network nobody is left behind", world, behind)
+
+
+def _is_quiet(scenario: Scenario) -> bool:
+    """Whether there is no trouble at all, whatever the network's size and rules."""
+    dials = ("seed", "title", "num_peers", "num_rounds", "committee_size", "shard_size", "rounds_per_epoch")
+    usual = {name: getattr(PLAIN, name) for name in (*dials, "keep_logs", "work_steps")}
+    is_close = scenario.clocks.skew_ms <= Scenario().clocks.skew_ms and not scenario.clocks.drift_ppm
+    return is_close and msgspec.structs.replace(scenario, clocks=PLAIN.clocks, **usual) == PLAIN
+
+
+def _require(is_true: bool, rule: str, world: World, who: Sequence[object]) -> None:
+    if not is_true:
+        raise Violation(
+            f"seed {world.scenario.seed}, step {world.checks.num_steps}, at the end, {', '.join(map(str, who))}: "
+            f"violated: {rule}. Replay: {replay_command(world.scenario)}"
+        )
 
 
 def _strip_numbers(rule: str) -> str:

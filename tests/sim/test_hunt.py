@@ -3,12 +3,23 @@
 from pathlib import Path
 from random import Random
 
+import msgspec
 import pytest
 
 from p2pfm.errors import ConfigError
-from p2pfm.messages import Announcement, Proposal, Word
+from p2pfm.messages import Announcement, Certificate, Proposal, Word
 from p2pfm.protocol.ballot import Ballot
-from p2pfm.protocol.events import AnyAction, AnyEvent, Blame, Publish, Serve, Trained
+from p2pfm.protocol.events import (
+    Aggregated,
+    AnyAction,
+    AnyEvent,
+    Blame,
+    Publish,
+    Received,
+    Serve,
+    SyncAnswered,
+    Trained,
+)
 from p2pfm.protocol.peer import Peer
 from p2pfm.types import Digest, Millis, PeerId
 from sim.hunt import Failure, Finding, draw_scenario, find_failure, hunt, load, save, shrink
@@ -88,6 +99,31 @@ def test_an_exception_in_the_core_is_a_finding_too(monkeypatch: pytest.MonkeyPat
     small = shrink(scenario, failure).scenario
     assert small.adversaries == ("withholder",)
     assert (small.num_peers, small.num_rounds) == (2, 1)
+
+
+def test_a_network_that_stands_still_without_a_reason_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ballot, "_aggregate", lambda self: [])
+    scenario = Scenario(num_peers=4, num_rounds=2, rounds_per_epoch=2, committee_size=3)
+    failure = find_failure(scenario)
+    assert failure is not None
+    assert failure.kind == "a quiet network certifies every round"
+    assert find_failure(msgspec.structs.replace(scenario, adversaries=("silent",))) is None
+
+
+def test_a_peer_that_never_catches_up_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = Peer.handle
+
+    def stay_deaf(self: Peer, event: AnyEvent, now_ms: Millis) -> list[AnyAction]:
+        is_news = isinstance(event, Aggregated | SyncAnswered) or (
+            isinstance(event, Received) and isinstance(event.message, Certificate)
+        )
+        return [] if is_news and self.me == "peer-00003" else handle(self, event, now_ms)
+
+    monkeypatch.setattr(Peer, "handle", stay_deaf)
+    failure = find_failure(Scenario(num_peers=4, num_rounds=2))
+    assert failure is not None
+    assert failure.kind == "on a good network nobody is left behind"
+    assert "peer-00003" in failure.text
 
 
 def test_one_seed_draws_the_same_scenarios() -> None:
