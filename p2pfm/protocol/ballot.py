@@ -68,7 +68,7 @@ from p2pfm.settlement.sampling import compute_quorum
 from p2pfm.types import Contribution, Digest, MemberIndex, PeerId
 
 HOLDERS_MAX = 16
-"""Members of a shard that are asked for a payload beside its author."""
+"""Members of a shard that are asked for its payloads beside their authors."""
 
 
 class Ballot:
@@ -85,6 +85,8 @@ class Ballot:
         self.shard = shard
         self._certified: dict[Digest, tuple[int, Proposal]] = {}
         """Shards' certificates heard, by the payload that they certify."""
+        self._mates: dict[int, tuple[PeerId, ...]] = {}
+        """By shard: members that are asked for payloads of it."""
 
     def get_my_index(self) -> MemberIndex | None:
         """This peer's registry index, if it sits on the committee."""
@@ -134,9 +136,11 @@ class Ballot:
         if self.dealt is None:
             return self.standing.peers
         number = self.shard if self.shard is not None else int(author.removeprefix("shard-"))
-        mates = self.dealt.names[number]
-        start = self.standing.number % len(mates)
-        return (mates[start:] + mates[:start])[:HOLDERS_MAX]
+        if number not in self._mates:
+            me, mates = self.standing.me, self.dealt.names[number]
+            start = self.standing.number % len(mates)
+            self._mates[number] = tuple(peer for peer in mates[start:] + mates[:start] if peer != me)[:HOLDERS_MAX]
+        return self._mates[number]
 
     def _proposed(self) -> frozenset[Digest]:
         """Payloads that the received proposal includes, be it right or wrong."""
@@ -284,6 +288,8 @@ class Ballot:
                 state.failure = f"the proposal does not hold here: {error}"
                 return []
             state.is_proposal_valid = True
+        elif state.phase != Phase.ATTEST and state.proposal.draft_digest in state.merging:
+            return self._aggregate() if state.phase == Phase.MERGE else []
         actions = self.fetch_missing() + self._merge(state.proposal)
         return actions + (self._aggregate() if state.phase == Phase.MERGE else [])
 

@@ -4,7 +4,9 @@ A proposal has one right content for given reveals, head and roster; everyone re
 """
 
 import itertools
+import operator
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 from p2pfm.config import ChainConfig, NetworkConfig
 from p2pfm.errors import Reject
@@ -159,16 +161,37 @@ def shard_message(chain: ChainConfig, shard: int, proposal: Proposal) -> Digest:
     return compute_digest(SHARD_DOMAIN + words + proposal.digest)
 
 
-def _compute_medians(reveals: Sequence[ScoreReveal]) -> list[tuple[Digest, Contribution]]:
+def _compute_medians(reveals: Sequence[ScoreReveal]) -> tuple[tuple[Digest, Contribution], ...]:
     """Every payload that more than half of the reveals scored, sorted, with the lower median of its scores."""
+    return _compute_medians_once(_Same(tuple(reveals)))
+
+
+class _Same:
+    """The very same objects: recomputing a proposal is most of a round's work in a simulation of thousands."""
+
+    def __init__(self, reveals: tuple[ScoreReveal, ...]) -> None:
+        self.reveals = reveals
+
+    def __hash__(self) -> int:
+        return hash(tuple(map(id, self.reveals)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Same) or len(self.reveals) != len(other.reveals):
+            return False
+        return all(map(operator.is_, self.reveals, other.reveals))
+
+
+@lru_cache(maxsize=256)
+def _compute_medians_once(same: _Same) -> tuple[tuple[Digest, Contribution], ...]:
+    reveals = same.reveals
     readings: dict[Digest, list[Contribution]] = {}
     for reveal in reveals:
         for score in reveal.scores:
             readings.setdefault(score.payload, []).append(score.contribution)
-    return [
+    return tuple(
         (payload, compute_median(readings[payload]))
         for payload in sorted(payload for payload, values in readings.items() if 2 * len(values) > len(reveals))
-    ]
+    )
 
 
 def _get_included(

@@ -50,5 +50,5 @@ class RoundLog:
         """What another peer lacks, in a fixed order, at most REPLY_MAX."""
         if have == self.digests():
             return ()
-        lacking = sorted(self._envelopes.keys() - have)
+        lacking = sorted(self._envelopes.keys() - frozenset(have))
         return tuple(self._envelopes[digest] for digest in lacking[:REPLY_MAX])

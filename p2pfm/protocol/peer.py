@@ -525,7 +525,7 @@ class Peer(Standing):
         if settled and (self.history.is_orphaned() or self.rewinds_to):
             head_round = settled.round - 1
         have = self.leaf.state.log.digests()
-        if self.top is not self.leaf:
+        if self.top is not self.leaf and len(self.top.state.log):
             have = tuple(sorted((*have, *self.top.state.log.digests())))
         return [AskSync(peer, SyncRequest(Round(max(self.round, 0)), have, head_round))]
 
