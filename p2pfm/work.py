@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,6 +27,7 @@ from p2pfm.lora.merge import clip_factors, merge
 from p2pfm.lora.unlearn import MergedRound, MergedUpdate
 from p2pfm.messages import EPSILON_MICRO_MAX, MICRO, PICO, DeclaredPrivacy
 from p2pfm.protocol.events import Condense, Evaluate, Evaluated, Merge, Merged, Scored, ScoreUpdates, Train, Trained
+from p2pfm.protocol.shards import is_shard_name
 from p2pfm.types import NANO, WEIGHT_ONE, Digest, PeerId, Round, Tensors
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -129,7 +131,7 @@ def condense_updates(blobs: BlobStore, shapes: Shapes, config: NetworkConfig, ac
     _, updates = _read_updates(blobs, shapes, config, [item.payload for item in action.updates])
     weights = [weighted.weight for weighted in action.updates]
     delta = subtract(merge(base, list(zip(updates, weights, strict=True))), base)
-    payload, _, _ = compress_delta(blobs, config.compression, delta, None, action.maker)
+    payload, _, _ = compress_delta(blobs, get_codec(config, action.maker), delta, None, action.maker)
     return Merged(request=action.request, new_base=payload)
 
 
@@ -181,7 +183,7 @@ def validate_blob(kind: str, data: bytes, shapes: Shapes, config: NetworkConfig)
     """
     if kind == "payload":
         maker, coded = split_payload(data)
-        decode_payload(coded, shapes, config.compression, config.limits.payload_bytes_max)
+        decode_payload(coded, shapes, get_codec(config, maker), config.limits.payload_bytes_max)
         return maker
     if kind == "base":
         decode_tensors(data, shapes)
@@ -197,6 +199,15 @@ def compress_delta(
     coded, decoded = compress(wanted, config)
     payload = join_payload(maker, coded)
     return blobs.put(payload), len(payload), blobs.put(encode_tensors(subtract(wanted, decoded)))
+
+
+def get_codec(config: NetworkConfig, maker: PeerId) -> CompressionConfig:
+    """How a maker's updates are compressed: a shard's keep every value, in two bits.
+
+    A peer's next update makes up for what this one left out; a shard is dealt anew, and has no next one.
+    """
+    compression = config.compression
+    return msgspec.structs.replace(compression, keep=compression.chunk) if is_shard_name(maker) else compression
 
 
 def join_payload(maker: PeerId, coded: bytes) -> bytes:
@@ -241,7 +252,7 @@ def _read_updates(
     """(makers, updates) of payloads that are in the store."""
     pairs = [split_payload(blobs.get(payload)) for payload in payloads]
     bytes_max = config.limits.payload_bytes_max
-    updates = [decode_payload(coded, shapes, config.compression, bytes_max) for _, coded in pairs]
+    updates = [decode_payload(coded, shapes, get_codec(config, maker), bytes_max) for maker, coded in pairs]
     return [maker for maker, _ in pairs], updates
 
 

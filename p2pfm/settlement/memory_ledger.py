@@ -102,8 +102,11 @@ class InMemoryLedger:
         now_s: Callable[[], int],
         balances: Mapping[str, Wei],
         seed: bytes = bytes(32),
+        rotation_gas_max: int = ROTATION_GAS_MAX,
     ) -> None:
         """`now_s` is the chain's clock [s]; `balances` the token's fixed supply; `seed` that of the first draw.
+
+        `rotation_gas_max`: more than the contract allows is for simulations of larger networks than it can hold.
 
         Raises:
             Reverted: BadParameter, as the contract's constructor.
@@ -120,7 +123,7 @@ class InMemoryLedger:
             or not params.committee_size <= min(COMMITTEE_MAX, params.members_max)
             or min(params.restart_s, params.unbonding_s) < params.contest_s
             or params.contest_s > CONTEST_S_MAX
-            or compute_rotation_gas(params) > ROTATION_GAS_MAX
+            or compute_rotation_gas(params) > rotation_gas_max
         ):
             raise Reverted("BadParameter")
         self.chain = chain
