@@ -78,5 +78,6 @@ def make_learner(config: NodeConfig, samples: Sequence[Sample]) -> Learner:
         place,
         steps=network.training.steps,
         learning_rate=network.training.learning_rate,
+        probe_samples=network.scoring.samples_per_stratum,
         work_steps=network.scoring.work_steps,
     )

@@ -68,7 +68,7 @@ from sim.scenarios import Scenario, compute_kinds, make_network, validate_scenar
 from sim.schedule import Schedule
 from sim.signatures import Signatures
 from sim.transit import Transit
-from sim.workshop import make_workshop
+from sim.workshop import Workshop, make_workshop
 
 BLOCK_MS = 1_000
 """A transaction is seen by everybody after at most this [ms]."""
@@ -107,9 +107,14 @@ class World:
     """All hosts of a scenario, their network and their chain."""
 
     def __init__(
-        self, scenario: Scenario, config: NetworkConfig | None = None, names: Sequence[PeerId] | None = None
+        self,
+        scenario: Scenario,
+        config: NetworkConfig | None = None,
+        names: Sequence[PeerId] | None = None,
+        workshop: Workshop | None = None,
     ) -> None:
-        """Args: config, names: the rules and the peers' ids, where another driver's network is to be followed.
+        """Args: config, names, workshop: the rules, the peers' ids and what they learn with, where another driver's
+        network is to be followed, or somebody else does the work; else as the scenario says.
 
         Raises:
             ConfigError: a scenario that cannot run.
@@ -135,7 +140,7 @@ class World:
         self._trace = sha256()
         self._round = Round(-1)
         self._kinds = compute_kinds(scenario)
-        self.workshop = make_workshop(scenario, self.config, self._kinds)
+        self.workshop = workshop or make_workshop(scenario, self.config, self._kinds)
         genesis = self.workshop.get_genesis()
         names = names or [PeerId(f"peer-{index:05d}") for index in range(num_peers)]
         self.hosts = [self._make_host(index, name, genesis) for index, name in enumerate(names)]

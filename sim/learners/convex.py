@@ -122,6 +122,7 @@ class LinearLearner:
     ) -> None:
         """`index`: the peer's place in the world, which decides its stratum; three quarters of its data are of that.
 
+        `probe_samples`: a stratum; the whole probe, whatever the seed, where it has no more.
         `work_steps`: of the steps, the last ones, taken on a public batch where one is asked for.
         """
         self.problem = problem
@@ -178,9 +179,11 @@ class LinearLearner:
     def gradient(self, at: Tensors, seed: int) -> tuple[float, dict[str, Array]]:
         """See Learner: on a fresh sample of the probe, every stratum of equal weight."""
         inputs, targets = self.problem.probe
-        rng = np.random.default_rng(seed)
-        rows = rng.integers(0, self.problem.num_probe, (self.problem.num_strata, self._probe_samples))
-        strata = np.arange(self.problem.num_strata)[:, None]
+        num_strata, num_probe = self.problem.num_strata, self.problem.num_probe
+        rows = np.broadcast_to(np.arange(num_probe), (num_strata, num_probe))
+        if self._probe_samples < num_probe:
+            rows = np.random.default_rng(seed).integers(0, num_probe, (num_strata, self._probe_samples))
+        strata = np.arange(num_strata)[:, None]
         chosen = inputs[strata, rows].reshape(-1, self.problem.dim)  # (num_strata * samples, dim)
         errors = chosen @ flatten(at).astype(np.float64) - targets[strata, rows].ravel()
         gradient = unflatten(chosen.T @ errors / len(errors), compute_layout(SHAPES))
