@@ -110,7 +110,7 @@ PRESETS = {
         backbone=LINEAR,
         training=TrainingConfig(steps=20, learning_rate=0.03),
         # Half of 64 positions are kept: which ones tells little of who copied.
-        scoring=ScoringConfig(committee_size=7, duplicate_overlap=1.0),
+        scoring=ScoringConfig(committee_size=7, samples_per_stratum=60, duplicate_overlap=1.0),
         compression=CompressionConfig(chunk=16, keep=8),
         phases=PhaseConfig(
             train_ms=Millis(2_500),
