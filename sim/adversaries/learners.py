@@ -10,11 +10,14 @@ import numpy as np
 
 from p2pfm.learner import Learner, Training
 from p2pfm.lora.delta import compute_layout, flatten, get_shapes, subtract, unflatten, zeros
-from p2pfm.types import Array, Round, Tensors
+from p2pfm.types import Array, Digest, Round, Tensors, compute_digest
 from sim import attacks
 
 CLAIMED_TOKENS = 1_000
 """What those who did no work say that they trained on."""
+
+BASES_MAX = 3
+"""Bases that a cabal remembers its update of: some of its members may be a round behind."""
 
 Distort = Callable[[Array, np.random.Generator], Array]
 """From a delta, flat, to the announced one."""
@@ -135,15 +138,17 @@ class Cabal:
         """Args: craft: from the members' honest deltas (num_members, dim) to the one that all announce (dim,)."""
         self._learners = learners
         self._craft = craft
-        self._crafted: tuple[tuple[Round, bytes], Array] | None = None
+        self._crafted: dict[tuple[Round, Digest], Array] = {}
 
     def make(self, base: Tensors, round: Round) -> Array:
         """What to announce in a round from a base; computed once for all members that hold that base."""
-        key = (round, flatten(base).tobytes())
-        if self._crafted is None or self._crafted[0] != key:
+        key = (round, compute_digest(flatten(base).tobytes()))
+        if key not in self._crafted:
             deltas = [flatten(learner.train(base, round).delta) for learner in self._learners]
-            self._crafted = (key, self._craft(np.stack(deltas)))
-        return self._crafted[1]
+            for old in list(self._crafted)[: 1 - BASES_MAX]:
+                del self._crafted[old]
+            self._crafted[key] = self._craft(np.stack(deltas))
+        return self._crafted[key]
 
 
 class ColludingLearner(Wrapped):
