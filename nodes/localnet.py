@@ -29,6 +29,7 @@ from p2pfm.config import (
     AdapterConfig,
     CompressionConfig,
     HttpConfig,
+    LimitConfig,
     NetworkConfig,
     NodeConfig,
     PhaseConfig,
@@ -71,6 +72,7 @@ class Preset:
     startup_s: float
     """From writing the configurations to the first round: a fifth process needs this long on two cores."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    limits: LimitConfig = field(default_factory=LimitConfig)
 
 
 PRESETS = {
@@ -316,6 +318,7 @@ def create_network(
         scoring=preset.scoring,
         compression=preset.compression,
         phases=preset.phases,
+        limits=preset.limits,
         settlement=SettlementConfig(rounds_per_epoch=1, pool_per_epoch_pfm=POOL_PFM),
     )
     return network, ledger

@@ -25,7 +25,8 @@ def make_status_table(status: Mapping[str, Any]) -> Table:
     table.add_column(overflow="fold")
     chain, protocol, serving = status["chain"], status.get("protocol", {}), status.get("serving", {})
     seconds = status["phase_ends_in_ms"] / 1000
-    where = f"{status['round']} · {status['phase']}, {seconds:.0f} s left"
+    level = {None: "", "SHARD": " of the shards", "TOP": " above the shards"}[status.get("level")]
+    where = f"{status['round']} · {status['phase']}{level}, {seconds:.0f} s left"
     table.add_row("stage", status["stage"])
     table.add_row("network", f"{status['network']['name']} · {status['network']['backbone']}")
     table.add_row("round", where if status["round"] >= 0 else f"the first begins in {seconds:.0f} s")
@@ -37,6 +38,9 @@ def make_status_table(status: Mapping[str, Any]) -> Table:
     table.add_row("member", f"{chain['member']} of {chain['members']}, committee {chain['committee']}")
     settled = "no round settled yet" if chain["settled_round"] is None else f"settled round {chain['settled_round']}"
     table.add_row("chain", f"{chain['rpc']} · {chain['error'] or 'reachable'}, {settled}")
+    if protocol:
+        shard = "" if protocol["shard"] is None else f"shard {protocol['shard']} · "
+        table.add_row("waits for", shard + protocol["waits_for"])
     if "privacy" in status:
         table.add_row("privacy", _describe_privacy(status["privacy"]))
     if protocol:

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from p2pfm.messages import Message, peek_tag
+from p2pfm.messages import Message, ShardMessage, peek_tag
 from p2pfm.protocol.phases import compute_position
 from p2pfm.runtime.clock import now_ms
 from p2pfm.runtime.network.blobs import Priority
@@ -66,7 +66,10 @@ class NodeMetrics:
 
     def on_gossip(self, direction: str, message: Message, num_bytes: int) -> None:
         """A message was heard and is genuine, or is published."""
-        self._count(direction, message.__struct_config__.tag, num_bytes)
+        is_in_shard = isinstance(message, ShardMessage)
+        word = message.message if isinstance(message, ShardMessage) else message
+        kind = word.__struct_config__.tag
+        self._count(direction, f"shard {kind}" if is_in_shard else kind, num_bytes)
 
     def on_frame(self, direction: str, data: bytes) -> None:
         """A request or reply, as it travels."""
@@ -119,11 +122,15 @@ class NodeState(Collector):
         if peer is None:
             return
         head = peer.durable.head.proposal.round if peer.durable.head else -1
+        shard = peer.leaf.shard
         settled = node.settler.head.round if node.settler.head else -1
         due_ms = node.effects.due_ms
         overdue_ms = 0 if due_ms is None else max(0, now - due_ms)
         ended = compute_position(node.config.network, now).round - 1
         yield _gauge("p2pfm_round", "Round this node is in", peer.round)
+        if node.config.network.has_shards:
+            yield _gauge("p2pfm_shard", "Number of this node's shard; -1: none", -1 if shard is None else shard)
+            yield _gauge("p2pfm_top_phase", "Phase of the level above the shards", int(peer.top.state.phase))
         yield _gauge("p2pfm_phase", "Phase of the round: 0 TRAIN to 5 MERGE", int(peer.phase))
         yield _gauge("p2pfm_certified_round", "Newest certified round held here; -1: none", head)
         yield _gauge(
@@ -153,6 +160,10 @@ class NodeState(Collector):
         for name, value in sorted(node.transport.counters.items()):
             network.add_metric([name], value)
         yield network
+        heard = CounterMetricFamily("p2pfm_topic_messages", "New messages of other peers, by topic", labels=["topic"])
+        for topic, count in sorted(node.transport.heard.items()):
+            heard.add_metric([topic], count)
+        yield heard
 
     def _collect_queues(self) -> Iterator[Metric]:
         queues = GaugeMetricFamily("p2pfm_queue_length", "What waits", labels=["queue"])

@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from p2pfm.messages import MICRO, PICO, DeclaredPrivacy
+from p2pfm.protocol.ballot import Ballot
 from p2pfm.protocol.events import AnyEvent, Trained
 from p2pfm.protocol.membership import get_member
-from p2pfm.protocol.phases import compute_position
+from p2pfm.protocol.peer import NO_SHARD, Peer
+from p2pfm.protocol.phases import Level, Phase, compute_position
 from p2pfm.settlement.rewards import from_wire
 from p2pfm.types import NANO, Millis, Round
 
@@ -53,13 +55,15 @@ class RoundFigures:
 def make_status(node: "Node", now_ms: Millis) -> dict[str, Any]:
     """What `/status` shows; JSON-able. Secrets never come here."""
     network = node.config.network
-    position = compute_position(network, now_ms)
+    level = _get_level(node, now_ms)
+    position = compute_position(network, now_ms, level)
     status: dict[str, Any] = {
         "peer": node.keys.peer,
         "account": node.keys.account_address,
         "network": {"name": network.name, "id": node.network_id.hex(), "backbone": network.backbone},
         "stage": node.stage,
         "round": position.round,
+        "level": level.name if network.has_shards else None,
         "phase": position.phase.name,
         "phase_ends_in_ms": position.ends_ms - now_ms,
         "addresses": list(node.transport.addresses()),
@@ -86,6 +90,40 @@ def make_status(node: "Node", now_ms: Millis) -> dict[str, Any]:
             "replicas": len(node.gateway.table.live(now_ms)),
         }
     return status
+
+
+def _get_level(node: "Node", now_ms: Millis) -> Level:
+    """The level at which something happens now: the shards' last phase goes on while the level above is at work."""
+    network = node.config.network
+    is_at_top = network.has_shards and compute_position(network, now_ms, Level.TOP).phase > Phase.TRAIN
+    return Level.TOP if is_at_top else Level.SHARD
+
+
+def _get_ballot(peer: Peer) -> Ballot:
+    return peer.top if peer.top.state.phase > Phase.TRAIN else peer.leaf
+
+
+def _describe_wait(ballot: Ballot) -> str:
+    """What must come next, for a person."""
+    state = ballot.state
+    updates, size = state.updates, len(state.roster.committee) if state.roster else 0
+    if state.round < 0 or state.is_certified:
+        return "the level above" if state.is_certified and ballot.shard is not None else "the next round"
+    if state.phase == Phase.MERGE and state.failure:
+        return f"the next round: {state.failure}"
+    if not state.is_certified and state.phase >= Phase.ATTEST and ballot.get_my_index() is None:
+        return "the certificate"
+    match state.phase:
+        case Phase.TRAIN:
+            return f"announcements: {len(updates.announcements)} heard"
+        case Phase.EXCHANGE:
+            return f"payloads: {len(updates.makers)} of {len(updates.announcements)} are here"
+        case Phase.SCORE:
+            return f"commitments: {len(state.commitments)} of {size}"
+        case Phase.REVEAL:
+            return f"vectors: {len(state.reveals)} of {size}"
+        case Phase.ATTEST | Phase.MERGE:
+            return f"signatures: {len(state.attestations)} of {size}" if state.proposal else "the proposal"
 
 
 def _chain_status(node: "Node") -> dict[str, Any]:
@@ -116,6 +154,8 @@ def _protocol_status(node: "Node") -> dict[str, Any]:
     durable = node.peer.durable
     head = durable.head
     return {
+        "shard": node.peer.leaf.shard if node.peer.leaf.shard != NO_SHARD else None,
+        "waits_for": _describe_wait(_get_ballot(node.peer)),
         "base": durable.base.hex(),
         "dense_bytes": node.effects.dense_bytes,
         "certified_round": head.proposal.round if head else None,

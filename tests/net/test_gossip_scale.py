@@ -37,6 +37,12 @@ def make_message(victim: Libp2pTransport, number: int, data: bytes = b"x", topic
     return message
 
 
+def get_mesh(peer: Libp2pTransport) -> set[ID]:
+    """Of everybody's topic."""
+    mesh: set[ID] = peer._pubsub.router.mesh[peer._topic]
+    return mesh
+
+
 async def feed(victim: Libp2pTransport, forwarder: Libp2pTransport, **fields: Any) -> None:
     """An RPC as if it had come from a connected peer."""
     await victim._pubsub._read_rpc(ID.from_base58(forwarder.peer_id), rpc_pb2.RPC(**fields).SerializeToString())
@@ -71,7 +77,7 @@ def test_every_message_reaches_every_host_of_a_process() -> None:
             for host in hosts:
                 expected = everything - told[host]
                 assert set(await hear(host, len(expected), 60)) == expected
-            assert max(len(host._pubsub.router._mesh) for host in hosts) <= mesh.DEGREE_HIGH + 3  # till the next beat
+            assert max(len(get_mesh(host)) for host in hosts) <= mesh.DEGREE_HIGH + 3  # till the next beat
 
     try:
         trio.run(main)
@@ -118,7 +124,7 @@ def test_without_any_mesh_everybody_still_hears(monkeypatch: pytest.MonkeyPatch)
 
     async def main() -> None:
         async with network(6) as (author, *others):
-            assert not author._pubsub.router._mesh
+            assert not get_mesh(author)
             await author.publish(b"news")
             for other in others:
                 assert await hear(other, 1, 2 * mesh.LAZY_BEATS) == [b"news"]
@@ -130,10 +136,10 @@ def test_who_comes_into_the_mesh_is_told_what_was_said_just_before() -> None:
     async def main() -> None:
         async with network(2) as (author, other):
             router = author._pubsub.router
-            router._mesh.clear()
+            get_mesh(author).clear()
             await author.publish(b"just before")  # to nobody: the one other peer would be told in its turn
-            await router._mend_mesh()
-            assert router._mesh
+            await router._mend_mesh(author._topic, router._topics[author._topic])
+            assert get_mesh(author)
             assert await hear(other, 1, 10) == [b"just before"]
 
     trio.run(main)
@@ -261,7 +267,8 @@ def test_nothing_is_kept_of_a_peer_that_left() -> None:
             assert router._check_back_off(peer_id, victim._topic)
             victim._pubsub._handle_dead_peer(peer_id)
             assert peer_id not in router.back_off[victim._topic]
-            assert peer_id not in router._mesh | router._chosen | router._behind
+            state = router._topics[victim._topic]
+            assert peer_id not in get_mesh(victim) | state.chosen | state.behind
 
     trio.run(main)
 
@@ -270,12 +277,12 @@ def test_recent_and_seen_messages_are_bounded() -> None:
     async def main() -> None:
         recent = mesh.RecentMessages(bytes_max=10_000)
         for number in range(50):
-            recent.put(rpc_pb2.Message(data=bytes(1000), from_id=b"a", seqno=b"%d" % number))
-        assert 5 <= len(recent.window("")) < 10
-        assert recent.window("")[0] == b"a49"
+            recent.put(rpc_pb2.Message(data=bytes(1000), topicIDs=["t"], from_id=b"a", seqno=b"%d" % number))
+        assert 5 <= len(recent.window("t")) < 10
+        assert recent.window("t")[0] == b"a49"
         for _ in range(mesh.LAZY_BEATS):
             recent.shift()
-        assert recent.window("") == []
+        assert recent.window("t") == []
         assert recent.get(b"a49")
         for _ in range(mesh.LAZY_BEATS):
             recent.shift()

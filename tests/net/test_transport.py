@@ -68,11 +68,11 @@ def test_a_reader_that_sleeps_loses_the_oldest_messages_only() -> None:
         async with network(2) as peers:
             sleeper = peers[1]
             for number in range(30):
-                sleeper._on_gossip("x", b"%d" % number)
+                sleeper._on_gossip("x", sleeper._topic, b"%d" % number)
             queued = sleeper.gossip.statistics().current_buffer_used
             assert queued == 30
             for number in range(sleeper.limits.gossip_queue_max):
-                sleeper._on_gossip("x", b"new %d" % number)
+                sleeper._on_gossip("x", sleeper._topic, b"new %d" % number)
             assert (await sleeper.gossip.receive())[1] == b"new 0"
             assert sleeper.counters["gossip_dropped"] == 30
 

@@ -70,6 +70,7 @@ class GuardedPubsub(Pubsub):  # type: ignore[misc]
     """
 
     seen_messages: Any
+    allowed_topics: set[str]
 
     def __init__(
         self,
@@ -88,10 +89,10 @@ class GuardedPubsub(Pubsub):  # type: ignore[misc]
             host,
             GuardedRouter(limits, self.dropped),
             strict_signing=True,
-            allowed_topics={topic, *watched},
             max_subscriptions_per_rpc=16,
             max_subscriptions_per_peer=TOPICS_MAX,
         )
+        self.allowed_topics = {topic, *watched}  # a frozen set in the stock one
         self.seen_messages.stop()
         self.seen_messages = Seen()
         # Message ids are author + this counter. The stock one starts at the time in seconds, so that a node which is
