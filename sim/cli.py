@@ -382,7 +382,7 @@ def _run_sweep(
     scenarios: Sequence[Scenario], engine: Literal["local", "ray"], on_done: Callable[[int, SimReport], None]
 ) -> None:
     if engine == "ray":
-        raise ConfigError("--engine ray: expected sim.engine")
+        raise ConfigError("--engine ray: this build has no Ray engine; take --engine local")
     for index, scenario in enumerate(scenarios):
         on_done(index, run_scenario(scenario))
 
