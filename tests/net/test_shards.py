@@ -4,13 +4,13 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from nodes.localnet import PRESETS, Localnet, LocalNode, Role, localnet
+from nodes.rewards import Fetch, read_rewards
 from p2pfm.config import LimitConfig, PhaseConfig
 from p2pfm.messages import Announcement, ShardMessage
 from p2pfm.protocol.events import Received
@@ -19,7 +19,7 @@ from p2pfm.protocol.phases import compute_position, compute_round_start
 from p2pfm.protocol.shards import Deal, deal, get_shard_topic
 from p2pfm.runtime.event_log import read_log
 from p2pfm.settlement.ledger import Roster
-from p2pfm.types import Millis, PeerId, Round, Wei
+from p2pfm.types import Digest, Millis, PeerId, Round
 from sim.replay import replay_path
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
@@ -29,20 +29,20 @@ PRESET = replace(
     PRESETS["toy"],
     limits=LimitConfig(peers_max=16, shard_peers_max=SHARD_PEERS),
     phases=PhaseConfig(
-        train_ms=Millis(2_000),
-        exchange_ms=Millis(1_500),
-        score_ms=Millis(1_500),
-        reveal_ms=Millis(1_000),
+        train_ms=Millis(1_800),
+        exchange_ms=Millis(1_300),
+        score_ms=Millis(1_400),
+        reveal_ms=Millis(800),
         attest_ms=Millis(1_200),
         merge_ms=Millis(800),
     ),
-    startup_s=22,
+    startup_s=24,
 )
 
 
 @pytest.fixture(scope="module")
 def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Localnet]:
-    roles: tuple[Role, ...] = ("honest",) * NUM_PEERS
+    roles: tuple[Role, ...] = tuple("honest" for _ in range(NUM_PEERS))
     with localnet(tmp_path_factory.mktemp("net"), roles, PRESET, print) as running:
         for node in running.nodes:
             running.wait_until_running(node)
@@ -52,16 +52,6 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Localnet]:
 def get_certified(net: Localnet, node: LocalNode) -> int:
     round = net.get_status(node).get("protocol", {}).get("certified_round")
     return -1 if round is None else int(round)
-
-
-def wait_for_rounds(net: Localnet, nodes: list[LocalNode], round: int, num_tries: int) -> None:
-    """Until all nodes hold a certificate of this round or a later one; `num_tries`: rounds that it may take."""
-    ends_s = compute_round_start(net.network, Round(round + num_tries)) / 1000
-    net.wait_until(
-        f"round {round} is certified",
-        lambda: all(get_certified(net, node) >= round for node in nodes),
-        max(10.0, ends_s - time.time()),
-    )
 
 
 def get_now(net: Localnet) -> Round:
@@ -85,18 +75,29 @@ def get_samples(node: LocalNode, name: str, label: str) -> dict[str, float]:
     return found
 
 
-def choose_victims(net: Localnet, roster: Roster, round: int) -> list[LocalNode]:
-    """One of each shard of a round, and none that must propose in it or in the next: a dead proposer costs a round."""
-    proposers: set[PeerId] = set()
-    for number in (round, round + 1):
-        rosters = (roster, *get_deal(net, roster, number).shards)
-        proposers |= {one.by_index[compute_ranks(one, Round(number))[0]].peer for one in rosters}
-    names = [next(peer for peer in shard if peer not in proposers) for shard in get_deal(net, roster, round).names]
+def choose_victims(net: Localnet, roster: Roster, round: Round) -> list[LocalNode]:
+    """One of each shard of a round, and none that must propose in it or (above the shards) in the next: a dead proposer
+    costs a round."""
+    dealt = get_deal(net, roster, round)
+    duties = [(roster, round), (roster, Round(round + 1)), *((shard, round) for shard in dealt.shards)]
+    proposers = {ballot.by_index[compute_ranks(ballot, number)[0]].peer for ballot, number in duties}
+    names = [next(peer for peer in shard if peer not in proposers) for shard in dealt.names]
     return [node for node in net.nodes if node.peer in names]
 
 
+def fetch_from(node: LocalNode) -> Fetch:
+    def fetch(digest: Digest) -> bytes | None:
+        response = httpx.get(f"{node.url}/blobs/{digest.hex()}", timeout=10)
+        return response.content if response.status_code == 200 else None
+
+    return fetch
+
+
 def test_two_shards_certify_rounds_pay_everybody_and_outlive_a_death_in_each(net: Localnet) -> None:
-    wait_for_rounds(net, net.nodes, 1, num_tries=3)
+    check_topics(net, Round(1))
+    net.wait_until("two rounds on chain", lambda: len(net.ledger.get_rounds(Round(0))) >= 2, 75)
+    first = net.ledger.get_rounds(Round(0))[1].round
+    net.wait_until("all hold them", lambda: all(get_certified(net, node) >= first for node in net.nodes), 10)
     roster = net.ledger.get_roster()
     assert len(roster.by_peer) == NUM_PEERS
     last = get_now(net)
@@ -110,36 +111,52 @@ def test_two_shards_certify_rounds_pay_everybody_and_outlive_a_death_in_each(net
         assert protocol["waits_for"]
     assert all(len(same) == 1 for same in bases.values()), bases
 
-    # Nobody heard the announcements of a shard that it was not in: neither by number nor by topic.
-    for node in net.nodes:
-        own = {get_shard_topic(get_deal(net, roster, number).shard_of[PeerId(node.peer)]) for number in range(last + 1)}
+    for node in net.nodes:  # nobody heard the announcements of a shard that it was not in
         heard = get_samples(node, "p2pfm_messages_total", "kind")
         assert 0 < heard["shard announcement"] <= (SHARD_PEERS - 1) * (last + 1), (node.index, heard)
-        topics = set(get_samples(node, "p2pfm_topic_messages_total", "topic"))
-        assert topics - {"all", "top"} <= own, (node.index, topics, own)
 
-    victims = choose_victims(net, roster, get_now(net) + 1)
+    net.wait_until("a round begins", lambda: get_now(net) > last, 20, poll_s=0.05)
+    victims = choose_victims(net, roster, get_now(net))
     assert len(victims) == 2
     for victim in victims:
         net.kill(victim)
     rest = [node for node in net.nodes if node not in victims]
-    wait_for_rounds(net, rest, get_now(net) + 1, num_tries=4)
+    ends_s = compute_round_start(net.network, Round(last + 5)) / 1000
+    net.wait_until(
+        "the rest certifies a round",
+        lambda: all(get_certified(net, node) > last for node in rest),
+        ends_s - time.time(),
+    )
     assert len({net.get_status(node)["protocol"]["base"] for node in rest}) <= 2, "one, or a round is being adopted"
 
-    net.wait_until("a later round is on chain", lambda: len(net.ledger.get_rounds(Round(0))) >= 2, 20)
-    told = net.get_status(rest[0])["protocol"]
-    paid = {member.peer: Wei(int(told["cumulative_wei"][member.index])) for member in roster.members}
-    dealt = get_deal(net, roster, 1)
-    assert all(any(paid[peer] > 0 for peer in names) for names in dealt.names), paid
+    paid: dict[str, int] = defaultdict(int)
+    for row in read_rewards(net.ledger, fetch_from(rest[0]), is_partial=True):
+        paid[row.peer] += row.reward_wei
+    assert all(any(paid[peer] > 0 for peer in shard) for shard in get_deal(net, roster, first).names), paid
 
     for node in net.nodes:
         check_log(net, node)
 
 
+def check_topics(net: Localnet, round: Round) -> None:
+    """In a round messages come in everybody's topic, the one above the shards, and the own shard's only."""
+    start_s = compute_round_start(net.network, round) / 1000
+    samples = []
+    for moment_s in (start_s + 1.0, start_s + 6.0):
+        time.sleep(max(0.0, moment_s - time.time()))
+        samples.append([get_samples(node, "p2pfm_topic_messages_total", "topic") for node in net.nodes])
+    dealt = get_deal(net, net.ledger.get_roster(), round)
+    for node, before, after in zip(net.nodes, *samples, strict=True):
+        own = get_shard_topic(dealt.shard_of[PeerId(node.peer)])
+        assert after[own] > before[own], (node.index, own, before, after)
+        grown = {topic for topic, count in after.items() if count > before[topic]}
+        assert grown <= {"all", "top", own}, (node.index, grown, own)
+
+
 def check_log(net: Localnet, node: LocalNode) -> None:
     """In every round a node has heard announcements of one shard only; and its log replays to what it did."""
     shards: dict[int, set[int]] = defaultdict(set)
-    for path in sorted(Path(node.home).rglob("*.events")):
+    for path in sorted(node.home.rglob("*.events")):
         for record in read_log(path)[1]:
             match record.event:
                 case Received(message=ShardMessage(shard=shard, message=Announcement(round=round))):
