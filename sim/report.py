@@ -218,10 +218,10 @@ def _render_kinds(report: SimReport) -> Table:
         table.add_row(
             kind.kind,
             str(kind.num_peers),
-            f"{kind.reward_pfm:.2f}",
-            f"{kind.together_pfm:.2f}",
+            f"{kind.reward_pfm:.4g}",
+            f"{kind.together_pfm:.4g}",
             f"{kind.slashed_pfm:.2f}",
-            "" if kind.kind == HONEST else f"{kind.gain_pfm:+.2f} ± {kind.gain_error_pfm:.2f}",
+            "" if kind.kind == HONEST else f"{kind.gain_pfm:+.3g} ± {kind.gain_error_pfm:.2g}",
             str(kind.num_blamed),
         )
     table.caption, table.caption_justify = "PFM; means a peer, but for what all of a kind drew together", "left"
