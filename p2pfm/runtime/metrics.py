@@ -128,9 +128,8 @@ class NodeState(Collector):
         overdue_ms = 0 if due_ms is None else max(0, now - due_ms)
         ended = compute_position(node.config.network, now).round - 1
         yield _gauge("p2pfm_round", "Round this node is in", peer.round)
-        if node.config.network.has_shards:
-            yield _gauge("p2pfm_shard", "Number of this node's shard; -1: none", -1 if shard is None else shard)
-            yield _gauge("p2pfm_top_phase", "Phase of the level above the shards", int(peer.top.state.phase))
+        yield _gauge("p2pfm_shard", "Number of this node's shard; -1: none", -1 if shard is None else shard)
+        yield _gauge("p2pfm_top_phase", "Phase above the shards, else the round's own", int(peer.top.state.phase))
         yield _gauge("p2pfm_phase", "Phase of the round: 0 TRAIN to 5 MERGE", int(peer.phase))
         yield _gauge("p2pfm_certified_round", "Newest certified round held here; -1: none", head)
         yield _gauge(

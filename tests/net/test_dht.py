@@ -10,6 +10,7 @@ from libp2p.kad_dht.pb.kademlia_pb2 import Message
 from net_hosts import NETWORK, is_whole, make_transport, until
 
 from p2pfm.config import DiscoveryConfig
+from p2pfm.errors import PeerUnreachable
 from p2pfm.runtime.network.dht import (
     ADDRESSES_MAX,
     KAD_PROTOCOL,
@@ -22,7 +23,7 @@ from p2pfm.runtime.network.dht import (
     sign_record,
 )
 from p2pfm.runtime.network.transport import Libp2pTransport
-from p2pfm.types import compute_digest
+from p2pfm.types import PeerId, compute_digest
 
 WITH_TABLE = DiscoveryConfig(dht=True)
 KEYS, OTHER_KEYS = create_new_key_pair(b"\x01" * 32), create_new_key_pair(b"\x02" * 32)
@@ -161,5 +162,26 @@ def test_a_peer_that_moved_is_found_by_the_table() -> None:
                 assert again.addresses()[0] in asker.book.get_addresses(again.peer_id)
                 assert asker._table.num_found >= 1, "its dialer may have searched before us"
                 await until(lambda: is_whole(asker, [again]), 10)
+
+    trio.run(main)
+
+
+def test_a_peer_that_is_needed_is_searched_for_even_if_no_dial_ever_reached_it() -> None:
+    """In a network of shards payloads and certificates are asked of members whom this peer has never met."""
+
+    async def main() -> None:
+        async with make_transport(3) as asker:
+            searched: list[PeerId] = []
+
+            async def look_up(peer: PeerId) -> None:
+                searched.append(peer)
+
+            asker._dialer.lookup = look_up
+            for _ in range(3):
+                with pytest.raises(PeerUnreachable):
+                    await asker.request(PEER, b"payload")
+            await asker._dialer.dial_quietly(OTHER)
+            await until(lambda: searched, 5)
+            assert searched == [PEER], "once in a while; and what strangers tell of is not searched for"
 
     trio.run(main)

@@ -143,8 +143,10 @@ class Dialer:
         except PeerUnreachable as error:
             log.debug("%s", error)
 
-    async def dial(self, peer: PeerId) -> None:
+    async def dial(self, peer: PeerId, *, is_needed: bool = False) -> None:
         """Connect to a peer, trying its addresses one by one; while it is being dialled, wait for how that ends.
+
+        `is_needed`: somebody waits for this very peer, so that one whom no dial has ever reached is searched for, too.
 
         Goes around the library's dialling, which tries one address and then locks the peer out for 60 s.
 
@@ -166,6 +168,8 @@ class Dialer:
         finally:
             self._dialling.pop(peer).set()
         if not is_there:
+            if is_needed or self._book.is_proven(peer):
+                self._search(peer)
             raise PeerUnreachable(f"no address of {short(peer)} answers")
 
     async def _try_addresses(self, peer: PeerId) -> bool:
@@ -179,7 +183,6 @@ class Dialer:
                     self._start(self._on_dialled, peer)  # who dials asks; who is dialled learns from the question
                     return True
             self._book.on_unreachable(peer, trio.current_time())
-        self._search(peer)
         return False
 
     async def _try(self, peer: PeerId, address: str) -> bool:
@@ -197,7 +200,7 @@ class Dialer:
 
     def _search(self, peer: PeerId) -> None:
         now = trio.current_time()
-        if self.lookup is None or not self._book.is_proven(peer) or now < self._searched.get(peer, 0.0):
+        if self.lookup is None or now < self._searched.get(peer, 0.0):
             return
         if len(self._searched) >= LOOKUPS_MAX:
             del self._searched[min(self._searched, key=lambda name: self._searched[name])]

@@ -368,7 +368,7 @@ class Libp2pTransport:
         failure: Exception | None = None
         for _ in range(2):
             if peer not in self.connected():
-                await self._dialer.dial(peer)
+                await self._dialer.dial(peer, is_needed=True)
             try:
                 return await self._host.new_stream(ID.from_base58(peer), [TProtocol(protocol)])
             except Exception as error:  # noqa: BLE001 - the library raises a dozen unrelated classes here
