@@ -8,10 +8,10 @@ import itertools
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import msgspec
 import typer
@@ -24,14 +24,16 @@ from p2pfm.types import Round
 from sim.checks import Violation
 from sim.compare import compare as compare_reports
 from sim.compare import compute_figures, compute_spreads, format_spread, render_comparison
+from sim.engine import Engine, run_sweep
 from sim.estimate import compute_estimate, describe, get_free_bytes, validate_memory
 from sim.hunt import Failure
 from sim.hunt import hunt as run_hunt
 from sim.library import change_scenario, list_names, load_scenario
 from sim.progress import RunProgress
+from sim.ray_engine import spread
 from sim.recorder import Recorder
 from sim.replay import ReplayReport, replay_path
-from sim.report import SimReport, make_report, render, run_scenario
+from sim.report import SimReport, make_report, render
 from sim.results import load_report, load_reports, save_report
 from sim.scenarios import Scenario
 from sim.tables import Row, TableFormat, validate_format, write_table
@@ -76,6 +78,9 @@ def run(
         list[str] | None, typer.Option(help="One adversary of this kind; repeat for more. See sim.scenarios.")
     ] = None,
     settings: Set = None,
+    engine: Annotated[
+        Engine, typer.Option(help="Where peers train: in this process, or on all machines of a Ray cluster.")
+    ] = "local",
     out: Annotated[Path | None, typer.Option(help="Folder for the results: tables, report.json, report.html.")] = None,
     format: Format = "csv",
     logs: Annotated[
@@ -105,7 +110,7 @@ def run(
         )
         if logs is not None:
             chosen = msgspec.structs.replace(chosen, keep_logs=tuple(range(chosen.num_peers)))
-        report = _simulate(chosen, screen, logs)
+        report = _simulate(chosen, screen, logs, engine)
         page = None if out is None else save_report(report, out, format)
     if json:
         _write_json(report)
@@ -144,9 +149,7 @@ def sweep(
             "--set", metavar="KEY=VALUE,...", help="Values of a key, each one run; repeat for all combinations."
         ),
     ] = None,
-    engine: Annotated[
-        Literal["local", "ray"], typer.Option(help="One process, or a Ray cluster's machines.")
-    ] = "local",
+    engine: Annotated[Engine, typer.Option(help="One process, or a Ray cluster's machines.")] = "local",
     out: Annotated[Path | None, typer.Option(help="Folder: sweep.csv, and a folder of results for every run.")] = None,
     format: Format = "csv",
     json: Json = False,
@@ -177,7 +180,7 @@ def compare(
     left: Annotated[str, typer.Argument(help="A folder of results (of one run, or of several seeds), or a scenario.")],
     right: Annotated[str, typer.Argument(help="What to hold against it.")],
     seeds: Annotated[str, typer.Option(help="With which a scenario is run, where one is named.")] = "1-3",
-    engine: Annotated[Literal["local", "ray"], typer.Option(help="Where it is run.")] = "local",
+    engine: Annotated[Engine, typer.Option(help="Where it is run.")] = "local",
     json: Json = False,
 ) -> None:
     """Two sets of runs side by side: means, standard errors over seeds, and ratios."""
@@ -268,15 +271,19 @@ def replay(
 # --- one run
 
 
-def _simulate(scenario: Scenario, screen: Console, logs: Path | None = None) -> SimReport:
+def _simulate(scenario: Scenario, screen: Console, logs: Path | None, engine: Engine) -> SimReport:
     """Run it with a bar; interrupted: the report so far."""
     screen.print(f"seed {scenario.seed}", highlight=False)
     estimate = validate_memory(scenario, get_free_bytes())
     screen.print(describe(estimate), highlight=False, style="dim")
+    with spread(scenario) if engine == "ray" else nullcontext() as workshop:
+        return _watch(World(scenario, workshop=workshop), estimate.cpu_s, screen, logs)
+
+
+def _watch(world: World, estimate_s: float, screen: Console, logs: Path | None) -> SimReport:
     started_s, is_complete = time.process_time(), True
-    world = World(scenario)
     recorder = Recorder(world)
-    with RunProgress(world, estimate.cpu_s, screen) as progress:
+    with RunProgress(world, estimate_s, screen) as progress:
 
         def on_round(round: Round) -> None:
             recorder.on_round(round)
@@ -359,7 +366,7 @@ def _make_label(source: str) -> str:
     return "scenario" if source.lstrip().startswith("{") else Path(source).stem
 
 
-def _sweep(scenarios: Sequence[Scenario], engine: Literal["local", "ray"], screen: Console) -> dict[int, SimReport]:
+def _sweep(scenarios: Sequence[Scenario], engine: Engine, screen: Console) -> dict[int, SimReport]:
     """The reports by their number; interrupted: of the runs that have ended."""
     done: dict[int, SimReport] = {}
     total_s = sum(compute_estimate(scenario).cpu_s for scenario in scenarios)
@@ -374,17 +381,8 @@ def _sweep(scenarios: Sequence[Scenario], engine: Literal["local", "ray"], scree
             progress.advance(task)
 
         with suppress(KeyboardInterrupt):  # the caller sees what is missing, and says so
-            _run_sweep(scenarios, engine, on_done)
+            run_sweep(scenarios, engine, on_done)
     return done
-
-
-def _run_sweep(
-    scenarios: Sequence[Scenario], engine: Literal["local", "ray"], on_done: Callable[[int, SimReport], None]
-) -> None:
-    if engine == "ray":
-        raise ConfigError("--engine ray: this build has no Ray engine; take --engine local")
-    for index, scenario in enumerate(scenarios):
-        on_done(index, run_scenario(scenario))
 
 
 def _save_sweep(runs: Sequence[tuple[str, SimReport]], folder: Path, format: TableFormat) -> None:
@@ -421,9 +419,7 @@ def _find_side(name: str, seeds: str) -> list[SimReport] | list[Scenario]:
     return [scenario for _, scenario in _plan_sweep([name], _parse_seeds(seeds), {})]
 
 
-def _run_side(
-    side: list[SimReport] | list[Scenario], engine: Literal["local", "ray"], screen: Console
-) -> list[SimReport]:
+def _run_side(side: list[SimReport] | list[Scenario], engine: Engine, screen: Console) -> list[SimReport]:
     missing = [item for item in side if isinstance(item, Scenario)]
     done = _sweep(missing, engine, screen) if missing else {}
     if len(done) < len(missing):

@@ -35,11 +35,11 @@ class Cost(msgspec.Struct, frozen=True):
 COSTS: dict[str, Cost] = {
     "digests": Cost(7.5e7, 0.0, 1.6e3, 5.5e3, 0.0024, 3.6e-5),
     "convex": Cost(7.7e7, 0.0, 1.6e3, 7.9e3, 0.0172, 2.0e-5),
-    "mlp": Cost(4.5e8, 1e6, 1.3e3, 5.1e3, 0.0206, 0.0),
+    "mlp": Cost(3.8e8, 1.2e6, 1.6e3, 7.7e4, 0.03, 0.0),
     "lora": Cost(1.5e9, 3e6, 1.3e3, 5.1e3, 0.5, 0.0),
 }
 """Measured by bench/estimate.py with 8 to 2,000 peers and 3 to 24 rounds on one core of an AMD EPYC (Python
-3.11, torch 2.13) in 2026-11. Of mlp and lora only the size of their tensors is known: bounds."""
+3.11, torch 2.13) in 2026-11. Of lora only the size of its tensors is known: a bound."""
 
 
 class Estimate(msgspec.Struct, frozen=True):
