@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import httpx
+import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -16,10 +17,9 @@ from p2pfm.messages import Announcement, ShardMessage
 from p2pfm.protocol.events import Received
 from p2pfm.protocol.membership import compute_ranks
 from p2pfm.protocol.phases import compute_position, compute_round_start
-from p2pfm.protocol.shards import Deal, deal, get_shard_topic
+from p2pfm.protocol.shards import deal, get_shard_topic
 from p2pfm.runtime.event_log import read_log
-from p2pfm.settlement.ledger import Roster
-from p2pfm.types import Digest, Millis, PeerId, Round
+from p2pfm.types import Digest, Millis, Round
 from sim.replay import replay_path
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
@@ -27,6 +27,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.alone]
 NUM_PEERS, SHARD_PEERS = 8, 4
 PRESET = replace(
     PRESETS["toy"],
+    scoring=msgspec.structs.replace(
+        PRESETS["toy"].scoring, committee_size=NUM_PEERS
+    ),  # no draw of another one voids a round
     limits=LimitConfig(peers_max=16, shard_peers_max=SHARD_PEERS),
     phases=PhaseConfig(
         train_ms=Millis(1_800),
@@ -58,12 +61,6 @@ def get_now(net: Localnet) -> Round:
     return compute_position(net.network, Millis(int(time.time() * 1000))).round
 
 
-def get_deal(net: Localnet, roster: Roster, round: int) -> Deal:
-    dealt = deal(net.network, roster, Round(round))
-    assert dealt is not None
-    return dealt
-
-
 def get_samples(node: LocalNode, name: str, label: str) -> dict[str, float]:
     """A metric's values by the value of one label (those of other labels added up)."""
     found: dict[str, float] = defaultdict(float)
@@ -75,14 +72,23 @@ def get_samples(node: LocalNode, name: str, label: str) -> dict[str, float]:
     return found
 
 
-def choose_victims(net: Localnet, roster: Roster, round: Round) -> list[LocalNode]:
-    """One of each shard of a round, and none that must propose in it or (above the shards) in the next: a dead proposer
+def get_shards(net: Localnet) -> dict[int, list[LocalNode]]:
+    """By number: the nodes of each shard of this round, as they say themselves."""
+    shards: dict[int, list[LocalNode]] = defaultdict(list)
+    for node in net.nodes:
+        shards[net.get_status(node)["protocol"]["shard"]].append(node)
+    return shards
+
+
+def choose_victims(net: Localnet) -> list[LocalNode]:
+    """One of each shard, and none that must propose in this round or (above the shards) in the next: a dead proposer
     costs a round."""
-    dealt = get_deal(net, roster, round)
+    roster, round = net.ledger.get_roster(), get_now(net)
+    dealt = deal(net.network, roster, round)
+    assert dealt is not None
     duties = [(roster, round), (roster, Round(round + 1)), *((shard, round) for shard in dealt.shards)]
     proposers = {ballot.by_index[compute_ranks(ballot, number)[0]].peer for ballot, number in duties}
-    names = [next(peer for peer in shard if peer not in proposers) for shard in dealt.names]
-    return [node for node in net.nodes if node.peer in names]
+    return [next(node for node in nodes if node.peer not in proposers) for nodes in get_shards(net).values()]
 
 
 def fetch_from(node: LocalNode) -> Fetch:
@@ -98,8 +104,7 @@ def test_two_shards_certify_rounds_pay_everybody_and_outlive_a_death_in_each(net
     net.wait_until("two rounds on chain", lambda: len(net.ledger.get_rounds(Round(0))) >= 2, 75)
     first = net.ledger.get_rounds(Round(0))[1].round
     net.wait_until("all hold them", lambda: all(get_certified(net, node) >= first for node in net.nodes), 10)
-    roster = net.ledger.get_roster()
-    assert len(roster.by_peer) == NUM_PEERS
+    assert len(net.ledger.get_roster().by_peer) == NUM_PEERS
     last = get_now(net)
 
     bases: dict[int, set[str]] = defaultdict(set)
@@ -116,7 +121,8 @@ def test_two_shards_certify_rounds_pay_everybody_and_outlive_a_death_in_each(net
         assert 0 < heard["shard announcement"] <= (SHARD_PEERS - 1) * (last + 1), (node.index, heard)
 
     net.wait_until("a round begins", lambda: get_now(net) > last, 20, poll_s=0.05)
-    victims = choose_victims(net, roster, get_now(net))
+    time.sleep(0.5)  # until every node has noticed
+    victims, shards = choose_victims(net), get_shards(net)
     assert len(victims) == 2
     for victim in victims:
         net.kill(victim)
@@ -132,7 +138,7 @@ def test_two_shards_certify_rounds_pay_everybody_and_outlive_a_death_in_each(net
     paid: dict[str, int] = defaultdict(int)
     for row in read_rewards(net.ledger, fetch_from(rest[0]), is_partial=True):
         paid[row.peer] += row.reward_wei
-    assert all(any(paid[peer] > 0 for peer in shard) for shard in get_deal(net, roster, first).names), paid
+    assert all(any(paid[node.peer] > 0 for node in shard) for shard in shards.values()), paid
 
     for node in net.nodes:
         check_log(net, node)
@@ -141,13 +147,13 @@ def test_two_shards_certify_rounds_pay_everybody_and_outlive_a_death_in_each(net
 def check_topics(net: Localnet, round: Round) -> None:
     """In a round messages come in everybody's topic, the one above the shards, and the own shard's only."""
     start_s = compute_round_start(net.network, round) / 1000
-    samples = []
+    samples, shards = [], {}
     for moment_s in (start_s + 1.0, start_s + 6.0):
         time.sleep(max(0.0, moment_s - time.time()))
         samples.append([get_samples(node, "p2pfm_topic_messages_total", "topic") for node in net.nodes])
-    dealt = get_deal(net, net.ledger.get_roster(), round)
+        shards = {node.index: number for number, nodes in get_shards(net).items() for node in nodes}
     for node, before, after in zip(net.nodes, *samples, strict=True):
-        own = get_shard_topic(dealt.shard_of[PeerId(node.peer)])
+        own = get_shard_topic(shards[node.index])
         assert after[own] > before[own], (node.index, own, before, after)
         grown = {topic for topic, count in after.items() if count > before[topic]}
         assert grown <= {"all", "top", own}, (node.index, grown, own)
