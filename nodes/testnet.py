@@ -20,12 +20,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eth_account import Account
 
 from nodes.tied import end_with_stdin, start_tied, stop
 from p2pfm.errors import OperatorError
+
+if TYPE_CHECKING:  # py-evm is an extra
+    from nodes.evm import EmbeddedChain
 
 CHAIN_ID = 1337
 ETHER = 10**18
@@ -70,6 +73,11 @@ def serve_embedded(host: str, port: int, chain_id: int = CHAIN_ID) -> ThreadingH
         raise OperatorError(f"the embedded chain needs py-evm: pip install 'p2pfm[testnet]' ({error})") from error
     balances = {Account.from_key(key).address: 1_000_000 * ETHER for key in account_keys()}
     chain = EmbeddedChain(chain_id, balances, clock=time.time, entropy=os.urandom)
+    return serve_chain(chain, host, port)
+
+
+def serve_chain(chain: "EmbeddedChain", host: str, port: int) -> ThreadingHTTPServer:
+    """The same for a chain that is there. Raises: OperatorError."""
     handler = type("Handler", (_RpcHandler,), {"chain": chain, "lock": threading.Lock()})
     try:
         return ThreadingHTTPServer((host, port), handler)

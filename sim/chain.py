@@ -3,7 +3,8 @@
 Knows the ledger, certificates and time; no peer's state.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 from p2pfm.config import WEI_PER_PFM, NetworkConfig
 from p2pfm.errors import ChainError
@@ -11,12 +12,12 @@ from p2pfm.messages import Attestation, Certificate
 from p2pfm.protocol.committee import shard_message
 from p2pfm.protocol.shards import deal
 from p2pfm.settlement import merkle
-from p2pfm.settlement.ledger import FederationParams, Roster, SettledRound
+from p2pfm.settlement.ledger import Entry, FederationParams, LeafValue, Roster, SettledRound, Submission
 from p2pfm.settlement.memory_ledger import InMemoryLedger
 from p2pfm.settlement.proofs import Proof
 from p2pfm.settlement.rewards import from_wire, make_submission, proposal_message
 from p2pfm.settlement.sampling import compute_quorum
-from p2pfm.types import Digest, MemberIndex, Millis, PeerId, Wei
+from p2pfm.types import Digest, MemberIndex, Millis, PeerId, Round, Wei
 from sim.scenarios import Scenario
 from sim.signatures import Signatures
 
@@ -25,6 +26,74 @@ CHALLENGE_WINDOW_S = 30
 SPONSOR = "sponsor"
 UNBOUNDED_GAS = 10**12
 """A rotation reads every stake: the contract holds about a thousand members. Simulated are also more."""
+
+
+def make_params(network: NetworkConfig, num_peers: int) -> FederationParams:
+    """The contract's parameters for a network of so many peers."""
+    return FederationParams(
+        committee_size=network.scoring.committee_size,
+        min_stake=STAKE,
+        challenge_window_s=CHALLENGE_WINDOW_S,
+        pool_per_epoch=network.pool_per_epoch(),
+        rounds_per_epoch=network.settlement.rounds_per_epoch,
+        members_max=max(num_peers, network.scoring.committee_size),
+    )
+
+
+class OtherLedger(Protocol):
+    """A ledger somewhere else, with the rules of `make_params`: newly made, its time the world's from `follow` on."""
+
+    params: FederationParams
+    accounts: Sequence[str]
+    """The peers', each with STAKE."""
+
+    def follow(self, clock: Callable[[], Millis]) -> None:
+        """Take the time from `clock` [ms]."""
+        ...
+
+    def get_gas(self) -> Mapping[str, int]:
+        """Spent so far, by kind of transaction."""
+        ...
+
+    def fund(self, account: str, amount: Wei) -> None:
+        """See InMemoryLedger."""
+        ...
+
+    def register(self, account: str, peer: PeerId, bls_key: bytes, possession: bytes, stake: Wei) -> MemberIndex:
+        """See InMemoryLedger."""
+        ...
+
+    def rotate(self) -> None:
+        """See InMemoryLedger."""
+        ...
+
+    def get_roster(self) -> Roster:
+        """See InMemoryLedger."""
+        ...
+
+    def get_head(self) -> SettledRound | None:
+        """See InMemoryLedger."""
+        ...
+
+    def get_rounds(self, first: Round) -> tuple[SettledRound, ...]:
+        """See InMemoryLedger."""
+        ...
+
+    def get_entries(self) -> tuple[Entry, ...]:
+        """See InMemoryLedger."""
+        ...
+
+    def get_claimed(self, index: MemberIndex) -> Wei:
+        """See InMemoryLedger."""
+        ...
+
+    def submit_round(self, submission: Submission) -> None:
+        """See InMemoryLedger."""
+        ...
+
+    def claim_leaf(self, round: Round, index: MemberIndex, leaves: tuple[LeafValue, ...]) -> None:
+        """Draw what a settled round with these leaves owes a member."""
+        ...
 
 
 class Chain:
@@ -37,31 +106,27 @@ class Chain:
         signatures: Signatures,
         clock: Callable[[], Millis],
         peers: Sequence[PeerId],
+        ledger: OtherLedger | None = None,
     ) -> None:
-        """`clock` tells the virtual time [ms]."""
+        """`clock` tells the virtual time [ms]; `ledger`: None: one in memory."""
         self._scenario = scenario
         self._network = network
         self._signatures = signatures
         self._clock = clock
         num_epochs = scenario.num_rounds // scenario.rounds_per_epoch + 2
         self.deposits = Wei(network.pool_per_epoch() * num_epochs)
-        self.accounts = [f"0x{index + 1:040x}" for index in range(len(peers))]
-        self.ledger = InMemoryLedger(
+        self.accounts = ledger.accounts if ledger else [f"0x{index + 1:040x}" for index in range(len(peers))]
+        self.ledger: InMemoryLedger | OtherLedger = ledger or InMemoryLedger(
             network.chain,
-            FederationParams(
-                committee_size=network.scoring.committee_size,
-                min_stake=STAKE,
-                challenge_window_s=CHALLENGE_WINDOW_S,
-                pool_per_epoch=network.pool_per_epoch(),
-                rounds_per_epoch=network.settlement.rounds_per_epoch,
-                members_max=max(len(peers), network.scoring.committee_size),
-            ),
+            make_params(network, len(peers)),
             signatures,
             lambda: clock() // 1000,
             {SPONSOR: self.deposits, **dict.fromkeys(self.accounts, STAKE)},
             seed=scenario.seed.to_bytes(32, "big"),
             rotation_gas_max=UNBOUNDED_GAS,
         )
+        if ledger:
+            ledger.follow(clock)
         self.ledger.fund(SPONSOR, self.deposits)
         for account, peer in zip(self.accounts, peers, strict=True):
             possession = signatures.prove_possession(network.chain, account, peer)
@@ -109,9 +174,17 @@ class Chain:
     def claim(self, certificate: Certificate) -> None:
         """Every member draws what the round of this certificate, which the chain has taken, owes it."""
         leaves = from_wire(certificate.proposal.leaves)
+        if not isinstance(self.ledger, InMemoryLedger):
+            for index in map(MemberIndex, range(len(leaves))):
+                self.ledger.claim_leaf(certificate.proposal.round, index, tuple(leaves))
+            return
         levels = merkle.build(leaves)
         for index in map(MemberIndex, range(len(leaves))):
             self.ledger.claim(certificate.proposal.round, index, Proof(leaves[index], merkle.prove(levels, index)))
+
+    def get_gas(self) -> int | None:
+        """Spent so far; None: the ledger is in memory, which has none."""
+        return None if isinstance(self.ledger, InMemoryLedger) else sum(self.ledger.get_gas().values())
 
     def get_claimed(self) -> list[Wei]:
         """What each peer has drawn so far [wei]."""

@@ -56,7 +56,7 @@ from p2pfm.protocol.peer import Peer, initial_durable
 from p2pfm.protocol.phases import compute_round_start
 from p2pfm.types import Digest, Millis, PeerId, Round
 from sim.adversaries.filters import Deed, Honest
-from sim.chain import Chain
+from sim.chain import Chain, OtherLedger
 from sim.checks import Checks
 from sim.churn import Churn, Departure
 from sim.clocks import Clocks
@@ -112,9 +112,12 @@ class World:
         config: NetworkConfig | None = None,
         names: Sequence[PeerId] | None = None,
         workshop: Workshop | None = None,
+        ledger: OtherLedger | None = None,
+        signatures: Signatures | None = None,
     ) -> None:
         """Args: config, names, workshop: the rules, the peers' ids and what they learn with, where another driver's
-        network is to be followed, or somebody else does the work; else as the scenario says.
+        network is to be followed, or somebody else does the work; else as the scenario says. ledger, signatures: those
+        of a chain that checks for itself.
 
         Raises:
             ConfigError: a scenario that cannot run.
@@ -134,7 +137,7 @@ class World:
         self.network = Network(scenario.network, num_peers, genesis_ms, self._rng["network"])
         self.churn = Churn(scenario.churn, num_peers, genesis_ms, self._rng["churn"], self.network.get_utc_hours())
         self.clocks = Clocks(scenario.clocks, num_peers, self._rng["faults"], genesis_ms)
-        signatures = Signatures(Random(f"{scenario.seed} secret").randbytes(32))
+        signatures = signatures or Signatures(Random(f"{scenario.seed} secret").randbytes(32))
         self._pool: dict[Digest, bytes] = {}
         self._pool_rounds: dict[Digest, Round] = {}
         self._trace = sha256()
@@ -144,7 +147,7 @@ class World:
         genesis = self.workshop.get_genesis()
         names = names or [PeerId(f"peer-{index:05d}") for index in range(num_peers)]
         self.hosts = [self._make_host(index, name, genesis) for index, name in enumerate(names)]
-        self.chain = Chain(scenario, self.config, signatures, lambda: self.schedule.now_ms, names)
+        self.chain = Chain(scenario, self.config, signatures, lambda: self.schedule.now_ms, names, ledger)
         self._signatures = signatures
         self.transit = Transit(
             self.config,
