@@ -16,7 +16,7 @@ from typing import assert_never
 import msgspec
 
 from p2pfm.config import NetworkConfig
-from p2pfm.errors import ChainError, Reverted
+from p2pfm.errors import ChainError, ConfigError, Reverted
 from p2pfm.messages import Certificate
 from p2pfm.protocol.events import (
     Accuse,
@@ -123,6 +123,10 @@ class World:
             ConfigError: a scenario that cannot run.
         """
         validate_scenario(scenario)
+        if scenario.ledger == "evm" and ledger is None:
+            raise ConfigError(
+                "ledger evm: the simulator alone has no EVM; nodes.evm_world.open_evm_world makes such a world"
+            )
         self.scenario = scenario
         self.config = config or make_network(scenario)
         self.schedule = Schedule(Millis(self.config.genesis_ms - 1_000))

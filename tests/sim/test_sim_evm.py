@@ -1,21 +1,27 @@
 """A scenario on the contract itself, in a real EVM with real BLS signatures, comes to what it does in memory."""
 
+import msgspec
+import pytest
+
 from nodes.evm_world import open_evm_world
+from p2pfm.errors import ConfigError
+from p2pfm.types import Round
 from sim.scenarios import Scenario
 from sim.world import World
 
 SCENARIO = Scenario(num_peers=8, num_rounds=3, committee_size=8, seed=21)
+ON_CHAIN = msgspec.structs.replace(SCENARIO, ledger="evm")
 
 
 def test_the_contract_and_its_specification_in_memory_settle_and_pay_the_same() -> None:
     memory = World(SCENARIO)
     memory.run()
-    with open_evm_world(SCENARIO) as (world, ledger):
+    with open_evm_world(ON_CHAIN) as (world, ledger):
         world.run()
-        settled = world.chain.ledger.get_rounds(0)
+        settled = world.chain.ledger.get_rounds(Round(0))
         claimed = world.chain.get_claimed()
         gas = ledger.get_gas()
-    expected = memory.chain.ledger.get_rounds(0)
+    expected = memory.chain.ledger.get_rounds(Round(0))
     assert len(expected) == SCENARIO.num_rounds
     assert [(one.round, one.root, one.base, one.sums) for one in settled] == [
         (one.round, one.root, one.base, one.sums) for one in expected
@@ -24,3 +30,8 @@ def test_the_contract_and_its_specification_in_memory_settle_and_pay_the_same() 
     assert sum(claimed) > 0
     assert gas.keys() == {"transfer", "approve", "fund", "register", "rotate", "submitRound", "claim"}
     assert all(gas.values())
+
+
+def test_no_world_takes_the_ledger_in_memory_for_the_contract() -> None:
+    with pytest.raises(ConfigError, match="ledger evm"):
+        World(ON_CHAIN)
