@@ -4,7 +4,8 @@ Knows a Learner and a blob store; no socket, clock or message. Each function ans
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 import msgspec
@@ -19,7 +20,7 @@ from p2pfm.contribution.rounding import to_contribution
 from p2pfm.contribution.similarity import Sparse
 from p2pfm.contribution.work_proof import check_work, draw_work
 from p2pfm.errors import Reject, WorldError
-from p2pfm.learner import Guarantee, Learner
+from p2pfm.learner import Guarantee, Learner, Training
 from p2pfm.lora.compress import Update, compress, decode_payload, feed_back
 from p2pfm.lora.cross_term import compute_cross_term_ratio, has_cross_term
 from p2pfm.lora.delta import add, compute_layout, decode_tensors, encode_tensors, flatten, subtract
@@ -31,6 +32,9 @@ from p2pfm.protocol.shards import is_shard_name
 from p2pfm.types import NANO, WEIGHT_ONE, Digest, PeerId, Round, Tensors
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+ReadUpdates = Callable[[Sequence[Digest]], tuple[list[PeerId], list[Update]]]
+"""(makers, updates) of payloads that are held."""
 
 NAME_BYTES_MAX = 128
 """The wire's bound of a peer id."""
@@ -60,10 +64,21 @@ def train_update(learner: Learner, blobs: BlobStore, config: NetworkConfig, acti
     is_proven = config.scoring.work_steps > 0
     draw = draw_work(config.network_id(), action.round, action.maker) if is_proven else None
     training = learner.train(base, action.round, draw)
-    loss_nats = training.loss_nats
-    if not math.isfinite(loss_nats or 0) or not all(np.isfinite(t).all() for t in training.delta.values()):
+    validate_training(training)
+    packed = compress_delta(blobs, config.compression, training.delta, residual, action.maker)
+    return make_trained(action, training, packed)
+
+
+def validate_training(training: Training) -> None:
+    """Raises: WorldError: the numbers have left the finite ones."""
+    if not math.isfinite(training.loss_nats or 0) or not all(np.isfinite(t).all() for t in training.delta.values()):
         raise WorldError("local training diverged (not a finite number): lower training.learning_rate")
-    payload, payload_bytes, rest = compress_delta(blobs, config.compression, training.delta, residual, action.maker)
+
+
+def make_trained(action: Train, training: Training, packed: tuple[Digest, int, Digest]) -> Trained:
+    """The answer to `Train`; `packed`: the payload, its bytes, the next residual."""
+    payload, payload_bytes, rest = packed
+    loss_nats = training.loss_nats
     return Trained(
         round=action.round,
         base=action.base,
@@ -77,7 +92,13 @@ def train_update(learner: Learner, blobs: BlobStore, config: NetworkConfig, acti
 
 
 def score_updates(
-    learner: Learner, blobs: BlobStore, config: NetworkConfig, action: ScoreUpdates, seed: int, salt: bytes
+    learner: Learner,
+    blobs: BlobStore,
+    config: NetworkConfig,
+    action: ScoreUpdates,
+    seed: int,
+    salt: bytes,
+    read: ReadUpdates | None = None,
 ) -> Scored:
     """Aumann-Shapley contributions of the round's updates, in the order asked.
 
@@ -85,10 +106,14 @@ def score_updates(
     the same fresh sample, drawn from `seed`. Of updates that are alike only the first has a weight; what an update
     repeats of the last aggregate or of earlier updates earns nothing (and is not excused where it harms). `salt`: 32
     fresh secret bytes for the commitment.
+
+    Args:
+        read: where decoded updates come from, if not from the payloads' bytes.
     """
     shapes = learner.shapes()
+    read = read or partial(_read_updates, blobs, shapes, config)
     base = decode_tensors(blobs.get(action.base), shapes)
-    makers, updates = _read_updates(blobs, shapes, config, [item.payload for item in action.updates])
+    makers, updates = read([item.payload for item in action.updates])
     factors = clip_factors(updates)
     vectors = [_to_sparse(update) for update in updates]
     size = compute_layout(shapes).size
@@ -105,7 +130,7 @@ def score_updates(
     values = game.earn(slope)
     if not all(math.isfinite(value) for value in values):
         raise WorldError("the probe's loss is no finite number at this base: its contributions cannot be measured")
-    earlier, is_counted = _read_earlier(blobs, shapes, config, base, action, makers)
+    earlier, is_counted = _read_earlier(blobs, read, shapes, config, base, action, makers)
     gains = compute_repeated_gains(vectors, earlier, slope, is_counted)
     paid = [value - max(0.0, share * gain) for value, share, gain in zip(values, shares, gains, strict=True)]
     proofs: tuple[bool, ...] = ()
@@ -258,6 +283,7 @@ def _read_updates(
 
 def _read_earlier(
     blobs: BlobStore,
+    read: ReadUpdates,
     shapes: Shapes,
     config: NetworkConfig,
     base: Tensors,
@@ -269,7 +295,7 @@ def _read_earlier(
     size = compute_layout(shapes).size
     room = compute_room(size, size * config.compression.keep // config.compression.chunk)
     held = [item for item in action.earlier if _is_held(blobs, item.payload)][:room]
-    earlier_makers, updates = _read_updates(blobs, shapes, config, [item.payload for item in held])
+    earlier_makers, updates = read([item.payload for item in held])
     vectors = [_to_sparse(update) for update in updates]
     is_counted = np.array(
         [

@@ -5,6 +5,22 @@ from collections.abc import MutableMapping
 from p2pfm.types import Digest, compute_digest
 
 
+class Ghost(bytes):
+    """A few bytes that stand for many: a blob of which only the name and the length matter."""
+
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+
+def make_ghost(data: bytes, size: int) -> Ghost:
+    """`data` says what it is; on the wire it weighs `size` [bytes]."""
+    ghost = Ghost(data)
+    ghost.size = size
+    return ghost
+
+
 class Disk:
     """A host's blob store. All hosts of a world share one pool of bytes, since equal digests mean equal bytes.
 

@@ -4,7 +4,7 @@ Knows no peer; a Scenario and nothing else decides a run, to the last byte of it
 """
 
 from random import Random
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -99,6 +99,9 @@ class LearnerModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kind: Literal["digests", "convex", "mlp", "lora"] = "convex"
     batched: bool = True
     """Train the peers of a round together; False: one after the other, with the same result within 1e-5."""
+    codec: Literal["real", "modelled"] = "real"
+    """"modelled": updates are chosen and rounded as ever, but not coded: payloads weigh what their entropy says. The
+    coder takes most of a small model's time."""
 
 
 class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -141,6 +144,25 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Peers (by their number) whose event logs are kept, as a node keeps its own."""
 
 
+class Rules(NamedTuple):
+    """What a learner needs of a network's rules."""
+
+    backbone: str
+    compression: CompressionConfig
+    duplicate_overlap: float = ScoringConfig().duplicate_overlap
+
+
+RULES: dict[str, Rules] = {
+    "digests": Rules("none", CompressionConfig()),
+    # Half of all positions are kept: which ones tells little.
+    "convex": Rules("linear regression", CompressionConfig(chunk=16, keep=8), 1.0),
+    # One pass over a few digits moves the same hidden units of whoever has the same classes.
+    "mlp": Rules("perceptron on digits", CompressionConfig(), 1.0),
+    "lora": Rules("tiny", CompressionConfig()),
+}
+"""By `LearnerModel.kind`."""
+
+
 def validate_scenario(scenario: Scenario) -> None:
     """Refuse what cannot run.
 
@@ -181,18 +203,18 @@ def compute_kinds(scenario: Scenario) -> tuple[AdversaryKind | None, ...]:
 
 def make_network(scenario: Scenario) -> NetworkConfig:
     """The rules that the peers of a scenario agree on."""
+    rules = RULES[scenario.learner.kind]
     return NetworkConfig(
         name=f"simulation {scenario.seed}",
         genesis_ms=Millis(1_000_000),
-        backbone="linear regression",
+        backbone=rules.backbone,
         probe=compute_digest(b"p2pfm simulated probe" + scenario.seed.to_bytes(8, "big")).hex(),
         chain=ChainConfig(chain_id=31337, federation="0x" + "fe" * 20, token="0x" + "70" * 20),
-        compression=CompressionConfig(chunk=16, keep=8),
+        compression=rules.compression,
         phases=scenario.phases,
         scoring=ScoringConfig(
             committee_size=scenario.committee_size or min(COMMITTEE_SIZE, scenario.num_peers),
-            # Half of all positions are kept: which ones tells little.
-            duplicate_overlap=1.0,
+            duplicate_overlap=rules.duplicate_overlap,
             work_steps=scenario.work_steps,
         ),
         settlement=SettlementConfig(rounds_per_epoch=scenario.rounds_per_epoch, pool_per_epoch_pfm=100),

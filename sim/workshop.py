@@ -12,14 +12,17 @@ from p2pfm import work
 from p2pfm.config import NetworkConfig
 from p2pfm.errors import Reject
 from p2pfm.learner import Learner
-from p2pfm.lora.compress import compress
-from p2pfm.lora.delta import encode_tensors, zeros
-from p2pfm.protocol.events import Evaluate, Evaluated, Merge, Merged, Scored, ScoreUpdates, Train, Trained
-from p2pfm.types import Digest, PeerId
-from sim.disk import Disk
+from p2pfm.lora.compress import Update, compress, decode_payload, feed_back, quantise_update
+from p2pfm.lora.delta import decode_tensors, encode_tensors, subtract, zeros
+from p2pfm.lora.merge import merge
+from p2pfm.protocol.events import Condense, Evaluate, Evaluated, Merge, Merged, Scored, ScoreUpdates, Train, Trained
+from p2pfm.types import Digest, PeerId, Round, Tensors, compute_digest
+from sim.disk import Disk, make_ghost
 from sim.faults import make_learners
-from sim.learners.convex import LinearLearner, Problem
-from sim.scenarios import AdversaryKind, Scenario
+from sim.learners import Lab
+from sim.learners.convex import LinearLab, Problem
+from sim.learners.digests import DigestWorkshop
+from sim.scenarios import AdversaryKind, LearnerModel, Scenario
 
 
 class Workshop(Protocol):
@@ -41,7 +44,7 @@ class Workshop(Protocol):
         """A committee member's contributions of a round's updates; its sample and salt are drawn from `rng`."""
         ...
 
-    def merge(self, index: int, disk: Disk, action: Merge) -> Merged:
+    def merge(self, index: int, disk: Disk, action: Merge | Condense) -> Merged:
         """The merged base (or a shard's payload): the same for all who ask."""
         ...
 
@@ -65,48 +68,97 @@ class Workshop(Protocol):
 class TensorWorkshop:
     """Real tensors and the node's own `p2pfm.work`; implements Workshop."""
 
-    def __init__(self, config: NetworkConfig, learners: Sequence[Learner], optimum_loss: float | None = None) -> None:
-        """`learners`: one a host, adversaries' included."""
-        self._optimum_loss = optimum_loss
+    def __init__(self, config: NetworkConfig, model: LearnerModel, lab: Lab, learners: Sequence[Learner]) -> None:
+        """Args: learners: one a host, adversaries' included; the honest ones are of the lab."""
         self._config = config
+        self._model = model
+        self._lab = lab
         self._learners = learners
-        self._shapes = dict(learners[0].shapes())
-        self._merged: dict[Merge, Merged] = {}
+        self._shapes = dict(lab.learners[0].shapes())
+        self._expected: dict[tuple[Digest, Round], set[int]] = {}
+        self._bases: dict[Digest, Tensors] = {}
+        """The newest ones, decoded."""
+        self._updates: dict[Digest, tuple[PeerId, Update]] = {}
+        """The newest rounds' payloads, decoded once for all."""
+        self._merged: dict[Merge | Condense, Merged] = {}
         self._evaluated: dict[Digest, Evaluated] = {}
         self._validated: dict[tuple[str, Digest], tuple[bool, PeerId | None]] = {}
 
     def get_genesis(self) -> bytes:
         """See Workshop."""
-        return encode_tensors(self._learners[0].initial())
+        return encode_tensors(self._lab.learners[0].initial())
 
     def expect(self, index: int, disk: Disk, action: Train) -> None:
         """See Workshop."""
+        if self._model.batched:
+            self._expected.setdefault((action.base, action.round), set()).add(index)
 
     def train(self, index: int, disk: Disk, action: Train) -> Trained:
         """See Workshop."""
-        return work.train_update(self._learners[index], disk, self._config, action)
+        expected = self._expected.pop((action.base, action.round), set())
+        if expected:
+            self._lab.prepare(self._get_base(disk, action.base), action.round, sorted(expected))
+        if self._model.codec == "real":
+            return work.train_update(self._learners[index], disk, self._config, action)
+        return self._train_modelled(index, disk, action)
+
+    def _train_modelled(self, index: int, disk: Disk, action: Train) -> Trained:
+        """`work.train_update`, but the payload is not coded: it is the update itself, under the name of its values."""
+        training = self._learners[index].train(self._get_base(disk, action.base), action.round)
+        work.validate_training(training)
+        residual = None if action.residual is None else decode_tensors(disk.get(action.residual), self._shapes)
+        wanted = feed_back(residual, training.delta, self._config.compression)
+        payload, size, update = self._keep(disk, action.maker, wanted)
+        rest = disk.put(encode_tensors(subtract(wanted, update.tensors())))
+        return work.make_trained(action, training, (payload, size, rest))
+
+    def _keep(self, disk: Disk, maker: PeerId, wanted: Tensors) -> tuple[Digest, int, Update]:
+        update, size = quantise_update(wanted, work.get_codec(self._config, maker))
+        name = maker.encode()
+        digest = compute_digest(name + update.digest)
+        size += 1 + len(name)
+        disk.put_as(digest, make_ghost(name, size))
+        self._updates[digest] = (maker, update)
+        return digest, size, update
 
     def score(self, index: int, disk: Disk, action: ScoreUpdates, rng: Random) -> Scored:
         """See Workshop."""
         seed, salt = rng.getrandbits(63), rng.randbytes(32)
-        return work.score_updates(self._learners[index], disk, self._config, action, seed, salt)
+        self._forget()
+        learner = self._learners[index]
+        return work.score_updates(
+            learner, disk, self._config, action, seed, salt, lambda payloads: self._read(disk, payloads)
+        )
 
-    def merge(self, index: int, disk: Disk, action: Merge) -> Merged:
+    def merge(self, index: int, disk: Disk, action: Merge | Condense) -> Merged:
         """See Workshop."""
         if action not in self._merged:
-            self._merged[action] = work.merge_updates(disk, self._shapes, self._config, action)
+            self._merged[action] = self._merge(disk, action)
         merged = self._merged[action]
         disk.held.add(merged.new_base)
         return merged
 
+    def _merge(self, disk: Disk, action: Merge | Condense) -> Merged:
+        """`work.merge_updates` and `work.condense_updates` on updates that are decoded already."""
+        base = self._get_base(disk, action.base)
+        _, updates = self._read(disk, [item.payload for item in action.updates])
+        merged = merge(base, list(zip(updates, [item.weight for item in action.updates], strict=True)))
+        if isinstance(action, Merge):
+            return Merged(action.request, disk.put(encode_tensors(merged)))
+        if self._model.codec == "real":
+            return work.condense_updates(disk, self._shapes, self._config, action)
+        return Merged(action.request, self._keep(disk, action.maker, subtract(merged, base))[0])
+
     def evaluate(self, disk: Disk, action: Evaluate) -> Evaluated:
         """See Workshop."""
         if action.base not in self._evaluated:
-            self._evaluated[action.base] = work.evaluate(self._learners[0], disk, action)
+            self._evaluated[action.base] = work.evaluate(self._lab.learners[0], disk, action)
         return Evaluated(action.round, self._evaluated[action.base].loss_nano)
 
     def validate(self, kind: str, digest: Digest, data: bytes) -> tuple[bool, PeerId | None]:
         """See Workshop."""
+        if digest in self._updates:
+            return kind == "payload", self._updates[digest][0]
         key = (kind, digest)
         if key not in self._validated:
             try:
@@ -122,11 +174,62 @@ class TensorWorkshop:
 
     def get_optimum_loss(self) -> float | None:
         """See Workshop."""
-        return self._optimum_loss
+        return self._lab.get_optimum_loss()
+
+    def _get_base(self, disk: Disk, digest: Digest) -> Tensors:
+        if digest not in self._bases:
+            if len(self._bases) > BASES_MAX:
+                self._bases.pop(next(iter(self._bases)))
+            self._bases[digest] = decode_tensors(disk.get(digest), self._shapes)
+        return self._bases[digest]
+
+    def _read(self, disk: Disk, payloads: Sequence[Digest]) -> tuple[list[PeerId], list[Update]]:
+        """The updates of payloads that a disk holds, each decoded once for all who ask."""
+        limits = self._config.limits
+        for payload in payloads:
+            if payload not in self._updates:
+                maker, coded = work.split_payload(disk.get(payload))
+                codec = work.get_codec(self._config, maker)
+                self._updates[payload] = maker, decode_payload(coded, self._shapes, codec, limits.payload_bytes_max)
+        found = [self._updates[payload] for payload in payloads]
+        return [maker for maker, _ in found], [update for _, update in found]
+
+    def _forget(self) -> None:
+        """Updates are asked for in their own round and a few more."""
+        while self._model.codec == "real" and len(self._updates) > UPDATES_MAX:
+            self._updates.pop(next(iter(self._updates)))
+
+
+BASES_MAX = 4
+"""Decoded bases that are kept: after a partition there are two."""
+
+UPDATES_MAX = 4096
+"""Decoded updates that are kept; they can be decoded again."""
 
 
 def make_workshop(scenario: Scenario, config: NetworkConfig, kinds: Sequence[AdversaryKind | None]) -> Workshop:
-    """The workshop of a scenario's learner; `kinds`: what each host is."""
-    problem = Problem(scenario.seed)
-    honest = [LinearLearner(problem, index, work_steps=scenario.work_steps) for index in range(len(kinds))]
-    return TensorWorkshop(config, make_learners(kinds, honest), problem.optimum_loss)
+    """The workshop of a scenario's learner; `kinds`: what each host is.
+
+    Raises:
+        ConfigError: an adversary poisons data, and this learner's cannot be.
+    """
+    model = scenario.learner
+    if model.kind == "digests":
+        return DigestWorkshop(config, scenario.seed, kinds)
+    lab = make_lab(scenario, config, len(kinds))
+    return TensorWorkshop(config, model, lab, make_learners(kinds, lab.learners))
+
+
+def make_lab(scenario: Scenario, config: NetworkConfig, num_peers: int) -> Lab:
+    """What all peers of a scenario learn together. Imports torch only where it is needed."""
+    match scenario.learner.kind:
+        case "mlp":
+            from sim.learners.mlp import Digits, MlpLab
+
+            return MlpLab(Digits(scenario.seed), num_peers, scenario.work_steps)
+        case "lora":
+            from sim.learners.lora import make_lora_lab
+
+            return make_lora_lab(config, scenario.seed, num_peers)
+        case _:
+            return LinearLab(Problem(scenario.seed), num_peers, scenario.work_steps)

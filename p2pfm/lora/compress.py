@@ -25,6 +25,7 @@ network allows, because there is no way to say so; and it stops when a payload h
 """
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -133,6 +134,39 @@ def compress(tensors: Tensors, config: CompressionConfig) -> tuple[bytes, dict[s
         OperatorError: no tensors, names that are no text, other types of numbers, or a value that is not finite.
         ConfigError: chunk or keep out of range.
     """
+    arrangement, parts = _choose(tensors, config)
+    decoded = np.zeros(arrangement.layout.size, np.float32)
+    decoded[parts.positions] = _compute_values(parts)
+    return _encode(arrangement, parts), unflatten(decoded, arrangement.layout)
+
+
+def quantise_update(tensors: Tensors, config: CompressionConfig) -> tuple[Update, int]:
+    """What every receiver would decode from `compress`, and how many bytes that takes at most, without coding it.
+
+    For simulations: the coder is most of a small model's time. The bytes are log2 of the ways to choose each chunk's
+    positions, a sign, and the entropy of the two magnitudes; the coder needs less where positions cluster. The update's
+    digest is of its values.
+
+    Raises:
+        OperatorError, ConfigError: as `compress`.
+    """
+    arrangement, parts = _choose(tensors, config)
+    values = _compute_values(parts)
+    update = _make_update(compute_digest(parts.positions.tobytes() + values.tobytes()), arrangement, parts, values)
+    counts = np.add.reduceat(parts.mask, arrangement.starts, dtype=np.int64)
+    ways = sum(map(_log2_ways, arrangement.sizes.tolist(), counts.tolist()))
+    share = float((parts.symbols & 1).mean()) if len(parts.symbols) else 0.0
+    entropy = -sum(part * math.log2(part) for part in (share, 1 - share) if part > 0)
+    return update, len(MAGIC) + math.ceil((ways + len(parts.symbols) * (1 + entropy)) / 8)
+
+
+@lru_cache(maxsize=4096)
+def _log2_ways(size: int, count: int) -> float:
+    return (math.lgamma(size + 1) - math.lgamma(count + 1) - math.lgamma(size - count + 1)) / math.log(2)
+
+
+def _choose(tensors: Tensors, config: CompressionConfig) -> tuple[Arrangement, "Parts"]:
+    """Which values are sent, and as what."""
     _validate(tensors, "delta")
     arrangement = arrange(compute_layout(get_shapes(tensors)), config.chunk, config.keep)
     layout = arrangement.layout
@@ -149,10 +183,7 @@ def compress(tensors: Tensors, config: CompressionConfig) -> tuple[bytes, dict[s
     positions, groups = _locate(mask, arrangement)
     kept = flat[positions]
     codes, is_high = quantise(np.abs(kept), groups, len(layout.names))
-    parts = Parts(mask, positions, groups, 2 * (kept < 0).astype(np.int32) + is_high, codes)
-    decoded = np.zeros(layout.size, np.float32)
-    decoded[positions] = _compute_values(parts)
-    return _encode(arrangement, parts), unflatten(decoded, layout)
+    return arrangement, Parts(mask, positions, groups, 2 * (kept < 0).astype(np.int32) + is_high, codes)
 
 
 def decode_payload(data: bytes, shapes: Shapes, config: CompressionConfig, bytes_max: int) -> Update:
@@ -168,16 +199,20 @@ def decode_payload(data: bytes, shapes: Shapes, config: CompressionConfig, bytes
     if len(data) % WORD_BYTES:
         raise Reject(f"payload: expected whole words of {WORD_BYTES} bytes, got {len(data)} bytes")
     arrangement = arrange(compute_layout(shapes), config.chunk, config.keep)
-    num_tensors = len(shapes)
     if len(data) == len(MAGIC):
         parts = _get_nothing(arrangement)
     else:
         parts = code_update(Reader(data[len(MAGIC) :]), arrangement, None, 8 * len(data))
         if _encode(arrangement, parts) != data:
             raise Reject("payload: not the canonical encoding of its update")
+    return _make_update(compute_digest(data), arrangement, parts, _compute_values(parts))
+
+
+def _make_update(digest: Digest, arrangement: Arrangement, parts: "Parts", values: Array) -> Update:
+    num_tensors = len(arrangement.layout.names)
     counts = np.bincount(2 * parts.groups + (parts.symbols & 1), minlength=2 * num_tensors).reshape(num_tensors, 2)
     levels = np.where(counts > 0, compute_levels(parts.codes), np.float32(0))
-    return Update(compute_digest(data), arrangement.layout, parts.positions, _compute_values(parts), levels, counts)
+    return Update(digest, arrangement.layout, parts.positions, values, levels, counts)
 
 
 # --- the format ------------------------------------------------------------------------------------------------------

@@ -483,7 +483,9 @@ class Ballot:
 
     def _on_reveal(self, message: ScoreReveal) -> bool:
         assert self.state.roster is not None, "checked where messages come in"
-        validate_scores(message.scores, len(self.state.roster.members))
+        if len(message.scores) > len(self.state.roster.members):
+            return False  # it may know a newer registry
+        validate_scores(message.scores, len(message.scores))
         if compute_commitment(message) not in self.state.commitments.get(message.member, ()):
             return False
         self.state.reveals[message.member] = message

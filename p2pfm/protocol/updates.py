@@ -103,14 +103,16 @@ class Updates:
         """A payload that was asked for is here; whoever announced it without having made it is blamed.
 
         Raises:
-            Reject: nobody who announced it made it (a copy of a copy): it counts as malformed.
+            Reject: nobody who announced it made it (a copy of a copy).
         """
         self.under_way.discard(digest)
         authors = self._authors[digest]
-        if maker is None or maker not in authors:
+        if maker is None:
             self.bad.add(digest)
+            raise Reject("announced what is no payload")
+        self.makers[digest] = maker  # its maker's own announcement may be yet to come
+        if maker not in authors:
             raise Reject("announced a payload that another peer made")
-        self.makers[digest] = maker
         if len(authors) == 1:
             return []
         return [Blame(peer, "announced a payload that another peer made") for peer in sorted(authors - {maker})]

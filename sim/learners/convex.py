@@ -4,6 +4,7 @@ Knows numpy only; implements `learner.Learner`, so that the very work of a real 
 on it.
 """
 
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
@@ -197,3 +198,18 @@ class LinearLearner:
     def evaluate(self, at: Tensors) -> float:
         """See Learner."""
         return self.problem.loss(flatten(at).astype(np.float64))
+
+
+class LinearLab:
+    """All peers of a Problem. Implements sim.learners.Lab."""
+
+    def __init__(self, problem: Problem, num_peers: int, work_steps: int = 0) -> None:
+        self._problem = problem
+        self.learners = [LinearLearner(problem, index, work_steps=work_steps) for index in range(num_peers)]
+
+    def prepare(self, base: Tensors, round: Round, indices: Sequence[int]) -> None:
+        """See Lab: too small to gain from company."""
+
+    def get_optimum_loss(self) -> float | None:
+        """See Lab."""
+        return self._problem.optimum_loss

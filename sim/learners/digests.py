@@ -12,7 +12,7 @@ from p2pfm.errors import Reject
 from p2pfm.protocol.events import Condense, Evaluate, Evaluated, Merge, Merged, Scored, ScoreUpdates, Train, Trained
 from p2pfm.protocol.shards import is_shard_name
 from p2pfm.types import NANO, WEIGHT_ONE, Contribution, Digest, PeerId, compute_digest
-from sim.disk import Disk
+from sim.disk import Disk, make_ghost
 from sim.scenarios import AdversaryKind
 
 NUM_PARAMETERS = 8_000_000
@@ -30,22 +30,6 @@ WORTHLESS: frozenset[AdversaryKind] = frozenset({"zero", "replay", "noisy_replay
 HARMFUL: frozenset[AdversaryKind] = frozenset(
     {"sign_flip", "boosted", "gaussian", "alie", "ipm", "minmax", "label_flip", "backdoor"}
 )
-
-
-class Ghost(bytes):
-    """A few bytes that stand for many: a blob of which only the name and the length matter."""
-
-    size: int
-
-    def __len__(self) -> int:
-        return self.size
-
-
-def make_ghost(data: bytes, size: int) -> Ghost:
-    """`data` says what it is; on the wire it weighs `size` [bytes]."""
-    ghost = Ghost(data)
-    ghost.size = size
-    return ghost
 
 
 class DigestWorkshop:
