@@ -69,11 +69,13 @@ def spread(scenario: Scenario) -> Iterator["RayWorkshop"]:
     """A scenario's workshop with its training on all cores of a Ray cluster: for `World(scenario, workshop=...)`.
 
     Raises:
-        ConfigError: peers of this scenario train nothing.
+        ConfigError: peers of this scenario train nothing, or what they learn cannot travel.
         OperatorError: see `open_ray`.
     """
     if scenario.learner.kind == "digests":
         raise ConfigError("--engine ray spreads the peers' training, and with the learner digests nobody trains")
+    if scenario.learner.codec == "modelled":
+        raise ConfigError("--engine ray: updates that are not coded stay in their process; set learner.codec to real")
     with open_ray() as ray:
         yield RayWorkshop(ray, scenario)
 

@@ -21,7 +21,8 @@ from p2pfm.protocol.events import AnyEvent, Received, Scored, Signed, Trained
 from p2pfm.protocol.log import LogRecord, read_log
 from p2pfm.protocol.phases import compute_round_start
 from p2pfm.types import Millis, PeerId, Round
-from sim.scenarios import Scenario, WorkTimes
+from sim.learners.convex import LinearLab, Problem
+from sim.scenarios import LearnerModel, Scenario, WorkTimes
 from sim.workshop import TensorWorkshop
 from sim.world import World
 
@@ -106,7 +107,8 @@ def run_simulated(reality: Reality, learners: Sequence[Learner]) -> Telling:
         work=WORK,
         keep_logs=tuple(range(NUM_PEERS)),
     )
-    workshop = TensorWorkshop(reality.network, learners)
+    lab = LinearLab(Problem(reality.network.adapter.seed), NUM_PEERS)
+    workshop = TensorWorkshop(reality.network, LearnerModel(), lab, learners)
     world = World(scenario, config=reality.network, names=reality.peers, workshop=workshop)
     world.run()
     proposals = {round: (certificate.proposal,) for round, certificate in world.checks.certificates.items()}

@@ -128,3 +128,6 @@ def test_without_a_cluster_at_the_address_a_person_is_told(cluster: str, monkeyp
 def test_what_only_one_process_can_do_is_not_spread() -> None:
     with pytest.raises(ConfigError, match="nobody trains"), spread(Scenario(learner=LearnerModel("digests"))):
         pass
+    modelled = Scenario(learner=LearnerModel("mlp", codec="modelled"))
+    with pytest.raises(ConfigError, match=r"learner\.codec"), spread(modelled):
+        pass
