@@ -38,7 +38,7 @@ def make_status_table(status: Mapping[str, Any]) -> Table:
     table.add_row("member", f"{chain['member']} of {chain['members']}, committee {chain['committee']}")
     settled = "no round settled yet" if chain["settled_round"] is None else f"settled round {chain['settled_round']}"
     table.add_row("chain", f"{chain['rpc']} · {chain['error'] or 'reachable'}, {settled}")
-    if protocol:
+    if "waits_for" in protocol:
         shard = "" if protocol["shard"] is None else f"shard {protocol['shard']} · "
         table.add_row("waits for", shard + protocol["waits_for"])
     if "privacy" in status:
