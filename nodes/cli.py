@@ -16,6 +16,8 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from enum import IntEnum, StrEnum
 from pathlib import Path
@@ -34,6 +36,9 @@ from nodes.tied import end_with_stdin
 from p2pfm import __version__
 from p2pfm.errors import OperatorError, P2PFMError
 from sim.cli import app as sim_app
+from sim.report import OTHER_LEDGERS
+from sim.scenarios import Scenario
+from sim.world import World
 
 CONFIG_NAME = "node.toml"
 
@@ -57,6 +62,14 @@ class LogFormat(StrEnum):
 
     PLAIN = "plain"
     JSON = "json"
+
+
+@contextmanager
+def _open_evm(scenario: Scenario) -> Iterator[World]:
+    from nodes.evm_world import open_evm_world  # an EVM takes a second to import
+
+    with open_evm_world(scenario) as (world, _):
+        yield world
 
 
 app = typer.Typer(
@@ -83,6 +96,7 @@ for name, group in (
 app.add_typer(stake_app, name="stake")
 app.add_typer(pool_app, name="pool")
 app.add_typer(sim_app, name="sim")
+OTHER_LEDGERS["evm"] = _open_evm
 app.command()(explorer)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]

@@ -61,12 +61,17 @@ def train_update(learner: Learner, blobs: BlobStore, config: NetworkConfig, acti
     shapes = learner.shapes()
     base = decode_tensors(blobs.get(action.base), shapes)
     residual = None if action.residual is None else decode_tensors(blobs.get(action.residual), shapes)
-    is_proven = config.scoring.work_steps > 0
-    draw = draw_work(config.network_id(), action.round, action.maker) if is_proven else None
-    training = learner.train(base, action.round, draw)
+    training = learner.train(base, action.round, draw_public(config, action))
     validate_training(training)
     packed = compress_delta(blobs, config.compression, training.delta, residual, action.maker)
     return make_trained(action, training, packed)
+
+
+def draw_public(config: NetworkConfig, action: Train) -> int | None:
+    """The seed of the public batch that a maker's last steps are to be taken on; None: nothing is to be proven."""
+    if not config.scoring.work_steps:
+        return None
+    return draw_work(config.network_id(), action.round, action.maker)
 
 
 def validate_training(training: Training) -> None:

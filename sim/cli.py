@@ -33,7 +33,7 @@ from sim.progress import RunProgress
 from sim.ray_engine import spread
 from sim.recorder import Recorder
 from sim.replay import ReplayReport, replay_path
-from sim.report import SimReport, make_report, render
+from sim.report import SimReport, make_report, open_world, render
 from sim.results import load_report, load_reports, save_report
 from sim.scenarios import Scenario
 from sim.tables import Row, TableFormat, validate_format, write_table
@@ -276,8 +276,8 @@ def _simulate(scenario: Scenario, screen: Console, logs: Path | None, engine: En
     screen.print(f"seed {scenario.seed}", highlight=False)
     estimate = validate_memory(scenario, get_free_bytes())
     screen.print(describe(estimate), highlight=False, style="dim")
-    with spread(scenario) if engine == "ray" else nullcontext() as workshop:
-        return _watch(World(scenario, workshop=workshop), estimate.cpu_s, screen, logs)
+    with spread(scenario) if engine == "ray" else nullcontext() as workshop, open_world(scenario, workshop) as world:
+        return _watch(world, estimate.cpu_s, screen, logs)
 
 
 def _watch(world: World, estimate_s: float, screen: Console, logs: Path | None) -> SimReport:

@@ -5,7 +5,7 @@ machine needs this same p2pfm.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from random import Random
@@ -209,6 +209,10 @@ class RayWorkshop:
     def get_optimum_loss(self) -> float | None:
         """See Workshop."""
         return self._inner.get_optimum_loss()
+
+    def forget(self, digests: Set[Digest]) -> None:
+        """See Workshop."""
+        self._inner.forget(digests)
 
     def _begin(self) -> None:
         """Send all that is expected to its benches, one batch a base and bench."""

@@ -1,7 +1,8 @@
 """What a simulated run came to: numbers a program can read, tables a person can. Knows Worlds and their Recorders."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from math import sqrt
 from statistics import fmean, stdev
 
@@ -14,6 +15,7 @@ from p2pfm.config import WEI_PER_PFM
 from p2pfm.types import NANO, PeerId
 from sim.recorder import HONEST, Record, Recorder
 from sim.scenarios import Scenario
+from sim.workshop import Workshop
 from sim.world import World
 
 ROWS_MAX = 40
@@ -89,6 +91,26 @@ class SimReport(msgspec.Struct, frozen=True):
     peers: tuple[PeerReport, ...]
 
 
+OpenWorld = Callable[[Scenario], AbstractContextManager[World]]
+
+OTHER_LEDGERS: dict[str, OpenWorld] = {}
+"""Worlds on ledgers that the simulator does not know itself; `nodes.cli`, which knows both drivers, adds them."""
+
+
+@contextmanager
+def open_world(scenario: Scenario, workshop: Workshop | None = None) -> Iterator[World]:
+    """A scenario's world on its ledger, which is there until this is left.
+
+    Raises:
+        ConfigError: a scenario that cannot run.
+    """
+    if scenario.ledger in OTHER_LEDGERS and workshop is None:
+        with OTHER_LEDGERS[scenario.ledger](scenario) as world:
+            yield world
+    else:
+        yield World(scenario, workshop=workshop)
+
+
 def run_scenario(scenario: Scenario, on_world: Callable[[World], None] | None = None) -> SimReport:
     """Run a scenario and report on it.
 
@@ -101,12 +123,12 @@ def run_scenario(scenario: Scenario, on_world: Callable[[World], None] | None = 
         Violation: an invariant does not hold.
     """
     started_s = time.process_time()
-    world = World(scenario)
-    recorder = Recorder(world)
-    if on_world:
-        on_world(world)
-    world.run(recorder.on_round)
-    return make_report(world, recorder, time.process_time() - started_s)
+    with open_world(scenario) as world:
+        recorder = Recorder(world)
+        if on_world:
+            on_world(world)
+        world.run(recorder.on_round)
+        return make_report(world, recorder, time.process_time() - started_s)
 
 
 def make_report(world: World, recorder: Recorder, cpu_s: float, is_complete: bool = True) -> SimReport:

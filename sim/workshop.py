@@ -4,7 +4,7 @@ A world asks one host's work at a time; a workshop may do that of many hosts tog
 of doing them alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from random import Random
 from typing import Protocol
 
@@ -64,6 +64,10 @@ class Workshop(Protocol):
         """The least held-out loss that anything reaches, where it is known [nats]."""
         ...
 
+    def forget(self, digests: Set[Digest]) -> None:
+        """No host holds these blobs any more."""
+        ...
+
 
 class TensorWorkshop:
     """Real tensors and the node's own `p2pfm.work`; implements Workshop."""
@@ -90,7 +94,7 @@ class TensorWorkshop:
 
     def expect(self, index: int, disk: Disk, action: Train) -> None:
         """See Workshop."""
-        if self._model.batched:
+        if self._model.batched and not self._config.scoring.work_steps:  # each has a public batch of its own
             self._expected.setdefault((action.base, action.round), set()).add(index)
 
     def train(self, index: int, disk: Disk, action: Train) -> Trained:
@@ -104,7 +108,8 @@ class TensorWorkshop:
 
     def _train_modelled(self, index: int, disk: Disk, action: Train) -> Trained:
         """`work.train_update`, but the payload is not coded: it is the update itself, under the name of its values."""
-        training = self._learners[index].train(self._get_base(disk, action.base), action.round)
+        draw = work.draw_public(self._config, action)
+        training = self._learners[index].train(self._get_base(disk, action.base), action.round, draw)
         work.validate_training(training)
         residual = None if action.residual is None else decode_tensors(disk.get(action.residual), self._shapes)
         wanted = feed_back(residual, training.delta, self._config.compression)
@@ -124,7 +129,6 @@ class TensorWorkshop:
     def score(self, index: int, disk: Disk, action: ScoreUpdates, rng: Random) -> Scored:
         """See Workshop."""
         seed, salt = rng.getrandbits(63), rng.randbytes(32)
-        self._forget()
         learner = self._learners[index]
         return work.score_updates(
             learner, disk, self._config, action, seed, salt, lambda payloads: self._read(disk, payloads)
@@ -194,17 +198,18 @@ class TensorWorkshop:
         found = [self._updates[payload] for payload in payloads]
         return [maker for maker, _ in found], [update for _, update in found]
 
-    def _forget(self) -> None:
-        """Updates are asked for in their own round and a few more."""
-        while self._model.codec == "real" and len(self._updates) > UPDATES_MAX:
-            self._updates.pop(next(iter(self._updates)))
+    def forget(self, digests: Set[Digest]) -> None:
+        """See Workshop."""
+        for digest in digests & self._updates.keys():
+            del self._updates[digest]
+        for digest in digests & self._evaluated.keys():
+            del self._evaluated[digest]
+        self._validated = {key: found for key, found in self._validated.items() if key[1] not in digests}
+        self._merged = {action: merged for action, merged in self._merged.items() if merged.new_base not in digests}
 
 
 BASES_MAX = 4
 """Decoded bases that are kept: after a partition there are two."""
-
-UPDATES_MAX = 4096
-"""Decoded updates that are kept; they can be decoded again."""
 
 
 def make_workshop(scenario: Scenario, config: NetworkConfig, kinds: Sequence[AdversaryKind | None]) -> Workshop:

@@ -539,6 +539,7 @@ class World:
         for host in self.hosts:
             host.disk.held -= old
             host.served -= old
+        self.workshop.forget(old)
 
 
 @contextmanager

@@ -488,7 +488,11 @@ class Peer(Standing):
             return []
         if shard == self.leaf.shard and self.leaf.state.certificate is None:
             self.leaf.state.certificate = certificate
-        if top.get_my_index() is None or envelope.digest in top.state.log.get(Certificate, envelope.author):
+        if envelope.digest in top.state.log.get(Certificate, envelope.author):
+            return []
+        if top.get_my_index() is None:
+            if envelope.author == self.me:
+                top.state.log.add(Certificate, envelope)  # for members of the committee that did not hear it
             return []
         actions = top.on_shard_certificate(shard, certificate)
         top.state.log.add(Certificate, envelope)

@@ -55,11 +55,12 @@ def deal(config: NetworkConfig, roster: Roster, round: Round) -> Deal | None:
     epoch = round // config.settlement.rounds_per_epoch
     cache: dict[tuple[int, int, int], Deal] = roster.__dict__.setdefault("_deals", {})
     key = (epoch, config.limits.shard_peers_max, config.scoring.committee_size)
-    if key not in cache:
+    found = cache.get(key)
+    if found is None:
         if len(cache) > 2:
             cache.clear()
-        cache[key] = _deal(config, roster, epoch)
-    return cache[key]
+        cache[key] = found = _deal(config, roster, epoch)
+    return found
 
 
 def _deal(config: NetworkConfig, roster: Roster, epoch: int) -> Deal:

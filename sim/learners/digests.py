@@ -4,7 +4,7 @@ Knows no tensor. What a peer's update is worth is drawn once from the scenario's
 error, as real ones do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from random import Random
 
 from p2pfm.config import NetworkConfig
@@ -94,6 +94,12 @@ class DigestWorkshop:
     def get_optimum_loss(self) -> float | None:
         """See Workshop."""
         return None
+
+    def forget(self, digests: Set[Digest]) -> None:
+        """See Workshop."""
+        for digest in digests:
+            self._worth_of.pop(digest, None)
+            self._makers.pop(digest, None)
 
     def _make(self, disk: Disk, maker: PeerId, what: bytes) -> Digest:
         name = compute_digest(maker.encode() + what)

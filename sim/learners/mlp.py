@@ -240,7 +240,7 @@ class MlpLearner:
         for x, y in batches:
             loss = functional.cross_entropy(_predict(parameters, x), y)
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             total += loss.item() * len(y)
         delta = {name: part.detach().numpy() - base[name] for name, part in zip(SHAPES, parameters, strict=True)}

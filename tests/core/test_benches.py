@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-SHARED = {"attacked", "harness", "tasks"}
+SHARED = {"attacked", "estimate", "harness", "tasks"}  # estimate fits coefficients, and judges nothing
 RUN_ELSEWHERE = {"soak"}  # by tests/net/test_soak.py, for longer
 SCRIPTS = sorted(path.stem for path in (ROOT / "bench").glob("*.py") if path.stem not in SHARED | RUN_ELSEWHERE)
 

@@ -1,0 +1,131 @@
+"""What a simulated peer-round costs: the whole protocol with a perceptron on digits, and the protocol alone.
+
+    python bench/simulator.py [--json FILE] [--check] [--quick] [--frameworks flwr,p2pfl,...]
+
+Every world runs in a process of its own, one thread, and is measured in CPU seconds of its rounds (set-up, cooling down
+and claims left out). Beside the perceptron stand, in the same run, a plain sequential PyTorch loop over the same peers'
+data, the same training batched by hand without any protocol, and, where asked for, other frameworks in environments of
+their own. All start from the 49,960 parameters of `sim.learners.mlp`, pass once over 32 digits, and average.
+"""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+from harness import Target, finish, make_parser, print_table, read_options
+
+RUN = """
+import json, resource, sys, time
+from sim.scenarios import LearnerModel, PhaseConfig, Scenario
+from sim.world import World
+kind, peers, shard, committee, rounds = sys.argv[1], *map(int, sys.argv[2:6])
+model = LearnerModel(kind=kind, codec="modelled" if kind == "mlp" else "real")
+phases = PhaseConfig(10_000, 6_000, 5_000, 3_000, 4_000, 3_000)
+world = World(Scenario(
+    num_peers=peers, num_rounds=rounds, shard_size=shard, committee_size=committee, learner=model, phases=phases,
+))
+marks = [time.process_time()]
+world.run(lambda round: marks.append(time.process_time()))
+first, *later = [after - before for before, after in zip(marks, marks[1:])]
+print(json.dumps({
+    "round_cpu_s": sum(later) / len(later) if later else first,
+    "certified": len(world.checks.certificates),
+    "holders": min(map(len, world.checks.holders.values()), default=0),
+    "steps": world.num_steps,
+    "memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+}))
+"""
+
+LOOPS = """
+import json, sys, time
+import torch
+torch.set_num_threads(1)
+from sim.learners.mlp import Digits, MlpLab
+peers = int(sys.argv[1])
+lab = MlpLab(Digits(1), peers)
+base = lab.learners[0].initial()
+def measure(train):
+    train(0)
+    start = time.process_time()
+    train(1)
+    return (time.process_time() - start) / peers * 1000
+def alone(round):
+    for learner in lab.learners:
+        learner.train_alone(base, round, None)
+print(json.dumps({"sequential": measure(alone), "batched": measure(lambda r: lab.prepare(base, r, range(peers)))}))
+"""
+
+PROTOCOL = ((1_000, 32, 9), (3_000, 56, 9), (10_000, 100, 9))
+"""Peers, shard size (about the root of the peers: both levels are of one size), committee."""
+LEARNING = ((256, 16, 3), (1_000, 32, 3))
+PROTOCOL_1000_S, PROTOCOL_10000_S, MEMORY_GB, PEER_ROUND_MS = 2.0, 40.0, 4.0, 0.7
+
+
+def call(code: str, *arguments: object) -> dict[str, float]:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parent.parent)
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def measure_protocol(sizes: tuple[tuple[int, int, int], ...]) -> list[dict[str, float]]:
+    """The protocol alone, by the number of peers."""
+    found = []
+    for peers, shard, committee in sizes:
+        figures = call(RUN, "digests", peers, shard, committee, 2)
+        found.append({"peers": peers, "shard": shard, **figures})
+    return found
+
+
+def measure_learning(sizes: tuple[tuple[int, int, int], ...]) -> list[dict[str, float]]:
+    """The whole with a perceptron, beside the loops."""
+    found = []
+    for peers, shard, committee in sizes:
+        figures = call(RUN, "mlp", peers, shard, committee, 3)
+        ours_ms = figures["round_cpu_s"] / peers * 1000
+        found.append({"peers": peers, "shard": shard, "ours": ours_ms, **call(LOOPS, peers), **figures})
+    return found
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--frameworks", default="", help="comma-separated: measured in environments of their own")
+    arguments = parser.parse_args()
+    options = read_options(arguments)
+    protocol = measure_protocol(((12, 4, 3), (24, 6, 3)) if options.quick else PROTOCOL)
+    learning = measure_learning(((12, 4, 3),) if options.quick else LEARNING)
+    rows = [
+        (row["peers"], row["shard"], row["round_cpu_s"], row["memory_bytes"] / 1e9, f"{row['holders']:.0f}")
+        for row in protocol
+    ]
+    print_table("The protocol alone", ("peers", "shard", "CPU s a round", "memory [GB]", "holders"), rows)
+    lines = [
+        (row["peers"], row["ours"], row["sequential"], row["batched"], row["ours"] / row["sequential"])
+        for row in learning
+    ]
+    names = ("peers", "p2pfm", "sequential loop", "batched by hand", "p2pfm / sequential")
+    print_table("CPU ms a peer-round, perceptron on digits", names, lines)
+    others = []
+    if arguments.frameworks:
+        from simulator_frameworks import measure
+
+        others = measure(arguments.frameworks.split(","), [16, 64])
+        columns = ("framework", "peers", "CPU ms a peer-round")
+        told = [(row["framework"], row["num_peers"], row["cpu_ms_per_peer_round"]) for row in others]
+        print_table("Other frameworks, the same work", columns, told)
+    small, large = protocol[0], protocol[-1]
+    log_growth = math.log(large["peers"]) / math.log(small["peers"]) * large["peers"] / small["peers"]
+    targets = [
+        Target("protocol_1000_cpu_s", small["round_cpu_s"], PROTOCOL_1000_S, "less"),
+        Target("protocol_10000_cpu_s", large["round_cpu_s"], PROTOCOL_10000_S, "less"),
+        Target("protocol_10000_memory_gb", large["memory_bytes"] / 1e9, MEMORY_GB, "less"),
+        Target("growth_over_n_log_n", large["round_cpu_s"] / small["round_cpu_s"] / log_growth, 1.0, "less"),
+        *(Target(f"peer_round_{row['peers']:.0f}_ms", row["ours"], PEER_ROUND_MS, "less") for row in learning),
+    ]
+    finish(options, {"protocol": protocol, "learning": learning, "frameworks": others}, targets)
+
+
+if __name__ == "__main__":
+    main()
