@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import msgspec
 
 from p2pfm.messages import Announcement, Certificate, ShardMessage
-from p2pfm.protocol.events import Adopt, AnyAction, Blame, Publish, Serve, Sign
+from p2pfm.protocol.events import Adopt, AnyAction, Blame, Persist, Publish, Serve, Sign
 from p2pfm.protocol.gossip import SLOTS_MAX
 from p2pfm.protocol.history import ROOTS_MAX
 from p2pfm.protocol.peer import LOSSES_MAX
@@ -81,8 +81,12 @@ class Checks:
                 self._require(False, "no phase goes backwards", now_ms, host.me)
             self._positions[host.me] = position
             self._check_bounds(host, now_ms)
+        is_saved = False
         for action in actions:
+            is_saved = is_saved or isinstance(action, Persist)
             if type(action) in WATCHED:
+                if isinstance(action, Sign):
+                    self._require(is_saved, "what is signed is on disk before", now_ms, host.me)
                 self._check_action(host, now_ms, action)
 
     def after_settlement(self, chain: Chain, certificate: Certificate, now_ms: Millis) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Sequence, Set
 from random import Random
 
 from p2pfm.config import NetworkConfig
-from p2pfm.errors import Reject
 from p2pfm.protocol.events import Condense, Evaluate, Evaluated, Merge, Merged, Scored, ScoreUpdates, Train, Trained
 from p2pfm.protocol.shards import is_shard_name
 from p2pfm.types import NANO, WEIGHT_ONE, Contribution, Digest, PeerId, compute_digest
@@ -89,7 +88,9 @@ class DigestWorkshop:
 
     def make_empty_payload(self, maker: PeerId) -> bytes:
         """See Workshop."""
-        raise Reject("a scenario of digests has no payload to make: choose the learner 'convex' for this adversary")
+        empty = make_ghost(b"empty " + maker.encode(), PAYLOAD_BYTES)
+        self._makers[compute_digest(empty)] = maker
+        return empty
 
     def get_optimum_loss(self) -> float | None:
         """See Workshop."""
