@@ -144,6 +144,11 @@ class Proposal(Wire, frozen=True, tag="proposal", dict=True):
         return compute_digest(encode(self))
 
     @cached_property
+    def payloads(self) -> frozenset[Digest]:
+        """Of all included updates."""
+        return frozenset(update.payload for update in self.updates)
+
+    @cached_property
     def draft_digest(self) -> Digest:
         """What a proposal is known by before its new base is: the same for its proposer and whoever recomputes it."""
         return compute_digest(encode(msgspec.structs.replace(self, new_base=NO_DIGEST)))

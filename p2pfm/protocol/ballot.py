@@ -144,8 +144,7 @@ class Ballot:
 
     def _proposed(self) -> frozenset[Digest]:
         """Payloads that the received proposal includes, be it right or wrong."""
-        proposal = self.state.proposal
-        return frozenset(update.payload for update in proposal.updates) if proposal else frozenset()
+        return self.state.proposal.payloads if self.state.proposal else frozenset()
 
     def on_fetched(self, event: Fetched) -> list[AnyAction]:
         """A payload has come."""
@@ -154,7 +153,10 @@ class Ballot:
             blames = updates.on_fetched(event.digest, event.maker)
         except Reject as error:
             return self._blame(updates.by_payload()[event.digest].peer, str(error))
-        return [*blames, Serve(event.digest), *self.consider_proposal()]
+        actions: list[AnyAction] = [*blames, Serve(event.digest)]
+        if self.state.is_proposal_valid and not self._proposed() <= updates.makers.keys():
+            return actions  # the others are under way, or resting
+        return actions + self.consider_proposal()
 
     def on_fetch_failed(self, digest: Digest, is_malformed: bool) -> list[AnyAction]:
         """A payload could not be had, or is none."""

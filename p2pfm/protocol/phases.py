@@ -15,9 +15,10 @@ long).
 """
 
 from enum import IntEnum
+from functools import lru_cache
 from typing import NamedTuple
 
-from p2pfm.config import NetworkConfig
+from p2pfm.config import NetworkConfig, PhaseConfig
 from p2pfm.types import Millis, Round
 
 
@@ -51,7 +52,11 @@ class Position(NamedTuple):
 
 def get_durations(config: NetworkConfig, level: Level = Level.SHARD) -> tuple[Millis, ...]:
     """Each phase's duration [ms], in the order of `Phase`; both levels' sums are the round's length."""
-    phases = config.phases
+    return _get_durations(config.phases, config.has_shards, level)
+
+
+@lru_cache(maxsize=64)
+def _get_durations(phases: PhaseConfig, has_shards: bool, level: Level) -> tuple[Millis, ...]:
     train, *later = (
         phases.train_ms,
         phases.exchange_ms,
@@ -60,7 +65,7 @@ def get_durations(config: NetworkConfig, level: Level = Level.SHARD) -> tuple[Mi
         phases.attest_ms,
         phases.merge_ms,
     )
-    if not config.has_shards:
+    if not has_shards:
         return (train, *later)
     if level == Level.TOP:
         return (Millis(train + sum(later)), *later)
