@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
 from random import Random
+from struct import Struct
 from typing import assert_never
 
 import msgspec
@@ -97,10 +98,11 @@ KEEP_ROUNDS = 2
 """Blobs that no host's durable state has named for so many rounds are dropped."""
 
 
-UNTOLD = frozenset({SetTimer, Serve, AnswerSync, Note})
+UNTOLD = frozenset({SetTimer, Serve, AskSync, AnswerSync, Note})
 """What the trace only counts."""
 
 _encode = msgspec.msgpack.Encoder().encode
+_pack = Struct(">qIH").pack
 
 
 class World:
@@ -341,13 +343,11 @@ class World:
             self._act(host, local_ms, heard, actions)
 
     def _act(self, host: Host, local_ms: Millis, event: AnyEvent, actions: list[AnyAction]) -> None:
-        if len(actions) == 1 and isinstance(actions[0], Serve) and host.filter is None and host.actions_left is None:
-            self._trace.update(_encode((local_ms, host.index)))  # most of all steps: a payload has come
-            self.checks.after_step(host, local_ms, actions)
-            host.served.add(actions[0].digest)
-            return
-        kinds = [_name(action) for action in actions if type(action) not in UNTOLD]
-        self._trace.update(_encode((local_ms, host.index, type(event).__name__, len(actions), kinds)))
+        told = [_name(action) for action in actions if type(action) not in UNTOLD]
+        if told:
+            self._trace.update(_encode((local_ms, host.index, type(event).__name__, len(actions), told)))
+        else:
+            self._trace.update(_pack(local_ms, host.index, len(actions)))
         self.checks.num_steps = self.num_steps
         self.checks.after_step(host, local_ms, actions)
         fetches: list[Fetch] = []
@@ -563,8 +563,6 @@ def _name(action: AnyAction) -> object:
     match action:
         case Fetch(digest=digest, providers=providers):
             return (digest, providers[:1])
-        case AskSync(peer=peer, request=request):
-            return (peer, len(request.have))
         case Settle(certificate=certificate) | Publish(message=Certificate() as certificate):
             return certificate.signature
         case Persist(durable=durable):
