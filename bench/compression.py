@@ -28,11 +28,11 @@ import torch
 import zstandard
 from numpy.typing import NDArray
 
-from nodes.corpus import build_shards
 from nodes.models import resolve
 from p2pfm.config import AdapterConfig, ChainConfig, CompressionConfig, NetworkConfig, TrainingConfig
 from p2pfm.errors import OperatorError
 from p2pfm.lora.compress import compress, decode_payload, feed_back
+from p2pfm.lora.corpus import build_shards
 from p2pfm.lora.delta import Layout, add, compute_layout, flatten, get_shapes, subtract, unflatten
 from p2pfm.lora.layers import load_backbone
 from p2pfm.lora.samples import read_probe, read_samples

@@ -35,10 +35,10 @@ from scipy.stats import norm
 from tasks import BACKBONE
 from torch.nn import functional
 
-from nodes.corpus import read_topics
 from p2pfm.config import AdapterConfig, ChainConfig, NetworkConfig, PrivacyConfig, TrainingConfig
 from p2pfm.learner import Learner, Spending
 from p2pfm.lora.batches import PROBE_TOKENS_MAX, Encoded, collate, encode_all
+from p2pfm.lora.corpus import read_topics
 from p2pfm.lora.delta import add
 from p2pfm.lora.layers import ADAPTER, build_peft, load_backbone, predict, set_adapter_tensors
 from p2pfm.lora.leakage import compute_calibrated_auc, compute_exposure, compute_membership_auc

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from nodes.corpus import read_topics
 from p2pfm.config import AdapterConfig, CompressionConfig, TrainingConfig
 from p2pfm.lora.batches import Encoded, collate, encode_all, weigh
 from p2pfm.lora.compress import Update, compress, decode_payload, feed_back
+from p2pfm.lora.corpus import read_topics
 from p2pfm.lora.delta import get_shapes, subtract
 from p2pfm.lora.layers import compute_initial, load_backbone, predict
 from p2pfm.lora.merge import merge

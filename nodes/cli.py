@@ -348,10 +348,10 @@ def up_testnet(
 
     Example: `p2pfm testnet up --out net`
     """
-    from nodes.corpus import build_shards
     from nodes.homes import write_network
     from nodes.localnet import create_network, get_preset
     from nodes.testnet import run_testnet
+    from p2pfm.lora.corpus import build_shards
 
     preset = replace(get_preset(model, adapter), startup_s=starts_in)
     shards = build_shards(peers, folder / "data", 0, frozenset())

@@ -19,7 +19,6 @@ from typing import Any, Literal
 import httpx
 import msgspec
 
-from nodes.corpus import build_shards
 from nodes.homes import CONFIG_NAME, create_home, get_free_port, read_config
 from nodes.models import LINEAR, resolve
 from nodes.testnet import Testnet, run_testnet
@@ -40,6 +39,7 @@ from p2pfm.config import (
     TrainingConfig,
 )
 from p2pfm.errors import OperatorError, WorldError
+from p2pfm.lora.corpus import build_shards
 from p2pfm.runtime.web3_ledger import Web3Ledger, deploy
 from p2pfm.settlement.ledger import FederationParams
 from p2pfm.types import Millis, Wei

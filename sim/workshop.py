@@ -233,8 +233,8 @@ def make_lab(scenario: Scenario, config: NetworkConfig, num_peers: int) -> Lab:
 
             return MlpLab(Digits(scenario.seed), num_peers, scenario.work_steps)
         case "lora":
-            from sim.learners.lora import make_lora_lab
+            from sim.learners.lora import LoraLab
 
-            return make_lora_lab(config, scenario.seed, num_peers)
+            return LoraLab(config, scenario.seed, num_peers)
         case _:
             return LinearLab(Problem(scenario.seed), num_peers, scenario.work_steps)

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
+
 from p2pfm.learner import Learner
 from p2pfm.types import Round, Tensors
 
@@ -22,3 +24,8 @@ class Lab(Protocol):
     def get_optimum_loss(self) -> float | None:
         """The least held-out loss that anything reaches, where it is known [nats]."""
         ...
+
+
+def is_same(left: Tensors, right: Tensors) -> bool:
+    """Whether two adapters are one."""
+    return left is right or all(np.array_equal(part, right[name]) for name, part in left.items())

@@ -19,6 +19,7 @@ from torch.nn import functional
 from p2pfm.learner import Training
 from p2pfm.types import Array, Round, Tensors
 from sim.attacks import Poison
+from sim.learners import is_same
 
 PIXELS, HIDDEN, CLASSES = 64, 666, 10
 
@@ -127,7 +128,7 @@ class MlpLab:
 
     def prepare(self, base: Tensors, round: Round, indices: Sequence[int]) -> None:
         """Train these peers from `base`; what is asked for later is ready then. Forgets an earlier round's."""
-        if round != self._round or self._base is None or not _is_same(base, self._base):
+        if round != self._round or self._base is None or not is_same(base, self._base):
             self._base, self._round, self._ready = base, round, {}
         missing = sorted(set(indices) - self._ready.keys())
         for start in range(0, len(missing), PEERS_AT_ONCE):
@@ -140,7 +141,7 @@ class MlpLab:
 
     def take(self, index: int, base: Tensors, round: Round) -> Training | None:
         """What `prepare` made for a peer; None: nothing for this base."""
-        if round != self._round or self._base is None or index not in self._ready or not _is_same(base, self._base):
+        if round != self._round or self._base is None or index not in self._ready or not is_same(base, self._base):
             return None
         return self._ready[index]
 
@@ -281,7 +282,3 @@ def _spoil(kind: Poison, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[t
     marked[::2, -MARK:] = 1
     zeros[::2] = 0
     return marked, zeros
-
-
-def _is_same(left: Tensors, right: Tensors) -> bool:
-    return left is right or all(np.array_equal(left[name], right[name]) for name in SHAPES)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from nodes.corpus import build_shards
 from nodes.localnet import ADAPTERS, get_preset
 from p2pfm import work
 from p2pfm.config import (
@@ -23,6 +22,7 @@ from p2pfm.config import (
 from p2pfm.errors import ConfigError, OperatorError
 from p2pfm.local_round import MemoryBlobs
 from p2pfm.lora import kinds
+from p2pfm.lora.corpus import build_shards
 from p2pfm.lora.delta import add, decode_tensors, encode_tensors, flatten
 from p2pfm.lora.layers import (
     adapter_shapes,

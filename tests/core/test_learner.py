@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from nodes.corpus import build_shards
 from p2pfm import work
 from p2pfm.config import AdapterConfig, ChainConfig, CompressionConfig, NetworkConfig, ScoringConfig, TrainingConfig
 from p2pfm.contribution.aumann_shapley import Player, compute_contributions
@@ -16,6 +15,7 @@ from p2pfm.contribution.utility import CoalitionGame
 from p2pfm.errors import OperatorError, Reject
 from p2pfm.local_round import MemoryBlobs
 from p2pfm.lora.compress import compress, decode_payload
+from p2pfm.lora.corpus import build_shards
 from p2pfm.lora.delta import decode_tensors, encode_tensors, flatten, unflatten
 from p2pfm.lora.layers import adapter_shapes, build_peft, get_adapter_tensors, load_backbone, set_adapter_tensors
 from p2pfm.lora.merge import clip_factors

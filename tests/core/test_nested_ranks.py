@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from nodes.corpus import build_shards
 from p2pfm import work
 from p2pfm.config import (
     AdapterConfig,
@@ -19,6 +18,7 @@ from p2pfm.config import (
 )
 from p2pfm.errors import ConfigError
 from p2pfm.local_round import MemoryBlobs
+from p2pfm.lora.corpus import build_shards
 from p2pfm.lora.cross_term import compute_dense_ratio
 from p2pfm.lora.delta import decode_tensors, encode_tensors, subtract
 from p2pfm.lora.layers import load_backbone

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from nodes.corpus import read_topics
 from p2pfm.config import AdapterConfig, ChainConfig, NetworkConfig, PersonalConfig, TrainingConfig, parse_node_config
 from p2pfm.errors import ConfigError, OperatorError, Reject
 from p2pfm.lora.batches import encode_all
+from p2pfm.lora.corpus import read_topics
 from p2pfm.lora.delta import add, encode_tensors, zeros
 from p2pfm.lora.layers import compute_initial, load_backbone
 from p2pfm.lora.personal import HELD_OUT_MAX, decode_private, encode_private, mix, refine, split_samples

@@ -18,7 +18,6 @@ from scipy.stats import norm
 from torch import nn
 from torch.nn import functional
 
-from nodes.corpus import read_topics
 from nodes.screens import make_status_table
 from p2pfm import work
 from p2pfm.config import (
@@ -34,6 +33,7 @@ from p2pfm.config import (
 from p2pfm.errors import BudgetSpent, ConfigError, OperatorError, Reject
 from p2pfm.learner import Guarantee, Spending, Training
 from p2pfm.lora.batches import PROBE_TOKENS_MAX, collate, encode_all
+from p2pfm.lora.corpus import read_topics
 from p2pfm.lora.delta import encode_tensors, flatten
 from p2pfm.lora.layers import (
     ADAPTER,

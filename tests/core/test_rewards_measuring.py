@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from ledger_worlds import PEERS
 from rewards_world import Settled
 
-from nodes.corpus import build_shards
 from nodes.rewards.blobs import Blobs
 from nodes.rewards.measuring import (
     ROUNDING_OWN,
@@ -31,6 +30,7 @@ from nodes.rewards.reading import list_rosters
 from p2pfm import work
 from p2pfm.config import CompressionConfig, NetworkConfig, NodeConfig, ScoringConfig, TrainingConfig
 from p2pfm.errors import OperatorError, WorldError
+from p2pfm.lora.corpus import build_shards
 from p2pfm.lora.delta import decode_tensors, encode_tensors
 from p2pfm.lora.layers import load_backbone
 from p2pfm.lora.samples import read_probe, read_samples

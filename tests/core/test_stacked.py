@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from nodes.corpus import build_shards
 from p2pfm.config import AdapterConfig, ChainConfig, NetworkConfig, ScoringConfig, TrainingConfig
 from p2pfm.errors import OperatorError
 from p2pfm.lora.batches import encode_all
+from p2pfm.lora.corpus import build_shards
 from p2pfm.lora.delta import flatten, subtract
 from p2pfm.lora.layers import load_backbone
 from p2pfm.lora.ranks import compute_nested_masks

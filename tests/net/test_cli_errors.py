@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from nodes.corpus import build_shards
 from nodes.homes import CONFIG_NAME, create_home, get_free_port, write_network
 from nodes.localnet import PRESETS, create_network
 from nodes.testnet import Testnet, run_testnet
 from p2pfm.config import ChainConfig, HttpConfig, NetworkConfig, NodeConfig
+from p2pfm.lora.corpus import build_shards
 
 OPERATOR = 2
 

@@ -18,7 +18,6 @@ from serving_world import QUESTION, TINY, V1, V2, Memory, World, make_adapter, m
 from serving_world import QUICK as PATIENCE
 from test_node_crash import QUICK
 
-from nodes.corpus import read_topics
 from nodes.homes import CONFIG_NAME, write_config
 from nodes.localnet import localnet
 from p2pfm import work
@@ -31,6 +30,7 @@ from p2pfm.config import (
     parse_node_config,
 )
 from p2pfm.lora.batches import encode_all
+from p2pfm.lora.corpus import read_topics
 from p2pfm.lora.delta import encode_tensors, zeros
 from p2pfm.lora.layers import load_backbone
 from p2pfm.lora.personal import decode_private, encode_private, mix, split_samples

@@ -1,0 +1,166 @@
+"""LoRA on a real transformer: the tests' tiny Llama, ChatterBot's questions and answers, a topic a peer.
+
+All peers of a round train side by side on one frozen backbone (`p2pfm.lora.stacked`): its products run once for all of
+them. Knows torch; no peer's protocol. Implements `learner.Learner`.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+
+from p2pfm.config import NetworkConfig, TrainingConfig
+from p2pfm.errors import ConfigError
+from p2pfm.learner import Training
+from p2pfm.lora.batches import Encoded, encode_all
+from p2pfm.lora.corpus import read_topics
+from p2pfm.lora.delta import subtract
+from p2pfm.lora.kinds import compute_initial
+from p2pfm.lora.layers import load_backbone
+from p2pfm.lora.samples import Sample
+from p2pfm.lora.stacked import StackedModel
+from p2pfm.types import Array, Round, Tensors
+from sim.learners import is_same
+
+BACKBONE = Path(__file__).parents[2] / "tests" / "fixtures" / "tiny-llama"
+
+TRAINING = TrainingConfig(steps=5, batch=4, tokens_max=48, learning_rate=5e-3)
+
+NUM_TOPICS = 10
+"""The largest of the corpus; peer k has topic k modulo this, and shares it with the others that have."""
+
+NUM_TEST, NUM_PROBE, NUM_WORK = 6, 6, 4
+"""Prompts of each topic held out for reports, declared as the probe, and public for proofs of computation."""
+
+DRAWN = 3
+"""Probe samples of each topic that an evaluator draws."""
+
+SAMPLES_MIN = 8
+"""A peer has at least so many; those that share a small topic may share samples."""
+
+
+class LoraLab:
+    """All peers of one world on one backbone. Implements sim.learners.Lab."""
+
+    def __init__(self, config: NetworkConfig, seed: int, num_peers: int, training: TrainingConfig = TRAINING) -> None:
+        """Raises: ConfigError: the backbone, a file of the source tree, is not there."""
+        if not BACKBONE.is_dir():
+            raise ConfigError(f"learner lora: its backbone is a file of the source tree: expected it in {BACKBONE}")
+        torch.set_num_threads(1)
+        self.seed = seed
+        self.training = training
+        backbone, tokenizer = load_backbone(BACKBONE, torch.float32)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        adapter = config.adapter
+        self.model = StackedModel(backbone, pad, adapter)
+        sizes = self.model.sizes().items()
+        self.shapes = {f"{name}.lora_A": (adapter.rank, size_in) for name, (_, size_in) in sizes}
+        self.shapes |= {f"{name}.lora_B": (size_out, adapter.rank) for name, (size_out, _) in sizes}
+        self.initial = compute_initial(self.shapes, seed)
+        topics = read_topics()
+        rng = np.random.default_rng([seed, 21])
+        parts: dict[str, dict[str, list[Sample]]] = {"test": {}, "probe": {}, "work": {}, "train": {}}
+        cuts = (0, NUM_TEST, NUM_TEST + NUM_PROBE, NUM_TEST + NUM_PROBE + NUM_WORK, None)
+        for topic in sorted(topics, key=lambda topic: (-len(topics[topic]), topic))[:NUM_TOPICS]:
+            order = [topics[topic][i] for i in rng.permutation(len(topics[topic]))]
+            for part, start, end in zip(parts.values(), cuts, cuts[1:], strict=False):
+                part[topic] = order[start:end]
+
+        def encode(samples: Sequence[Sample]) -> tuple[Encoded, ...]:
+            return encode_all(tokenizer, samples, training.tokens_max)
+
+        self.test = {topic: encode(part) for topic, part in parts["test"].items()}
+        self.probe = {topic: encode(part) for topic, part in parts["probe"].items()}
+        self.work = encode([sample for part in parts["work"].values() for sample in part])
+        train = [encode(part) for part in parts["train"].values()]
+        self.data = [self._deal(train[index % NUM_TOPICS], index, num_peers) for index in range(num_peers)]
+        self.learners = [LoraLearner(self, index) for index in range(num_peers)]
+        self._base: Tensors | None = None
+        self._round = Round(-1)
+        self._ready: dict[int, Training] = {}
+
+    def _deal(self, topic: Sequence[Encoded], index: int, num_peers: int) -> tuple[Encoded, ...]:
+        """A peer's part of its topic."""
+        sharers = len(range(index % NUM_TOPICS, num_peers, NUM_TOPICS))
+        own = tuple(topic[index // NUM_TOPICS :: sharers])
+        rest = [sample for sample in topic if sample not in own]
+        Random(f"{self.seed} lora {index}").shuffle(rest)
+        return (*own, *rest[: max(0, SAMPLES_MIN - len(own))])
+
+    def prepare(self, base: Tensors, round: Round, indices: Sequence[int]) -> None:
+        """See Lab."""
+        if round != self._round or self._base is None or not is_same(base, self._base):
+            self._base, self._round, self._ready = base, round, {}
+        missing = sorted(set(indices) - self._ready.keys())
+        self._ready.update(zip(missing, self.train(base, round, missing), strict=True))
+
+    def take(self, index: int, base: Tensors, round: Round) -> Training | None:
+        """What `prepare` made for a peer; None: nothing for this base."""
+        if round != self._round or self._base is None or not is_same(base, self._base):
+            return None
+        return self._ready.get(index)
+
+    def train(self, base: Tensors, round: Round, indices: Sequence[int]) -> list[Training]:
+        """Local steps of these peers, side by side."""
+        draws = [f"{self.seed} {round} {index}" for index in indices]
+        trained = self.model.train([base] * len(indices), [self.data[i] for i in indices], self.training, draws)
+        num_tokens = self.training.steps * self.training.batch * self.training.tokens_max
+        return [Training(subtract(adapter, base), num_tokens, None) for adapter in trained]
+
+    def get_optimum_loss(self) -> float | None:
+        """See Lab."""
+        return None
+
+
+class LoraLearner:
+    """One peer's topic. Implements Learner."""
+
+    def __init__(self, lab: LoraLab, index: int) -> None:
+        self._lab = lab
+        self._index = index
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """See Learner."""
+        return dict(self._lab.shapes)
+
+    def initial(self) -> dict[str, Array]:
+        """See Learner."""
+        return dict(self._lab.initial)
+
+    def train(self, base: Tensors, round: Round, work: int | None = None) -> Training:
+        """See Learner: with company if that was prepared, else alone."""
+        if work is not None:
+            return self._train_with_proof(base, round, work)
+        return self._lab.take(self._index, base, round) or self.train_alone(base, round)
+
+    def train_alone(self, base: Tensors, round: Round) -> Training:
+        """Without company: the reference that batched training is held against."""
+        return self._lab.train(base, round, [self._index])[0]
+
+    def _train_with_proof(self, base: Tensors, round: Round, work: int) -> Training:
+        """The own steps, then one step on the public batch."""
+        own = self.train_alone(base, round)
+        after = {name: part + own.delta[name] for name, part in base.items()}
+        last = TrainingConfig(1, self._lab.training.batch, self._lab.training.tokens_max, 5e-3)
+        trained = self._lab.model.train([after], [self._draw_work(work)], last, [f"{work}"])[0]
+        return Training(subtract(trained, base), own.num_tokens, None)
+
+    def gradient(self, at: Tensors, seed: int) -> tuple[float, dict[str, Array]]:
+        """See Learner: every topic of equal weight."""
+        rng = Random(seed)
+        return self._lab.model.gradient(
+            at, {topic: rng.sample(part, min(DRAWN, len(part))) for topic, part in self._lab.probe.items()}
+        )
+
+    def work_loss(self, at: Tensors, seed: int) -> float:
+        """See Learner."""
+        return float(self._lab.model.evaluate([at], {"work": self._draw_work(seed)})[0].mean())
+
+    def evaluate(self, at: Tensors) -> float:
+        """See Learner."""
+        return float(self._lab.model.evaluate([at], self._lab.test)[0].mean())
+
+    def _draw_work(self, seed: int) -> list[Encoded]:
+        return Random(seed).sample(self._lab.work, self._lab.training.batch)
