@@ -143,6 +143,14 @@ class EvmLedger:
         """Anybody may."""
         self._sponsor.rotate()
 
+    def get_committee(self, epoch: int) -> tuple[MemberIndex, ...]:
+        """As the contract tells it."""
+        return self._sponsor.get_committee(epoch)
+
+    def prove_equivocation(self, account: str, first: Submission, second: Submission) -> None:
+        """By the account itself: it earns the bounty."""
+        self._ledgers[account].prove_equivocation(first, second)
+
     def get_roster(self) -> Roster:
         """As the contract tells it."""
         return self._sponsor.get_roster()

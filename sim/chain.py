@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from p2pfm.config import WEI_PER_PFM, NetworkConfig
-from p2pfm.errors import ChainError
+from p2pfm.errors import ChainError, Reverted
 from p2pfm.messages import Attestation, Certificate
 from p2pfm.protocol.committee import shard_message
+from p2pfm.protocol.events import Accuse
 from p2pfm.protocol.shards import deal
 from p2pfm.settlement import merkle
 from p2pfm.settlement.ledger import Entry, FederationParams, LeafValue, Roster, SettledRound, Submission
@@ -64,6 +65,14 @@ class OtherLedger(Protocol):
         ...
 
     def rotate(self) -> None:
+        """See InMemoryLedger."""
+        ...
+
+    def get_committee(self, epoch: int) -> tuple[MemberIndex, ...]:
+        """See InMemoryLedger."""
+        ...
+
+    def prove_equivocation(self, account: str, first: Submission, second: Submission) -> None:
         """See InMemoryLedger."""
         ...
 
@@ -185,6 +194,23 @@ class Chain:
     def get_gas(self) -> int | None:
         """Spent so far; None: the ledger is in memory, which has none."""
         return None if isinstance(self.ledger, InMemoryLedger) else sum(self.ledger.get_gas().values())
+
+    def accuse(self, accuser: int, evidence: Accuse) -> bool:
+        """Let the chain slash a member that signed two proposals of one round; False: it sees no fault (any more)."""
+        committee = self.ledger.get_committee(evidence.first.epoch)
+        absent = tuple(sorted(index for index in committee if index != evidence.member))
+        first, second = (
+            make_submission(Certificate(proposal, absent, signature))
+            for proposal, signature in (
+                (evidence.first, evidence.first_signature),
+                (evidence.second, evidence.second_signature),
+            )
+        )
+        try:
+            self.ledger.prove_equivocation(self.accounts[accuser], first, second)
+        except Reverted:
+            return False
+        return True
 
     def get_claimed(self) -> list[Wei]:
         """What each peer has drawn so far [wei]."""

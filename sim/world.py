@@ -403,8 +403,10 @@ class World:
                 raise AssertionError("carried out together, above")
             case Listen(topics=topics):
                 self.transit.listen(host, topics)
-            case Adopt() | Note() | Blame() | Accuse():
-                pass  # serving, logs, connections and slashing: a simulation has none
+            case Accuse():
+                self.schedule.after(BLOCK_MS, partial(self._accuse, host, action))
+            case Adopt() | Note() | Blame():
+                pass  # serving, logs and connections: a simulation has none
             case Settle(certificate=certificate, rank=rank):
                 host.unsettled[certificate.proposal.round] = certificate
                 self._settle(host, certificate, rank * RANK_DELAY_MS)
@@ -500,18 +502,27 @@ class World:
             self.checks.after_settlement(self.chain, certificate, self.schedule.now_ms)
             self.tell_chain()
 
+    def _accuse(self, host: Host, evidence: Accuse) -> None:
+        """All who saw it bring it; the first is heard."""
+        if host.peer is not None and self.chain.accuse(host.index, evidence):
+            self.tell_chain()
+
     def tell_chain(self) -> None:
         """Everybody reads the chain: its newest round, and registry and committee where they have changed."""
-        head, before = self.chain.get_head(), self.chain.roster
-        roster = self.chain.read_roster()
+        before = self.chain.roster
+        has_changed = self.chain.read_roster() is not before
         told: dict[int, list[int]] = {}
         for host in self.hosts:
             delay_ms = self._rng["network"].randrange(0, BLOCK_MS, self.network.quantum_ms)
             told.setdefault(delay_ms, []).append(host.index)
         for delay_ms, targets in told.items():
-            self.schedule.after(delay_ms, partial(self._deliver, targets, SettledChanged(head)))
-            if roster is not before:
-                self.schedule.after(delay_ms, partial(self._deliver, targets, RosterChanged(roster)))
+            self.schedule.after(delay_ms, partial(self._read_chain, targets, has_changed))
+
+    def _read_chain(self, targets: list[int], has_changed: bool) -> None:
+        """These hosts learn what the chain says at this moment."""
+        self._deliver(targets, SettledChanged(self.chain.get_head()))
+        if has_changed:
+            self._deliver(targets, RosterChanged(self.chain.roster))
 
     def _claim(self) -> None:
         """All draw what the newest final round owes them: one that was settled late is still open to challenge."""

@@ -231,6 +231,7 @@ def test_who_splits_the_votes_voids_its_own_rounds_and_is_accused() -> None:
     world.run()
     splitter = next(member.index for member in world.chain.roster.members if member.peer in names(world, 0))
     assert set(accused) == {splitter}
+    assert [member.index for member in world.chain.roster.members if not member.stake] == [splitter]
     assert world.checks.blamed == names(world, 0)
     assert len(certified(world)) == 8
 
@@ -241,6 +242,7 @@ def test_members_that_sign_both_of_two_proposals_are_accused_below_a_third() -> 
     world.run()
     splitters = {member.index for member in world.chain.roster.members if member.peer in names(world, 0, 1)}
     assert set(accused) == splitters
+    assert {member.index for member in world.chain.roster.members if not member.stake} == splitters
     assert len(certified(world)) >= 7
 
 
