@@ -413,6 +413,15 @@ class Ballot:
             state.updates.add(held, is_late=is_late)
         return self.fetch_missing() + self.consider_proposal()
 
+    def can_follow(self, proposal: Proposal) -> bool:
+        """Whether what was certified is made of shards that are known here, in this round and from this base."""
+        if self.dealt is None or proposal.round != self.state.round or proposal.base != self.standing.durable.base:
+            return False
+        num_shards = len(self.dealt.shards)
+        return all(
+            update.member < num_shards and update.peer == get_shard_name(update.member) for update in proposal.updates
+        )
+
     def follow(self, certificate: Certificate) -> list[AnyAction]:
         """Compute what a committee certified from the shards' payloads, without having taken part."""
         state, proposal = self.state, certificate.proposal

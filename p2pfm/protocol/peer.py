@@ -106,7 +106,8 @@ class Peer(Standing):
         self.earlier = _get_certified(durable)
         """After a restart the updates of the head alone: others remember more."""
         self.wanted: Certificate | None = None
-        """A certificate whose base is being fetched."""
+        """A certificate whose base is being fetched, or computed from the shards' payloads."""
+        self._base_asked: Digest | None = None
         self.losses: dict[Round, int] = {}
         """Held-out loss after each round [nano-nats/token], as evaluated here."""
         self.privacy: dict[PeerId, DeclaredPrivacy | None] = {}
@@ -188,6 +189,8 @@ class Peer(Standing):
 
     def _start_round(self, round: Round, phase: Phase) -> list[AnyAction]:
         actions = self._close_round()
+        if self.wanted is not None and self.wanted.proposal is self.top.state.proposal:
+            actions += self._fetch_base(self.wanted)  # what was to be computed in the round that ends
         actions += self._open_ballots(round, saw_train=phase == Phase.TRAIN)
         members = self.leaf.state.roster.by_peer if self.leaf.state.roster else {}
         self.privacy = {peer: told for peer, told in self.privacy.items() if peer in members}
@@ -299,6 +302,8 @@ class Peer(Standing):
 
     def _on_fetch_failed(self, event: FetchFailed) -> list[AnyAction]:
         digest, state = event.digest, self.top.state
+        if digest == self._base_asked:
+            self._base_asked = None
         if self.wanted and digest == self.wanted.proposal.new_base:
             wanted, self.wanted = self.wanted, None
             return [Note(state.round, f"base of round {wanted.proposal.round} could not be fetched: asking again")]
@@ -306,7 +311,7 @@ class Peer(Standing):
             if digest in ballot.state.updates.under_way:
                 actions = ballot.on_fetch_failed(digest, event.is_malformed)
                 if self.wanted and ballot is self.top is not self.leaf:
-                    actions += [self._fetch_base(self.wanted)]  # its payloads are not to be had: the base itself may
+                    actions += self._fetch_base(self.wanted)  # its payloads are not to be had: the base itself may
                 return actions
         return []
 
@@ -380,12 +385,17 @@ class Peer(Standing):
         if proposal.new_base in (top.state.merged.get(proposal.draft_digest), self.durable.base):
             return self._adopt(certificate)
         self.wanted = certificate
-        if top is not self.leaf and proposal.round == top.state.round and proposal.base == self.durable.base:
+        if top is not self.leaf and top.can_follow(proposal):
             return top.follow(certificate)
-        return [self._fetch_base(certificate)]
+        return self._fetch_base(certificate)
 
-    def _fetch_base(self, certificate: Certificate) -> Fetch:
-        return Fetch(certificate.proposal.new_base, "base", BASE_BYTES_MAX, self._shifted_peers())
+    def _fetch_base(self, certificate: Certificate) -> list[AnyAction]:
+        """Ask for a certified base, once until an answer comes."""
+        new_base = certificate.proposal.new_base
+        if self._base_asked == new_base:
+            return []
+        self._base_asked = new_base
+        return [Fetch(new_base, "base", BASE_BYTES_MAX, self._shifted_peers())]
 
     def _adopt(self, certificate: Certificate) -> list[AnyAction]:
         proposal, durable, top = certificate.proposal, self.durable, self.top.state
@@ -397,7 +407,7 @@ class Peer(Standing):
             residual=durable.pending_residual if self._is_mine_in(proposal) else durable.residual,
         )
         self.history.extend(proposal)
-        self.rewinds_to = None
+        self.rewinds_to = self._base_asked = None
         if proposal.round == top.round:
             top.is_certified, top.certificate = True, certificate
         self.state.is_training = False

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from p2pfm.config import LimitConfig, SettlementConfig, validate_network
 from p2pfm.errors import ConfigError
-from p2pfm.messages import IncludedUpdate, Proposal
+from p2pfm.messages import Certificate, Envelope, IncludedUpdate, Proposal, encode
 from p2pfm.protocol.committee import compute_split
+from p2pfm.protocol.events import Adopt, Fetch, Fetched, Merge, Merged, Received, RosterChanged, Tick
+from p2pfm.protocol.peer import Peer, initial_durable
 from p2pfm.protocol.phases import Level, Phase, compute_position, compute_round_start, get_durations
 from p2pfm.protocol.shards import compute_shard_shares, compute_shares_of, deal, is_shard_name
 from p2pfm.settlement.ledger import Member, Roster
@@ -117,3 +119,58 @@ def test_more_peers_than_two_levels_reach_are_refused() -> None:
 def test_a_peer_is_no_shard() -> None:
     assert is_shard_name(PeerId("shard-3"))
     assert not is_shard_name(PeerId("12D3KooWshard-3"))
+
+
+def make_certificate(peer: str, member: int, base: Digest, new_base: Digest) -> Certificate:
+    none = Digest(bytes(32))
+    update = IncludedUpdate(PeerId(peer), MemberIndex(member), none, Contribution(1), Weight(1))
+    return Certificate(
+        Proposal(Round(0), MemberIndex(0), 1, 0, base, new_base, none, Digest(b"r" * 32), (update,), (), ()),
+        (),
+        bytes(96),
+    )
+
+
+@pytest.mark.parametrize(("peer", "member"), [("shard-x", 0), ("shard-99", 99), ("shard-1", 0), ("peer-3", 3)])
+def test_a_certificate_of_shards_that_are_not_there_leads_to_its_base_and_no_crash(peer: str, member: int) -> None:
+    base, new_base = Digest(b"b" * 32), Digest(b"n" * 32)
+    node = Peer(PeerId("peer-3"), CONFIG, initial_durable(base))
+    now_ms = compute_round_start(CONFIG, Round(0))
+    node.handle(Tick(), now_ms)
+    node.handle(RosterChanged(make_roster(60)), now_ms)
+    certificate = make_certificate(peer, member, base, new_base)
+    received = Received(Envelope(PeerId("peer-0"), encode(certificate), b""), certificate)
+    fetches = [action for action in node.handle(received, now_ms) if isinstance(action, Fetch)]
+    assert [(fetch.digest, fetch.kind) for fetch in fetches] == [(new_base, "base")]
+
+
+def test_a_certificate_of_known_shards_is_recomputed_from_their_payloads() -> None:
+    base, new_base = Digest(b"b" * 32), Digest(b"n" * 32)
+    node = Peer(PeerId("peer-3"), CONFIG, initial_durable(base))
+    now_ms = compute_round_start(CONFIG, Round(0))
+    node.handle(Tick(), now_ms)
+    node.handle(RosterChanged(make_roster(60)), now_ms)
+    node.handle(Tick(), Millis(now_ms + sum(get_durations(CONFIG, Level.TOP)[:5])))
+    certificate = make_certificate("shard-2", 2, base, new_base)
+    received = Received(Envelope(PeerId("peer-0"), encode(certificate), b""), certificate)
+    actions = node.handle(received, Millis(now_ms + sum(get_durations(CONFIG, Level.TOP)[:5])))
+    payload = certificate.proposal.updates[0].payload
+    assert [action.digest for action in actions if isinstance(action, Fetch)] == [payload]
+    actions = node.handle(Fetched(payload, PeerId("shard-2")), now_ms)
+    request = next(action.request for action in actions if isinstance(action, Merge))
+    actions = node.handle(Merged(request, new_base), now_ms)
+    assert [action.base for action in actions if isinstance(action, Adopt)] == [new_base]
+
+
+def test_what_could_not_be_recomputed_in_its_round_is_fetched_in_the_next() -> None:
+    base, new_base = Digest(b"b" * 32), Digest(b"n" * 32)
+    node = Peer(PeerId("peer-3"), CONFIG, initial_durable(base))
+    now_ms = compute_round_start(CONFIG, Round(0))
+    node.handle(Tick(), now_ms)
+    node.handle(RosterChanged(make_roster(60)), now_ms)
+    certificate = make_certificate("shard-2", 2, base, new_base)
+    node.handle(Received(Envelope(PeerId("peer-0"), encode(certificate), b""), certificate), now_ms)
+    actions = node.handle(Tick(), compute_round_start(CONFIG, Round(1)))
+    assert [(action.digest, action.kind) for action in actions if isinstance(action, Fetch)] == [(new_base, "base")]
+    actions = node.handle(Fetched(new_base), compute_round_start(CONFIG, Round(1)))
+    assert [action.base for action in actions if isinstance(action, Adopt)] == [new_base]
