@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -203,7 +204,10 @@ def test_the_command_of_a_violation_runs() -> None:
 def test_an_interrupted_run_reports_on_its_rounds_so_far(tmp_path: Path) -> None:
     arguments = ["run", "small", "--peers", "3", "--rounds", "100000", "--out", str(tmp_path)]
     code = "import sys; from sim.cli import app; app(sys.argv[1:])"
-    with subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True) as process:
+    # A shell without job control lets its background jobs ignore an interrupt, and what they start, too.
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    command = [sys.executable, "-c", code, *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=listen) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "seed 1\n"
         assert process.stdout.readline().startswith("about ")
