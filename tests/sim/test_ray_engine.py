@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from test_engine import SCENARIOS, get_findings
+from test_sim_engine import SCENARIOS, get_findings
 
 from nodes.homes import get_free_port
 from p2pfm.errors import ConfigError, OperatorError
