@@ -32,10 +32,9 @@ from p2pfm.lora.layers import (
     is_feed_forward,
     set_adapter_tensors,
 )
+from p2pfm.lora.user_adapter import CONFIG_NAME, WEIGHTS_NAME
 from p2pfm.types import Array, Tensors
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 CONFIG_BYTES_MAX = 1 << 20
 """An adapter's configuration has a few kilobytes."""
@@ -82,6 +81,9 @@ Stored = Mapping[str, torch.Tensor]
 
 Imported = tuple[AdapterConfig, dict[str, Array]]
 
+Factors = dict[str, tuple[Array, Array]]
+"""By module path: A (rank, in) and B (out, rank)."""
+
 
 class Checkpoint(NamedTuple):
     """An adapter as a network's configuration and a base's tensors."""
@@ -107,6 +109,28 @@ def import_checkpoint(folder: Path) -> Checkpoint:
         raise OperatorError(f"{folder / WEIGHTS_NAME} holds no tensor")
     config, tensors = KINDS[fields.peft_type](folder, fields, stored)
     return Checkpoint(config, dict(sorted(tensors.items())), fields.base_model_name_or_path or "")
+
+
+def read_lora(folder: Path, bytes_max: int = WEIGHTS_BYTES_MAX) -> tuple[str, Factors]:
+    """A LoRA checkpoint folder as it is: the name that it gives its backbone, and factors with dW = B A.
+
+    Each layer keeps its own rank; what peft multiplies B A by is folded into B.
+
+    Raises:
+        OperatorError: as `import_checkpoint`, another method than LoRA, or more than `bytes_max` of weights.
+    """
+    fields = _read_fields(folder)
+    if fields.peft_type != "LORA":
+        raise OperatorError(f"{folder / CONFIG_NAME}: expected peft_type LORA, got {fields.peft_type!r}")
+    stored = _read_weights(folder, bytes_max)
+    if not stored:
+        raise OperatorError(f"{folder / WEIGHTS_NAME} holds no tensor")
+    factors, scales = _read_factors(folder, fields, stored)
+    scaled = {name: (low, _scale_up(high, scales[name])) for name, (low, high) in sorted(factors.items())}
+    for name, (_, high) in scaled.items():
+        if not np.isfinite(high).all():
+            raise OperatorError(f"{folder / WEIGHTS_NAME}: {name}: B times its scale is not finite in float32")
+    return fields.base_model_name_or_path or "", scaled
 
 
 def open_checkpoint(folder: Path, backbone: Any) -> tuple[PeftModel, Checkpoint]:
@@ -203,7 +227,7 @@ def _read_fields(folder: Path) -> PeftFields:
     return fields
 
 
-def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
+def _read_weights(folder: Path, bytes_max: int = WEIGHTS_BYTES_MAX) -> dict[str, torch.Tensor]:
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         if (folder / PICKLE_NAME).exists():
@@ -213,8 +237,8 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
             )
         raise OperatorError(f"no peft checkpoint in {folder}: {WEIGHTS_NAME} is missing")
     size = path.stat().st_size
-    if size > WEIGHTS_BYTES_MAX:
-        raise OperatorError(f"{path}: expected at most {WEIGHTS_BYTES_MAX} bytes, got {size}")
+    if size > bytes_max:
+        raise OperatorError(f"{path}: expected at most {bytes_max} bytes, got {size}")
     try:
         stored: dict[str, torch.Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -259,24 +283,31 @@ def _import_ia3(folder: Path, fields: PeftFields, stored: Stored) -> Imported:
 
 
 def _import_lora(folder: Path, fields: PeftFields, stored: Stored) -> Imported:
-    factors: dict[str, dict[str, Array]] = {}
+    factors, scales = _read_factors(folder, fields, stored)
+    rank = max(len(low) for low, _ in factors.values())
+    is_whole = fields.lora_alpha >= 1 and fields.lora_alpha.is_integer()
+    alpha = int(fields.lora_alpha) if is_whole else rank
+    tensors: dict[str, Array] = {}
+    for module, (low, high) in factors.items():
+        tensors |= _widen(module, low, high, rank, scales[module] * rank / alpha)
+    return AdapterConfig(kind="lora", rank=rank, alpha=alpha, targets=_targets(fields, factors)), tensors
+
+
+def _read_factors(folder: Path, fields: PeftFields, stored: Stored) -> tuple[Factors, dict[str, float]]:
+    """The factors as stored, and what peft multiplies each layer's B A by."""
+    parts: dict[str, dict[str, Array]] = {}
     for key, tensor in sorted(stored.items()):
         role = "lora_A" if key.endswith(".lora_A.weight") else "lora_B"
         module = _module_of(folder, key, f"{role}.weight")
-        factors.setdefault(module, {})[role] = _to_array(folder, key, tensor)
-    for module, pair in factors.items():
+        parts.setdefault(module, {})[role] = _to_array(folder, key, tensor)
+    factors: Factors = {}
+    for module, pair in parts.items():
         shapes = {role: part.shape for role, part in pair.items()}
         if len(pair) != 2 or shapes["lora_A"][0] != shapes["lora_B"][1]:
             where = f"{folder / WEIGHTS_NAME}: {module}"
             raise OperatorError(f"{where}: expected A (rank, in) and B (out, rank), got {shapes}")
-    scales = {module: _scale_of(folder, fields, module, len(pair["lora_A"])) for module, pair in factors.items()}
-    rank = max(len(pair["lora_A"]) for pair in factors.values())
-    is_whole = fields.lora_alpha >= 1 and fields.lora_alpha.is_integer()
-    alpha = int(fields.lora_alpha) if is_whole else rank
-    tensors: dict[str, Array] = {}
-    for module, pair in factors.items():
-        tensors |= _widen(module, pair["lora_A"], pair["lora_B"], rank, scales[module] * rank / alpha)
-    return AdapterConfig(kind="lora", rank=rank, alpha=alpha, targets=_targets(fields, factors)), tensors
+        factors[module] = pair["lora_A"], pair["lora_B"]
+    return factors, {module: _scale_of(folder, fields, module, len(low)) for module, (low, _) in factors.items()}
 
 
 def _scale_of(folder: Path, fields: PeftFields, module: str, rank: int) -> float:
@@ -302,9 +333,15 @@ def _widen(module: str, low: Array, high: Array, rank: int, factor: float) -> di
         fresh = compute_initial({names[0]: (rank, low.shape[1])}, seed=0)[names[0]]
         low = np.concatenate([low, fresh[-more:]])  # (rank, in)
         high = np.concatenate([high, np.zeros((high.shape[0], more), np.float32)], axis=1)  # (out, rank)
-    if factor != 1:
-        high = (high.astype(np.float64) * factor).astype(np.float32)
-    return dict(zip(names, (low, high), strict=True))
+    return dict(zip(names, (low, _scale_up(high, factor)), strict=True))
+
+
+def _scale_up(high: Array, factor: float) -> Array:
+    """B times `factor`, rounded once."""
+    if factor == 1:
+        return high
+    with np.errstate(over="ignore"):  # what comes of it is looked at
+        return (high.astype(np.float64) * factor).astype(np.float32)
 
 
 def _module_of(folder: Path, key: str, suffix: str) -> str:

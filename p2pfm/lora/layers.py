@@ -94,6 +94,23 @@ def build_peft(model: Any, config: AdapterConfig) -> PeftModel:
     Raises:
         OperatorError: the backbone has no layer of the names in `config.targets`, or they do not fit its kind.
     """
+    peft_model = _wrap(model, config)
+    set_adapter_tensors(peft_model, get_initial(peft_model, config))
+    return peft_model.eval()
+
+
+def describe_adapter(model: Any, config: AdapterConfig) -> tuple[dict[str, tuple[int, ...]], dict[str, Array]]:
+    """Names and shapes of what `config`'s kind trains on this backbone, and the factors that it freezes.
+
+    The backbone stays as it is: a twin without weights is wrapped. Raises as `build_peft`.
+    """
+    with torch.device("meta"):
+        twin = type(model)(model.config)
+        peft_model = _wrap(twin, config)
+    return adapter_shapes(peft_model), compute_frozen(config, get_sizes(peft_model))
+
+
+def _wrap(model: Any, config: AdapterConfig) -> PeftModel:
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and config.num_virtual >= context:
         raise OperatorError(f"network.adapter.prompt_tokens: this backbone has {context} positions in all")
@@ -104,8 +121,7 @@ def build_peft(model: Any, config: AdapterConfig) -> PeftModel:
             f"network.adapter.targets {list(config.targets)} do not fit this backbone: {error}"
         ) from error
     _freeze(peft_model, config)
-    set_adapter_tensors(peft_model, get_initial(peft_model, config))
-    return peft_model.eval()
+    return peft_model
 
 
 def make_peft_config(model: Any, config: AdapterConfig) -> PeftConfig:
@@ -217,18 +233,6 @@ def predict(model: Any, tokens: torch.Tensor, rows: torch.Tensor, columns: torch
         logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
     finally:
         hook.remove()
-    return logits
-
-
-def extend(peft_model: PeftModel, tokens: torch.Tensor, cache: Any) -> torch.Tensor:
-    """Logits (num_samples, vocabulary) after `tokens`, which are appended to `cache` (transformers' `Cache`).
-
-    A soft prompt goes into an empty cache once; peft's own forward would put it before every block.
-    """
-    is_prompt = peft_model.active_peft_config.is_prompt_learning
-    model = peft_model.get_base_model() if is_prompt and cache.get_seq_length() else peft_model
-    output = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    logits: torch.Tensor = output.logits[:, -1]
     return logits
 
 

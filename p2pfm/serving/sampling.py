@@ -7,8 +7,13 @@ the first one would have drawn.
 from hashlib import sha256
 
 import numpy as np
+from numpy.typing import NDArray
 
+from p2pfm.messages import MICRO, TokenLogprobs
 from p2pfm.types import Array
+
+LIKELIEST = 256
+"""Tokens put in order at first: they nearly always hold the draw, and ordering a whole vocabulary takes 4 ms."""
 
 
 def compute_uniform(seed: int, position: int) -> float:
@@ -20,18 +25,45 @@ def compute_uniform(seed: int, position: int) -> float:
 def choose_token(logits: Array, temperature_milli: int, top_p_milli: int, seed: int, position: int) -> int:
     """The token at `position`: the first maximum at temperature 0, else a nucleus draw (Holtzman et al. 2020).
 
-    `logits` is (vocab_size,), finite. Probabilities are float64, ordered by (falling probability, token id).
+    `logits` is (vocab_size,), finite. Probabilities are float64, ordered by (falling probability, token id). The draw
+    nearly always falls among the likeliest: the others are put in order only when it does not.
     """
     if temperature_milli == 0:
         return int(np.argmax(logits))
-    scaled = logits.astype(np.float64) / (temperature_milli / 1000)  # (vocab_size,)
-    order = np.argsort(-scaled, kind="stable")
-    weights = np.exp(scaled[order] - scaled[order[0]])
-    cumulative = np.cumsum(weights)
-    # the smallest set that holds top_p of the mass; never empty
-    kept = int(np.searchsorted(cumulative, cumulative[-1] * (top_p_milli / 1000), side="left")) + 1
-    kept = min(kept, len(order))
-    drawn = int(
-        np.searchsorted(cumulative[:kept], compute_uniform(seed, position) * cumulative[kept - 1], side="right")
-    )
-    return int(order[min(drawn, kept - 1)])
+    temperature = temperature_milli / 1000
+    weights = np.exp((logits.astype(np.float64) - float(logits.max())) / temperature)  # (vocab_size,)
+    total = float(weights.sum())
+    draw = compute_uniform(seed, position)
+    for num_likeliest in (LIKELIEST, len(logits)):
+        order = _order_likeliest(logits, num_likeliest)
+        cumulative = np.cumsum(weights[order])
+        is_whole = len(order) == len(logits)
+        # the smallest set that holds top_p of the mass; never empty
+        num_kept = int(np.searchsorted(cumulative, total * (top_p_milli / 1000), side="left")) + 1
+        if top_p_milli == 1000:
+            mass = total
+        elif num_kept <= len(order) or is_whole:
+            mass = float(cumulative[min(num_kept, len(order)) - 1])
+        else:
+            continue  # the nucleus is larger than what was put in order
+        drawn = int(np.searchsorted(cumulative, draw * mass, side="right"))
+        if drawn < len(order) or is_whole:
+            return int(order[min(drawn, num_kept - 1, len(order) - 1)])
+    raise AssertionError("the whole vocabulary holds every draw")
+
+
+def _order_likeliest(logits: Array, num_likeliest: int) -> NDArray[np.intp]:
+    """Token ids by (falling logit, id): so many of the likeliest, and those as likely as the last of them."""
+    if num_likeliest >= len(logits):
+        return np.argsort(-logits, kind="stable")
+    least = np.partition(logits, len(logits) - num_likeliest)[len(logits) - num_likeliest]
+    candidates = np.flatnonzero(logits >= least)
+    return candidates[np.argsort(-logits[candidates], kind="stable")]
+
+
+def compute_logprobs(logits: Array, token: int, num_likeliest: int) -> TokenLogprobs:
+    """Log-probabilities of `token` and of the likeliest ones; `logits` is (vocab_size,), finite."""
+    shifted = logits.astype(np.float64) - float(logits.max())
+    micro_nats = np.rint((np.log(np.exp(shifted).sum()) - shifted) * MICRO)  # (vocab_size,), >= 0
+    likeliest = _order_likeliest(logits, num_likeliest)[:num_likeliest] if num_likeliest else ()
+    return TokenLogprobs(int(micro_nats[token]), tuple((int(one), int(micro_nats[one])) for one in likeliest))
