@@ -1,6 +1,6 @@
 """What a simulated peer-round costs: the whole protocol with a perceptron on digits, and the protocol alone.
 
-    python bench/simulator.py [--json FILE] [--check] [--quick] [--frameworks flwr,p2pfl,...]
+    python bench/simulator.py [--json FILE] [--check] [--quick] [--frameworks flwr,fluke]
 
 Every world runs in a process of its own, one thread, and is measured in CPU seconds of its rounds (set-up, cooling down
 and claims left out). Beside the perceptron stand, in the same run, a plain sequential PyTorch loop over the same peers'
@@ -91,7 +91,7 @@ def measure_learning(sizes: tuple[tuple[int, int, int], ...]) -> list[dict[str, 
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--frameworks", default="", help="comma-separated: measured in environments of their own")
+    parser.add_argument("--frameworks", default="", help="flwr,fluke: measured in environments of their own")
     arguments = parser.parse_args()
     options = read_options(arguments)
     protocol = measure_protocol(((12, 4, 3), (24, 6, 3)) if options.quick else PROTOCOL)
@@ -112,8 +112,13 @@ def main() -> None:
         from simulator_frameworks import measure
 
         others = measure(arguments.frameworks.split(","), [16, 64])
-        columns = ("framework", "peers", "CPU ms a peer-round")
-        told = [(row["framework"], row["num_peers"], row["cpu_ms_per_peer_round"]) for row in others]
+        columns = ("framework", "peers", "CPU ms a peer-round", "times the sequential loop", "")
+        sequential = learning[0]["sequential"]
+        told = [
+            (row["framework"], row["num_peers"], cost, "" if cost is None else cost / sequential, row["note"])
+            for row in others
+            for cost in [row["cpu_ms_per_peer_round"]]
+        ]
         print_table("Other frameworks, the same work", columns, told)
     small, large = protocol[0], protocol[-1]
     log_growth = math.log(large["peers"]) / math.log(small["peers"]) * large["peers"] / small["peers"]

@@ -6,7 +6,7 @@ Knows the ledger, certificates and time; no peer's state.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from p2pfm.config import WEI_PER_PFM, NetworkConfig
+from p2pfm.config import NetworkConfig
 from p2pfm.errors import ChainError, Reverted
 from p2pfm.messages import Attestation, Certificate
 from p2pfm.protocol.committee import shard_message
@@ -19,10 +19,9 @@ from p2pfm.settlement.proofs import Proof
 from p2pfm.settlement.rewards import from_wire, make_submission, proposal_message
 from p2pfm.settlement.sampling import compute_quorum
 from p2pfm.types import Digest, MemberIndex, Millis, PeerId, Round, Wei
-from sim.scenarios import Scenario
+from sim.scenarios import STAKE, Scenario, compute_stakes
 from sim.signatures import Signatures
 
-STAKE = Wei(100 * WEI_PER_PFM)
 CHALLENGE_WINDOW_S = 30
 SPONSOR = "sponsor"
 UNBOUNDED_GAS = 10**12
@@ -46,7 +45,7 @@ class OtherLedger(Protocol):
 
     params: FederationParams
     accounts: Sequence[str]
-    """The peers', each with STAKE."""
+    """The peers', each with its stake (`compute_stakes`)."""
 
     def follow(self, clock: Callable[[], Millis]) -> None:
         """Take the time from `clock` [ms]."""
@@ -125,21 +124,22 @@ class Chain:
         num_epochs = scenario.num_rounds // scenario.rounds_per_epoch + 2
         self.deposits = Wei(network.pool_per_epoch() * num_epochs)
         self.accounts = ledger.accounts if ledger else [f"0x{index + 1:040x}" for index in range(len(peers))]
+        stakes = compute_stakes(scenario)
         self.ledger: InMemoryLedger | OtherLedger = ledger or InMemoryLedger(
             network.chain,
             make_params(network, len(peers)),
             signatures,
             lambda: clock() // 1000,
-            {SPONSOR: self.deposits, **dict.fromkeys(self.accounts, STAKE)},
+            {SPONSOR: self.deposits, **dict(zip(self.accounts, stakes, strict=True))},
             seed=scenario.seed.to_bytes(32, "big"),
             rotation_gas_max=UNBOUNDED_GAS,
         )
         if ledger:
             ledger.follow(clock)
         self.ledger.fund(SPONSOR, self.deposits)
-        for account, peer in zip(self.accounts, peers, strict=True):
+        for account, peer, stake in zip(self.accounts, peers, stakes, strict=True):
             possession = signatures.prove_possession(network.chain, account, peer)
-            self.ledger.register(account, peer, signatures.bls_key(peer), possession, STAKE)
+            self.ledger.register(account, peer, signatures.bls_key(peer), possession, stake)
         self._rosters: dict[int, Roster] = {}
         self._verified: dict[tuple[Digest, bytes, tuple[MemberIndex, ...]], bool] = {}
         self.rotate()

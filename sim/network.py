@@ -39,7 +39,7 @@ fewer would tell of a few sources' luck."""
 class Partition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """From `start_ms` to `end_ms` after genesis, some hosts and the others do not hear each other.
 
-    The hosts of one side are named in one of three ways.
+    The hosts of one side are named in one of four ways.
     """
 
     start_ms: int
@@ -50,6 +50,10 @@ class Partition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A share of all, drawn from the seed."""
     regions: tuple[str, ...] = ()
     """Those that are in these regions."""
+    hosts: tuple[int, ...] = ()
+    """Those of these numbers."""
+    bridges: tuple[int, ...] = ()
+    """Hosts that reach both sides all the same: attackers who eclipse the others."""
 
 
 class Regions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -178,8 +182,10 @@ def validate_network_model(model: NetworkModel, num_hosts: int) -> None:
         checks.append(("gossip.degree (odd part)", model.gossip.degree % 2, 0, 0))
         checks.append(("gossip.forward_ms", model.gossip.forward_ms, 0, 60_000))
     for part in model.partitions:
-        num_ways = bool(part.num_hosts) + bool(part.share) + bool(part.regions)
-        checks.append(("partitions (one of num_hosts, share, regions)", num_ways, 1, 1))
+        num_ways = bool(part.num_hosts) + bool(part.share) + bool(part.regions) + bool(part.hosts)
+        checks.append(("partitions (one of num_hosts, share, regions, hosts)", num_ways, 1, 1))
+        checks += [("partitions.hosts", host, 0, num_hosts - 1) for host in part.hosts]
+        checks += [("partitions.bridges", host, 0, num_hosts - 1) for host in part.bridges]
         checks.append(("partitions.start_ms", part.start_ms, 0, part.end_ms))
         checks.append(("partitions.num_hosts", part.num_hosts, 0, num_hosts))
         checks.append(("partitions.share", part.share, 0, 1))
@@ -246,14 +252,16 @@ class Network:
         self._samples_seed = self._rng.getrandbits(64)
         self._samples: dict[tuple[int, int], Ints] = {}
 
-    def _deal_sides(self, part: Partition) -> NDArray[np.bool_]:
-        """(num_hosts,): which side of a partition each is on."""
+    def _deal_sides(self, part: Partition) -> NDArray[np.int8]:
+        """(num_hosts,): which sides of a partition each is on, 1 or 2 or both (3)."""
+        hosts = np.arange(self._num_hosts)
         if part.share:
-            return np.equal(deal_classes((part.share, 1 - part.share), self._num_hosts, self._rng), 0)
-        if part.regions:
-            inside = [self._regions.names.index(name) for name in part.regions]
-            return np.isin(self._region_of, inside)
-        return np.less(np.arange(self._num_hosts), part.num_hosts)
+            is_inside = np.equal(deal_classes((part.share, 1 - part.share), self._num_hosts, self._rng), 0)
+        elif part.regions:
+            is_inside = np.isin(self._region_of, [self._regions.names.index(name) for name in part.regions])
+        else:
+            is_inside = np.isin(hosts, part.hosts) if part.hosts else hosts < part.num_hosts
+        return np.where(np.isin(hosts, part.bridges), 3, np.where(is_inside, 1, 2)).astype(np.int8)
 
     # --- who can reach whom
 
@@ -272,7 +280,7 @@ class Network:
 
     def is_cut(self, left: int, right: int, now_ms: Millis) -> bool:
         """Whether a partition lies between two hosts now."""
-        return any(side[left] != side[right] for side in self._get_cuts(now_ms))
+        return any(not side[left] & side[right] for side in self._get_cuts(now_ms))
 
     def can_dial(self, source: int, target: int) -> bool:
         """Whether a host can open a connection to another by itself: whether that one is behind no NAT."""
@@ -282,7 +290,7 @@ class Network:
         """Whether payloads can pass between two hosts: not where both are behind symmetric NATs."""
         return not (self._is_symmetric[source] and self._is_symmetric[target])
 
-    def _get_cuts(self, now_ms: Millis) -> list[NDArray[np.bool_]]:
+    def _get_cuts(self, now_ms: Millis) -> list[NDArray[np.int8]]:
         if not self._sides:
             return []
         elapsed = now_ms - self._genesis_ms
@@ -340,7 +348,7 @@ class Network:
     ) -> NDArray[np.bool_] | None:
         """Which of those that hear it (None: all) still do with the partitions of now (None: all)."""
         for side in self._get_cuts(now_ms):
-            is_near = side[at] == side[source]
+            is_near = np.not_equal(side[at] & side[source], 0)
             is_heard = is_near if is_heard is None else is_heard & is_near
         return is_heard
 
@@ -442,7 +450,7 @@ class Network:
         if self._is_symmetric[target]:
             is_lost |= self._is_symmetric[at]
         for side in self._get_cuts(now_ms):
-            is_lost |= side[at] != side[target]
+            is_lost |= np.equal(side[at] & side[target], 0)
         if self._model.links:
             delays += self._book(at, target, np.where(is_lost, 0, num_bytes), now_ms)
         else:

@@ -10,6 +10,7 @@ import msgspec
 
 from p2pfm.config import (
     GOSSIP_BYTES_MAX,
+    WEI_PER_PFM,
     ChainConfig,
     CompressionConfig,
     LimitConfig,
@@ -20,7 +21,7 @@ from p2pfm.config import (
     validate_network,
 )
 from p2pfm.errors import ConfigError
-from p2pfm.types import Millis, compute_digest
+from p2pfm.types import Millis, Wei, compute_digest
 from sim.churn import ChurnModel, validate_churn_model
 from sim.clocks import ClockModel, validate_clock_model
 from sim.network import NetworkModel, validate_network_model
@@ -67,6 +68,13 @@ AdversaryKind = Literal[
     "untimely",
 ]
 """See `sim.faults`, which makes them."""
+
+
+STAKE = Wei(100 * WEI_PER_PFM)
+"""The least that a member stakes."""
+
+STAKES_MAX = 10_000
+"""Times the least."""
 
 
 class WorkTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -121,6 +129,9 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """One peer each, from the first peer on."""
     adversary_shares: dict[AdversaryKind, float] = {}
     """Share of all peers that is of a kind, beside `adversaries`; which ones is drawn from the seed."""
+    stakes: dict[Literal["honest"] | AdversaryKind, float] = {}
+    """What each peer of a kind stakes, in multiples of the least that the contract takes; 1 for kinds that stand not
+    here. Stake draws committees, and is what slashing takes."""
     ledger: Literal["memory", "evm"] = "memory"
     """The contract's specification in memory, or the contract itself in a real EVM (slow: for small runs)."""
     outages: tuple[Outage, ...] = ()
@@ -186,6 +197,9 @@ def validate_scenario(scenario: Scenario) -> None:
     shares = sum(scenario.adversary_shares.values())
     if min(scenario.adversary_shares.values(), default=0) < 0 or shares > 1:
         raise ConfigError(f"scenario adversary_shares: expected shares of 0 to 1 in all, got {shares:g}")
+    for kind, stake in scenario.stakes.items():
+        if not 1 <= stake <= STAKES_MAX:
+            raise ConfigError(f"scenario stakes.{kind}: expected 1 to {STAKES_MAX:,} times the least, got {stake:g}")
     validate_network(make_network(scenario))
 
 
@@ -199,6 +213,11 @@ def compute_kinds(scenario: Scenario) -> tuple[AdversaryKind | None, ...]:
     drawn += [None] * rest
     Random(f"{scenario.seed} kinds").shuffle(drawn)
     return (*kinds, *drawn)[: scenario.num_peers]
+
+
+def compute_stakes(scenario: Scenario) -> tuple[Wei, ...]:
+    """What each peer stakes, by its number."""
+    return tuple(Wei(int(STAKE * scenario.stakes.get(kind or "honest", 1))) for kind in compute_kinds(scenario))
 
 
 def make_network(scenario: Scenario) -> NetworkConfig:

@@ -13,9 +13,11 @@ from p2pfm.config import NetworkConfig
 from p2pfm.errors import Reject
 from p2pfm.messages import (
     Announcement,
+    Aside,
     Attestation,
     Certificate,
     Leaf,
+    Message,
     Presence,
     Proposal,
     Score,
@@ -590,7 +592,7 @@ class Untimely(Honest):
 # --- tools -----------------------------------------------------------------------------------------------------------
 
 
-def get_word(action: AnyAction) -> Word | Certificate | Presence | None:
+def get_word(action: AnyAction) -> Word | Certificate | Aside | None:
     """What an action says, be it to a shard or to all; None: it is no message."""
     return _unwrap(action.message) if isinstance(action, Publish) else None
 
@@ -603,7 +605,7 @@ def with_word(action: AnyAction, word: Word) -> Publish:
     return msgspec.structs.replace(action, message=wrapped)
 
 
-def get_heard(event: AnyEvent) -> Word | Certificate | Presence | None:
+def get_heard(event: AnyEvent) -> Word | Certificate | Aside | None:
     """What was heard, be it of a shard or of all; None: it is no message."""
     return _unwrap(event.message) if isinstance(event, Received) else None
 
@@ -627,5 +629,5 @@ def _repay(leaf: Leaf, reward_wei: int) -> Leaf:
     return Leaf(wei_to_wire(Wei(before + reward_wei)), wei_to_wire(Wei(reward_wei)), leaf.contribution)
 
 
-def _unwrap(message: Word | Certificate | ShardMessage | Presence) -> Word | Certificate | Presence:
+def _unwrap(message: Message) -> Word | Certificate | Aside:
     return message.message if isinstance(message, ShardMessage) else message

@@ -11,13 +11,15 @@ from p2pfm.messages import Leaf, Score, ScoreReveal, SyncReply, SyncRequest, wei
 from p2pfm.protocol.events import Accuse, AnswerSync, AnyAction, Publish, RosterChanged, SyncAsked
 from p2pfm.protocol.gossip import SLOTS_MAX
 from p2pfm.protocol.membership import compute_ranks
+from p2pfm.settlement.ledger import Slashed
 from p2pfm.types import Contribution, Digest, MemberIndex, Millis, PeerId, Round, Wei
 from sim.adversaries.filters import Eclipser, Splitter, pay_only
 from sim.churn import ChurnModel
 from sim.faults import make_learners
 from sim.host import Host
 from sim.learners.convex import LinearLearner, Problem
-from sim.scenarios import AdversaryKind, Scenario
+from sim.network import NetworkModel, Partition
+from sim.scenarios import STAKE, AdversaryKind, Scenario, validate_scenario
 from sim.world import World
 
 ROUNDS = 4
@@ -256,6 +258,24 @@ def test_an_eclipse_by_a_third_does_not_part_the_victim_from_the_others() -> Non
     assert rewards(world)[-1] > 0.5
 
 
+def test_a_whole_eclipse_lasts_as_long_as_its_partition_and_the_victim_comes_back() -> None:
+    """The victim reaches only eclipsers for two rounds: it learns nothing, signs nothing false, and then catches up."""
+    round_ms = 60_000
+    partition = Partition(0, 2 * round_ms, hosts=(11,), bridges=(0, 1))
+    scenario = Scenario(
+        seed=5, num_peers=12, num_rounds=4, adversaries=("eclipse",) * 2, network=NetworkModel(partitions=(partition,))
+    )
+    world = World(scenario)
+    world.run()
+    assert certified(world) == [0, 1, 2, 3]
+    victim = world.hosts[-1].me
+    assert [victim in world.checks.holders[round] for round in sorted(world.checks.holders)][2:] == [True, True]
+    assert victim not in world.checks.blamed
+    proposals = [world.checks.certificates[round].proposal for round in sorted(world.checks.certificates)]
+    paid = [victim in {update.peer for update in proposal.updates} for proposal in proposals]
+    assert paid == [False, False, True, True]
+
+
 def test_an_eclipser_keeps_all_from_its_victim_alone() -> None:
     roster = run(num_peers=9).chain.roster
     victim, other = roster.members[-1].peer, roster.members[0].peer
@@ -324,3 +344,18 @@ def test_a_splitter_without_a_reveal_to_spare_splits_nothing() -> None:
     assert isinstance(world.hosts[0].filter, Splitter)
     assert world.checks.blamed == set()
     assert certified(world) == [0, 1, 2, 3]
+
+
+def test_a_kind_stakes_what_the_scenario_says_and_loses_all_of_it() -> None:
+    scenario = Scenario(num_peers=8, num_rounds=4, adversaries=("split_votes",), stakes={"split_votes": 3, "honest": 2})
+    world = World(scenario)
+    assert [member.stake // STAKE for member in world.chain.roster.members] == [3, *[2] * 7]
+    world.run()
+    slashed = [entry.what for entry in world.chain.ledger.get_entries() if isinstance(entry.what, Slashed)]
+    assert [(what.index, what.amount) for what in slashed] == [(0, 3 * STAKE)]
+
+
+@pytest.mark.parametrize("stake", [0.5, float("nan"), 1e9])
+def test_a_stake_below_the_least_or_beyond_all_bounds_is_refused(stake: float) -> None:
+    with pytest.raises(ConfigError, match="stakes"):
+        validate_scenario(Scenario(stakes={"honest": stake}))

@@ -218,6 +218,16 @@ def test_several_partitions_cut_by_number_by_share_and_by_region() -> None:
     assert not any(network.is_cut(0, host, Millis(GENESIS_MS - 1)) for host in hosts)
 
 
+def test_bridges_reach_both_sides_of_a_partition() -> None:
+    part = Partition(0, 9_000, hosts=(3, 5), bridges=(0, 7))
+    network = make_network(NetworkModel(partitions=(part,)), 9)
+    cut = {(a, b) for a in range(9) for b in range(9) if network.is_cut(a, b, GENESIS_MS)}
+    inside, outside = {3, 5}, {1, 2, 4, 6, 8}
+    assert cut == {(a, b) for a in range(9) for b in range(9) if {a, b} & inside and {a, b} & outside}
+    heard = network.draw_delays(3, range(9), 100, GENESIS_MS)
+    assert [delay_ms is not None for delay_ms in heard] == [host in (0, 3, 5, 7) for host in range(9)]
+
+
 # --- payloads
 
 transfers = st.lists(
@@ -448,6 +458,9 @@ def test_a_network_is_read_from_toml() -> None:
         (NetworkModel(links=(LinkClass(0.3, 5, 5),)), "sum"),
         (NetworkModel(gossip=Gossip(degree=5)), "degree"),
         (NetworkModel(partitions=(Partition(0, 9),)), "one of"),
+        (NetworkModel(partitions=(Partition(0, 9, hosts=(1,), num_hosts=1),)), "one of"),
+        (NetworkModel(partitions=(Partition(0, 9, hosts=(10_000,)),)), "partitions.hosts"),
+        (NetworkModel(partitions=(Partition(0, 9, num_hosts=1, bridges=(-1,)),)), "partitions.bridges"),
         (NetworkModel(partitions=(Partition(9, 0, share=0.5),)), "start_ms"),
         (NetworkModel(partitions=(Partition(0, 9, regions=("mars",)),)), "mars"),
     ],

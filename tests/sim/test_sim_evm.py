@@ -9,7 +9,9 @@ from p2pfm.types import Round
 from sim.scenarios import Scenario
 from sim.world import World
 
-SCENARIO = Scenario(num_peers=8, num_rounds=3, committee_size=8, seed=21)
+SCENARIO = Scenario(
+    num_peers=8, num_rounds=3, committee_size=8, seed=21, adversaries=("two_faced",), stakes={"two_faced": 2.5}
+)
 ON_CHAIN = msgspec.structs.replace(SCENARIO, ledger="evm")
 
 
