@@ -19,6 +19,15 @@ LIST_MAX = 4096
 MEMBERS_MAX = 128 * 128
 """Two levels of shards reach this many peers."""
 
+RECEIPTS_MAX = 512
+"""Gateways in one report: more peers than one shard holds."""
+
+LOGPROBS_MAX = 20
+"""Alternatives a token that a client may ask for: OpenAI's bound."""
+
+STATE_BYTES_MAX = 32_768
+"""What a gateway may keep with a stream: a model's name, and stop strings."""
+
 MICRO = 10**6
 PICO = 10**12
 EPSILON_MICRO_MAX = 2**53
@@ -197,9 +206,75 @@ class Presence(Wire, frozen=True, tag="presence"):
     ttl_ms: Count
     sequence: Count
     """Grows with every record of one peer, so that an old one cannot be replayed over a new one."""
+    waiting: Count = 0
+    """Of its sessions, those that wait for their first token."""
+    speed_milli: Count = 0
+    """Tokens of one stream a second, lately [thousandths]; 0: not measured."""
 
 
-Message = Word | Certificate | ShardMessage | Presence
+class GenerateRequest(Wire, frozen=True, tag="generate"):
+    """Continue a token stream. `emitted` is what the client already holds: the replica starts at that very position."""
+
+    version: Bytes32
+    prompt: Annotated[tuple[int, ...], msgspec.Meta(max_length=32_768)]
+    emitted: Annotated[tuple[int, ...], msgspec.Meta(max_length=32_768)]
+    tokens_max: Annotated[int, msgspec.Meta(ge=1, le=32_768)]
+    temperature_milli: Annotated[int, msgspec.Meta(ge=0, le=100_000)]
+    top_p_milli: Annotated[int, msgspec.Meta(ge=1, le=1000)]
+    seed: Count
+    num_logprobs: Annotated[int, msgspec.Meta(ge=0, le=1 + LOGPROBS_MAX)]
+    """0: none; 1 + k: that of each token, and of the k likeliest at its place."""
+
+
+class Vouch(Wire, frozen=True, tag="vouch"):
+    """A replica's answer: it gave the tokens from `start` on, the asker brought those before.
+
+    Sent by an asker who wants it signed (a request); and, signed by the replica, part of a `CheatReport`.
+    """
+
+    claimed: GenerateRequest
+    """Its `emitted` is the whole answer so far."""
+    start: Count
+
+
+class CheatReport(Wire, frozen=True, tag="cheat"):
+    """A replica's own signature under an answer that the model does not give. Whoever hears it recomputes it."""
+
+    replica: Name
+    vouch: Vouch
+    signature: Annotated[bytes, msgspec.Meta(min_length=64, max_length=64)]
+
+
+class Receipt(Wire, frozen=True, tag="receipt"):
+    """A gateway's word about what a replica generated for it; the newest of a pair and epoch stands for all."""
+
+    gateway: Name
+    replica: Name
+    epoch: Count
+    number: Annotated[int, msgspec.Meta(ge=1, le=2**53)]
+    """Counts a pair's receipts of an epoch."""
+    answer: Bytes32
+    """Digest of the request with all tokens of the answer, as a replica is asked to go on with it."""
+    version: Bytes32
+    num_tokens: Annotated[int, msgspec.Meta(ge=1, le=2**53)]
+    """Of this answer, by this replica."""
+    total_tokens: Annotated[int, msgspec.Meta(ge=1, le=2**53)]
+    """Of the epoch so far, this answer included."""
+    client: Bytes32
+    """Digest of the client's API key name and the gateway's peer id; zeros: it has none."""
+
+
+class ServiceReport(Wire, frozen=True, tag="service"):
+    """What a replica shows of an epoch: the newest receipt of each gateway, as that gateway sealed it."""
+
+    epoch: Count
+    receipts: Annotated[tuple["Envelope", ...], msgspec.Meta(max_length=RECEIPTS_MAX)]
+
+
+Aside = Presence | CheatReport | ServiceReport
+"""Of serving: nothing in a round depends on them."""
+
+Message = Word | Certificate | ShardMessage | Aside
 
 
 class Envelope(Wire, frozen=True, dict=True):
@@ -262,16 +337,13 @@ class PeersReply(Wire, frozen=True, tag="peers_reply"):
     """The teller's wall clock [ms since 1970]: from the median of several a peer learns that its own is off."""
 
 
-class GenerateRequest(Wire, frozen=True, tag="generate"):
-    """Continue a token stream. `emitted` is what the client already holds: the replica starts at that very position."""
+class TokenLogprobs(Wire, frozen=True):
+    """Log-probabilities at one place, before temperature and top_p [millionths of a nat below 0]."""
 
-    version: Bytes32
-    prompt: Annotated[tuple[int, ...], msgspec.Meta(max_length=32_768)]
-    emitted: Annotated[tuple[int, ...], msgspec.Meta(max_length=32_768)]
-    tokens_max: Annotated[int, msgspec.Meta(ge=1, le=32_768)]
-    temperature_milli: Annotated[int, msgspec.Meta(ge=0, le=100_000)]
-    top_p_milli: Annotated[int, msgspec.Meta(ge=1, le=1000)]
-    seed: Count
+    micro_nats: Count
+    """Of the token that stands there: minus its log-probability."""
+    likeliest: Annotated[tuple[tuple[Count, Count], ...], msgspec.Meta(max_length=LOGPROBS_MAX)]
+    """(token, micro_nats), likeliest first."""
 
 
 class TokenChunk(Wire, frozen=True, tag="tokens"):
@@ -280,10 +352,101 @@ class TokenChunk(Wire, frozen=True, tag="tokens"):
     position: Count
     tokens: Annotated[tuple[int, ...], msgspec.Meta(max_length=4096)]
     finish: Annotated[str, msgspec.Meta(max_length=200)]
+    logprobs: Annotated[tuple[TokenLogprobs, ...], msgspec.Meta(max_length=4096)] = ()
+    """One a token where the request asks for them, else none."""
 
 
-Request = BlobRequest | SyncRequest | PeersRequest | GenerateRequest
-Reply = BlobReply | SyncReply | PeersReply | TokenChunk
+class CheckRequest(Wire, frozen=True, tag="check"):
+    """Would the model have given these tokens? `claimed.emitted` is the whole answer that somebody claims."""
+
+    claimed: GenerateRequest
+
+
+class CheckReply(Wire, frozen=True, tag="check_reply"):
+    """One entry a claimed token; none with a refusal."""
+
+    gaps_micro: Annotated[tuple[Count, ...], msgspec.Meta(max_length=LIST_MAX)]
+    """`serving.recheck.compute_gap`: how far the logits would have to move for it [millionths of a nat]."""
+    micro_nats: Annotated[tuple[Count, ...], msgspec.Meta(max_length=LIST_MAX)]
+    """Minus its log-probability, as in TokenLogprobs."""
+    refusal: Annotated[str, msgspec.Meta(max_length=200)] = ""
+    """"": none; else busy, unknown_version, invalid or error, as in TokenChunk."""
+
+
+class VouchReply(Wire, frozen=True, tag="vouch_reply"):
+    """The replica's signature of the `Vouch` asked for (`signed_bytes`); empty: it does not remember such an answer."""
+
+    signature: Annotated[bytes, msgspec.Meta(max_length=64)]
+
+
+class ReceiptOffer(Wire, frozen=True, tag="receipt_offer"):
+    """A sealed `Receipt` for the replica that earned it."""
+
+    sealed: Envelope
+
+
+class ReceiptReply(Wire, frozen=True, tag="receipt_reply"):
+    """The replica's signature of the receipt's body (`signed_bytes`); empty: it takes none."""
+
+    signature: Annotated[bytes, msgspec.Meta(max_length=64)]
+
+
+class KeepStream(Wire, frozen=True, tag="keep_stream"):
+    """A client's stream as its gateway holds it, for another gateway to go on with should this one die.
+
+    Its name is `serving.keeping.compute_stream_id`: who knows it may have the stream.
+    """
+
+    nonce: Bytes32
+    """Random, so that nobody guesses the name."""
+    request: GenerateRequest
+    """Its `emitted` is all that was generated so far."""
+    state: Annotated[bytes, msgspec.Meta(max_length=STATE_BYTES_MAX)]
+    """What the gateways' HTTP sides need of it; nobody else reads it."""
+
+
+class ExtendStream(Wire, frozen=True, tag="extend_stream"):
+    """New tokens of a stream that the asked one keeps, from `position` of the generated text on."""
+
+    stream: Bytes32
+    position: Count
+    tokens: Annotated[tuple[int, ...], msgspec.Meta(max_length=32_768)]
+
+
+class KeptReply(Wire, frozen=True, tag="kept_reply"):
+    """Answer to both."""
+
+    num_tokens: Annotated[int, msgspec.Meta(ge=-1, le=32_768)]
+    """Of the stream, held now; -1: the stream is not kept here."""
+
+
+class FindStream(Wire, frozen=True, tag="find_stream"):
+    """Do you keep this stream?"""
+
+    stream: Bytes32
+
+
+class FoundReply(Wire, frozen=True, tag="found_reply"):
+    """The stream, or None: not kept here."""
+
+    kept: KeepStream | None
+
+
+Request = (
+    BlobRequest
+    | SyncRequest
+    | PeersRequest
+    | GenerateRequest
+    | CheckRequest
+    | Vouch
+    | KeepStream
+    | ExtendStream
+    | FindStream
+    | ReceiptOffer
+)
+Reply = (
+    BlobReply | SyncReply | PeersReply | TokenChunk | CheckReply | VouchReply | KeptReply | FoundReply | ReceiptReply
+)
 
 _TAGS = frozenset(str(kind.__struct_config__.tag).encode() for kind in (*get_args(Request), *get_args(Reply)))
 
@@ -293,6 +456,7 @@ _message: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 _envelope: msgspec.msgpack.Decoder[Envelope] = msgspec.msgpack.Decoder(Envelope)
 _request: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _reply: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+_receipt: msgspec.msgpack.Decoder[Receipt] = msgspec.msgpack.Decoder(Receipt)
 _encoder = msgspec.msgpack.Encoder()
 
 
@@ -323,6 +487,11 @@ def decode_request(data: bytes, bytes_max: int = 1_000_000) -> Request:
 def decode_reply(data: bytes, bytes_max: int = 8_000_000) -> Reply:
     """An answer of another peer. Raises: Reject."""
     return _decode(_reply, data, bytes_max)
+
+
+def decode_receipt(data: bytes, bytes_max: int = 1_000) -> Receipt:
+    """The body of a sealed receipt. Raises: Reject."""
+    return _decode(_receipt, data, bytes_max)
 
 
 def peek_tag(data: bytes) -> str:

@@ -102,6 +102,9 @@ class Session:
         held = self._emitted[chunk.position : chunk.position + len(chunk.tokens)]
         if list(chunk.tokens[:overlap]) != held:
             raise Reject(f"expected tokens from position {chunk.position} to repeat what came before; they differ")
+        num_logprobs = len(chunk.tokens) if self._request.num_logprobs else 0
+        if len(chunk.logprobs) != num_logprobs:
+            raise Reject(f"expected {num_logprobs} tokens' log-probabilities, got {len(chunk.logprobs)}")
         new = chunk.tokens[overlap:]
         total = position + len(new)
         if new and self.finish:
@@ -131,6 +134,7 @@ class Session:
             temperature_milli=request.temperature_milli,
             top_p_milli=request.top_p_milli,
             seed=request.seed,
+            num_logprobs=request.num_logprobs,
         )
 
 

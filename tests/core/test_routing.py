@@ -4,7 +4,22 @@ from hypothesis import strategies as st
 
 from p2pfm.errors import Reject
 from p2pfm.messages import Presence
-from p2pfm.serving.routing import BACKOFF_MS, BACKOFF_MS_MAX, TTL_MS_MAX, AdaptiveDeadline, ReplicaTable, choose
+from p2pfm.serving.routing import (
+    BACKOFF_MS,
+    BACKOFF_MS_MAX,
+    BAN_MS,
+    FIRST_TOKENS_MAX,
+    FIRST_TOKENS_MIN,
+    HEDGES_SAVED_MAX,
+    STREAMS_PER_HEDGE,
+    TTL_MS_MAX,
+    AdaptiveDeadline,
+    FirstTokens,
+    HedgeBudget,
+    Pace,
+    ReplicaTable,
+    choose,
+)
 from p2pfm.types import Digest, Millis, PeerId
 
 V1, V2 = Digest(b"1" * 32), Digest(b"2" * 32)
@@ -12,8 +27,10 @@ A, B, C = PeerId("a"), PeerId("b"), PeerId("c")
 NOW = Millis(1_000_000)
 
 
-def record(peer: PeerId, sequence: int = 1, versions=(V1,), sessions: int = 0, ttl_ms: int = 15_000) -> Presence:
-    return Presence(peer, versions, sessions, 4, ttl_ms, sequence)
+def record(
+    peer: PeerId, sequence: int = 1, versions=(V1,), sessions: int = 0, ttl_ms: int = 15_000, **more
+) -> Presence:
+    return Presence(peer, versions, sessions, 4, ttl_ms, sequence, **more)
 
 
 def table_of(*records: Presence) -> ReplicaTable:
@@ -58,6 +75,86 @@ def test_the_faster_and_the_less_loaded_replica_comes_first() -> None:
     for _ in range(5):
         table.on_first_token(B, 100.0)
     assert order(table) == (B, C)
+
+
+def test_a_queue_and_a_slow_machine_put_a_replica_behind() -> None:
+    assert order(table_of(record(B, waiting=1), record(C))) == (C, B)
+    assert order(table_of(record(B, speed_milli=50_000), record(C, speed_milli=20_000))) == (B, C)
+    assert order(table_of(record(B, speed_milli=20_000), record(C, speed_milli=50_000))) == (C, B)
+
+
+def test_what_was_measured_counts_more_than_what_a_replica_says() -> None:
+    table = table_of(record(B, speed_milli=10**12), record(C, speed_milli=20_000))
+    assert order(table) == (B, C)
+    table.on_speed(B, 1.0)
+    assert order(table) == (C, B)
+
+
+def test_of_two_that_were_never_asked_the_nearer_comes_first() -> None:
+    table = table_of(record(B), record(C))
+    for peer, round_trip_ms in ((B, 80.0), (C, 5.0), (B, 90.0), (C, 500.0)):
+        table.on_round_trip(peer, round_trip_ms)
+    table.on_round_trip(C, 6.0)
+    assert order(table) == (C, B), "one slow answer waited there: the fast one is the way"
+    table.on_round_trip(B, 1.0)
+    assert order(table) == (B, C)
+
+
+def test_the_local_replica_is_first_until_another_is_much_faster() -> None:
+    table = table_of(record(A), record(B), record(C))
+    table.on_first_token(A, 900.0)
+    table.on_first_token(B, 500.0)
+    assert order(table)[0] == A
+    table.on_speed(B, 200.0)
+    for _ in range(20):
+        table.on_first_token(A, 9_000.0)
+    assert order(table)[0] == B
+    assert order(table, policy="only") == (A,)
+    for _ in range(4):
+        table.on_started(B)
+        table.on_started(C)
+    assert order(table)[0] == A, "the others are full"
+
+
+def test_a_first_token_is_late_beyond_the_percentile_of_the_newest() -> None:
+    waits = FirstTokens()
+    for index in range(FIRST_TOKENS_MIN - 1):
+        waits.on_first_token(float(index))
+        assert waits.late_ms() == float("inf"), "too few are known"
+    for index in range(FIRST_TOKENS_MIN - 1, 19):
+        waits.on_first_token(float(index))
+    waits.on_first_token(100.0)
+    assert waits.late_ms() == 18, "one of twenty is above"
+    for _ in range(FIRST_TOKENS_MAX):
+        waits.on_first_token(7.0)
+    assert waits.late_ms() == 7.0, "the old ones are forgotten"
+
+
+@given(st.lists(st.booleans(), max_size=300))
+def test_no_more_than_one_of_ten_streams_is_hedged(wishes: list[bool]) -> None:
+    budget, num_hedged = HedgeBudget(), 0
+    for num_streams, is_late in enumerate(wishes, 1):
+        budget.on_stream()
+        num_hedged += is_late and budget.take()
+        assert num_hedged <= num_streams / STREAMS_PER_HEDGE
+
+
+def test_after_a_quiet_time_only_a_few_streams_are_hedged_at_once() -> None:
+    budget = HedgeBudget()
+    for _ in range(1000):
+        budget.on_stream()
+    assert sum(budget.take() for _ in range(100)) == HEDGES_SAVED_MAX
+
+
+def test_a_pace_leaves_the_first_token_and_slow_readers_out() -> None:
+    pace = Pace()
+    pace.on_tokens(0, 3.0)
+    pace.on_tokens(1, 5.0)
+    assert pace.compute_speed(1.0) is None, "nothing came after the first"
+    for _ in range(4):
+        pace.on_tokens(1, 0.1)
+    assert pace.compute_speed(0.5) == pytest.approx(10.0)
+    assert pace.compute_speed(5.0) is None, "its reader took the time"
 
 
 def test_gateways_order_equal_replicas_differently() -> None:
@@ -111,6 +208,20 @@ def test_failures_pause_a_replica_twice_as_long_each_time_and_never_ban_it() -> 
     assert order(table, now=Millis(now + BACKOFF_MS_MAX)) == (A,)
 
 
+def test_a_replica_that_is_gone_or_missed_a_record_stands_behind_until_it_speaks() -> None:
+    table = table_of(record(A), record(B, sessions=3))
+    assert order(table) == (A, B)
+    table.on_gone(A)
+    assert order(table) == (B, A)
+    table.on_presence(A, record(A, sequence=2), NOW)
+    assert order(table) == (A, B)
+    later = Millis(NOW + 8_000)
+    table.on_presence(B, record(B, sequence=2, sessions=4), later)
+    assert order(table, now=later) == (B, A), "a full one answers at once that it is"
+    table.on_failure(B, later)
+    assert order(table, now=later) == (A, B)
+
+
 def test_a_token_forgives_failures() -> None:
     table = table_of(record(A), record(B))
     table.on_failure(A, NOW)
@@ -145,3 +256,20 @@ def test_a_network_that_is_slow_throughout_gets_time(waits: list[float]) -> None
     for wait in waits:
         deadline.on_wait(wait)
     assert 900 <= deadline.deadline_ms() <= 1_100 + 8 * 200
+
+
+def test_a_cheat_is_live_no_more_and_each_ban_is_twice_as_long() -> None:
+    table = table_of(record(A), record(B))
+    table.on_cheat(A, NOW)
+    assert [state.record.peer for state in table.live(NOW)] == [B]
+    table.on_presence(A, record(A, sequence=2), NOW)  # whatever it says
+    assert table.is_banned(A, NOW)
+    after = Millis(NOW + BAN_MS)
+    assert not table.is_banned(A, after)
+    table.on_cheat(A, after)
+    assert table.bans()[0].until_ms == after + 2 * BAN_MS
+
+    restarted = ReplicaTable()
+    restarted.restore_bans(table.bans())
+    assert restarted.is_banned(A, after)
+    assert not restarted.is_banned(B, after)

@@ -15,7 +15,7 @@ VOCABULARY = Vocabulary(size=10, ends=frozenset({END}), context_max=64)
 
 
 def ask(tokens_max: int = 20, emitted: tuple[int, ...] = (), prompt: tuple[int, ...] = (1, 2)) -> GenerateRequest:
-    return GenerateRequest(Digest(b"v" * 32), prompt, emitted, tokens_max, 0, 1000, 0)
+    return GenerateRequest(Digest(b"v" * 32), prompt, emitted, tokens_max, 0, 1000, 0, 0)
 
 
 def feed(session: Session, chunk: TokenChunk) -> tuple[int, ...]:

@@ -32,7 +32,15 @@ from p2pfm.lora.delta import MAGIC as TENSORS_MAGIC
 from p2pfm.lora.delta import decode_tensors, flatten, unflatten
 from p2pfm.lora.subsets import DECAY_BOUNDS, DECAYS
 from p2pfm.lora.topk import LEVEL_CODES
-from p2pfm.messages import SIGNING_DOMAIN, decode_envelope, decode_message, decode_reply, decode_request, encode
+from p2pfm.messages import (
+    SIGNING_DOMAIN,
+    decode_envelope,
+    decode_message,
+    decode_receipt,
+    decode_reply,
+    decode_request,
+    encode,
+)
 from p2pfm.protocol.gossip import REPLY_MAX
 from p2pfm.protocol.peer import SYNC_MS
 from p2pfm.runtime.envelopes import ID_PREFIX
@@ -60,6 +68,7 @@ DECODERS: dict[str, Callable[[bytes], Any]] = {
     "envelope": decode_envelope,
     "request": decode_request,
     "reply": decode_reply,
+    "receipt": decode_receipt,
 }
 
 
@@ -111,7 +120,7 @@ def test_the_page_names_every_tag_with_its_fields_in_order() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| (\w+: .*?) \|", PAGE, re.MULTILINE))
     structs = [item for item in vars(wire).values() if isinstance(item, type(wire.Wire)) and item is not wire.Wire]
     tagged = {item.__struct_config__.tag: list(item.__struct_fields__) for item in structs}
-    untagged = {"Envelope", "DeclaredPrivacy", "Score", "IncludedUpdate", "Leaf"}
+    untagged = {"Envelope", "DeclaredPrivacy", "Score", "IncludedUpdate", "Leaf", "TokenLogprobs"}
     assert {item.__name__ for item in structs if item.__struct_config__.tag is None} == untagged
     tagged.pop(None)
     assert {tag: re.findall(r"(?:^|, )(\w+): ", fields) for tag, fields in rows.items()} == tagged

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.peer.id import ID
+from nacl.signing import SigningKey
 
 from p2pfm.config import ChainConfig, CompressionConfig, NetworkConfig
 from p2pfm.lora.compress import compress, decode_payload
@@ -24,21 +25,36 @@ from p2pfm.messages import (
     BlobReply,
     BlobRequest,
     Certificate,
+    CheatReport,
+    CheckReply,
+    CheckRequest,
     DeclaredPrivacy,
     Envelope,
+    ExtendStream,
+    FindStream,
+    FoundReply,
     GenerateRequest,
     IncludedUpdate,
+    KeepStream,
+    KeptReply,
     PeersReply,
     PeersRequest,
     Presence,
     Proposal,
+    Receipt,
+    ReceiptOffer,
+    ReceiptReply,
     Score,
     ScoreCommit,
     ScoreReveal,
+    ServiceReport,
     ShardMessage,
     SyncReply,
     SyncRequest,
     TokenChunk,
+    TokenLogprobs,
+    Vouch,
+    VouchReply,
     Wire,
     compute_commitment,
     encode,
@@ -47,6 +63,7 @@ from p2pfm.messages import (
 )
 from p2pfm.runtime.envelopes import seal
 from p2pfm.runtime.keys import Keys
+from p2pfm.serving.keeping import compute_stream_id
 from p2pfm.settlement import bls, merkle
 from p2pfm.settlement.ledger import LeafValue, Sums
 from p2pfm.settlement.rewards import compute_sums, proposal_message, to_wire
@@ -162,6 +179,20 @@ CERTIFICATE = Certificate(PROPOSAL, (MemberIndex(4),), bls.aggregate(SIGNATURES)
 NETWORK_ID = NETWORK.network_id()
 ENVELOPE = seal(KEYS[0], NETWORK_ID, ANNOUNCEMENT)
 
+CLAIMED = GenerateRequest(compute_digest(BASE), (1, 2, 300), (70_000, 2), 32, 0, 1000, 7, 0)
+VOUCH = Vouch(CLAIMED, 1)
+VOUCH_SIGNATURE = SigningKey(KEYS[1].peer_seed).sign(signed_bytes(NETWORK_ID, KEYS[1].peer, encode(VOUCH))).signature
+
+RECEIPT = Receipt(
+    KEYS[0].peer, KEYS[1].peer, 5, 3, compute_digest(encode(CLAIMED)), compute_digest(BASE), 2, 130, bytes(32)
+)
+RECEIPT_SIGNATURES = [
+    SigningKey(keys.peer_seed).sign(signed_bytes(NETWORK_ID, keys.peer, encode(RECEIPT))).signature for keys in KEYS[:2]
+]
+SEALED_RECEIPT = Envelope(KEYS[0].peer, encode(RECEIPT), RECEIPT_SIGNATURES[0])
+
+KEPT = KeepStream(compute_digest(b"nonce"), CLAIMED, b"{}")
+
 MESSAGES: dict[str, Wire] = {
     "announcement": ANNOUNCEMENT,
     "announcement_private": msgspec.structs.replace(ANNOUNCEMENT, privacy=DeclaredPrivacy(2_500_000, 10_000_000)),
@@ -171,7 +202,9 @@ MESSAGES: dict[str, Wire] = {
     "attestation": ATTESTATION,
     "certificate": CERTIFICATE,
     "shard": ShardMessage(MemberIndex(3), ANNOUNCEMENT),
-    "presence": Presence(KEYS[0].peer, (compute_digest(BASE), compute_digest(b"old")), 1, 4, 15_000, 2**40),
+    "presence": Presence(KEYS[0].peer, (compute_digest(BASE), compute_digest(b"old")), 1, 4, 15_000, 2**40, 1, 12_500),
+    "cheat": CheatReport(KEYS[1].peer, VOUCH, VOUCH_SIGNATURE),
+    "service": ServiceReport(5, (SEALED_RECEIPT,)),
 }
 """Gossip: the bodies of envelopes."""
 ENVELOPES: dict[str, Wire] = {"envelope": ENVELOPE}
@@ -179,7 +212,13 @@ REQUESTS: dict[str, Wire] = {
     "blob": BlobRequest(compute_digest(BASE), 262_144, 262_144),
     "sync": SyncRequest(Round(41), (compute_digest(ENVELOPE.body),), -1),
     "peers": PeersRequest((f"/ip4/127.0.0.1/tcp/4001/p2p/{KEYS[0].peer}",)),
-    "generate": GenerateRequest(compute_digest(BASE), (1, 2, 300), (70_000,), 32, 700, 950, 7),
+    "generate": GenerateRequest(compute_digest(BASE), (1, 2, 300), (70_000,), 32, 700, 950, 7, 2),
+    "check": CheckRequest(CLAIMED),
+    "vouch": VOUCH,
+    "keep_stream": KEPT,
+    "extend_stream": ExtendStream(compute_stream_id(KEPT), 2, (5, 130)),
+    "find_stream": FindStream(compute_stream_id(KEPT)),
+    "receipt_offer": ReceiptOffer(SEALED_RECEIPT),
 }
 REPLIES: dict[str, Wire] = {
     "blob_reply": BlobReply(300, bytes(range(256)) + bytes(44)),
@@ -187,9 +226,25 @@ REPLIES: dict[str, Wire] = {
     "sync_reply": SyncReply((ENVELOPE,), CERTIFICATE),
     "sync_reply_nothing": SyncReply((), None),
     "peers_reply": PeersReply((f"/ip4/127.0.0.1/tcp/4001/p2p/{KEYS[1].peer}",), 1_800_000_000_000),
-    "tokens": TokenChunk(1, (5, 130, 70_000), "stop"),
+    "tokens": TokenChunk(1, (5, 130), "stop", (TokenLogprobs(1_200_000, ((130, 50),)), TokenLogprobs(0, ()))),
+    "check_reply": CheckReply((0, 1_250_000), (400, 70_000)),
+    "check_reply_refused": CheckReply((), (), "busy"),
+    "vouch_reply": VouchReply(VOUCH_SIGNATURE),
+    "vouch_reply_refused": VouchReply(b""),
+    "kept_reply": KeptReply(4),
+    "kept_reply_not_kept": KeptReply(-1),
+    "found_reply": FoundReply(KEPT),
+    "found_reply_not_kept": FoundReply(None),
+    "receipt_reply": ReceiptReply(RECEIPT_SIGNATURES[1]),
+    "receipt_reply_refused": ReceiptReply(b""),
 }
-KINDS = {"message": MESSAGES, "envelope": ENVELOPES, "request": REQUESTS, "reply": REPLIES}
+KINDS = {
+    "message": MESSAGES,
+    "envelope": ENVELOPES,
+    "request": REQUESTS,
+    "reply": REPLIES,
+    "receipt": {"receipt": RECEIPT},
+}
 
 INVALID = {
     "unknown_tag": ("message", ["nonsense", 1, 2]),
