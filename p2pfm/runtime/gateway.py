@@ -6,8 +6,8 @@ in `serving.session`; replicas keep nothing worth saving.
 
 import secrets
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,15 +17,18 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from p2pfm.config import ServingConfig
 from p2pfm.errors import PeerUnreachable, Reject, WorldError
 from p2pfm.lora.personal import mix
-from p2pfm.messages import GenerateRequest, Presence, TokenChunk
-from p2pfm.serving.routing import AdaptiveDeadline, ReplicaTable, choose
+from p2pfm.lora.user_adapter import BACKBONE_VERSION
+from p2pfm.messages import GenerateRequest, Presence, TokenChunk, TokenLogprobs
+from p2pfm.runtime.attempt import Attempt, Deadlines, NewTokens, Refused, Stalled
+from p2pfm.serving.recheck import Answer
+from p2pfm.serving.routing import AdaptiveDeadline, FirstTokens, HedgeBudget, Pace, ReplicaTable, choose, smooth
 from p2pfm.serving.session import (
     BUSY,
     FAILED,
     INVALID,
-    REFUSALS,
     UNKNOWN_VERSION,
     BrokenLogits,
+    Finish,
     Session,
     UnknownVersion,
     Vocabulary,
@@ -33,7 +36,7 @@ from p2pfm.serving.session import (
 from p2pfm.types import DIGEST_BYTES, Digest, Millis, PeerId, Tensors, short
 
 if TYPE_CHECKING:  # a node that serves nothing starts without torch
-    from p2pfm.runtime.engine import Engine
+    from p2pfm.runtime.batcher import Batcher
 
 PRESENCE_TTL_MS = Millis(15_000)
 """Life of this node's record: three times the interval, so that two lost messages do not hide it."""
@@ -47,6 +50,26 @@ VERSIONS_ANNOUNCED_MAX = 64
 
 PRIVATE_NAMES_MAX = 64
 """Names of private adapters remembered, so that no request for one is ever sent to a peer: an hour of merges."""
+
+
+class UserAdapterSource(Protocol):
+    """What of the users' adapters a gateway needs."""
+
+    def names(self) -> Mapping[str, Digest]:
+        """By the names that this node's users gave."""
+        ...
+
+    def held(self) -> tuple[Digest, ...]:
+        """All that lie here, named or not."""
+        ...
+
+    def is_known(self, version: Digest) -> bool:
+        """It is a user's adapter, and lies here."""
+        ...
+
+    async def prepare(self, version: Digest, asker: PeerId | None = None) -> None:
+        """Return when the engine can serve it. Raises: UnknownVersion, WorldError, or Reject: it is no such adapter."""
+        ...
 
 
 class NoReplica(WorldError):
@@ -78,9 +101,9 @@ class ReplicaTransport(Protocol):
 class Patience:
     """How long the gateway waits [ms]: for a stream's first token, for each next one, and for any replica at all."""
 
-    first_floor_ms: float = 5_000
+    first_floor_ms: float = 3_000
     first_ceiling_ms: float = 30_000
-    next_floor_ms: float = 2_000
+    next_floor_ms: float = 1_000
     next_ceiling_ms: float = 15_000
     retry_ms: float = 200
     retry_ms_max: float = 2_000
@@ -95,8 +118,10 @@ class Tokens:
     replica: PeerId
     version: Digest
     num_replaced: int
-    finish: str
+    finish: Finish
     """"" while more come, else "stop" or "length"."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One a token, where they were asked for."""
 
 
 class Gateway:
@@ -106,7 +131,7 @@ class Gateway:
         self,
         local: PeerId,
         config: ServingConfig,
-        engine: "Engine | None",
+        engine: "Batcher | None",
         vocabulary: Vocabulary,
         transport: ReplicaTransport,
         registry: CollectorRegistry,
@@ -117,13 +142,24 @@ class Gateway:
         self.local = local
         self.vocabulary = vocabulary
         self.table = ReplicaTable()
+        self.on_answer: list[Callable[[Answer], None]] = []
+        """Told of every answer when it ends or is given up: who made which token."""
+        self.adapters: UserAdapterSource | None = None
+        """Where users' own adapters come from; None: nobody can ask for one."""
         self._config = config
         self._engine = engine
         self._transport = transport
         self._now_ms = now_ms
         self._patience = patience
-        self._first = AdaptiveDeadline(patience.first_floor_ms, patience.first_ceiling_ms)
-        self._next = AdaptiveDeadline(patience.next_floor_ms, patience.next_ceiling_ms)
+        self._deadlines = Deadlines(
+            AdaptiveDeadline(patience.first_floor_ms, patience.first_ceiling_ms),
+            AdaptiveDeadline(patience.next_floor_ms, patience.next_ceiling_ms),
+        )
+        self._first_tokens = FirstTokens()
+        self._hedges = HedgeBudget()
+        self._num_waiting = 0
+        self._connected: frozenset[PeerId] = frozenset()
+        self._speed: float | None = None
         self._base: Digest | None = None
         self._base_tensors: Tensors | None = None
         self._private: tuple[Tensors, float] | None = None
@@ -131,8 +167,6 @@ class Gateway:
         self._mixing = trio.Lock()  # a base and a private adapter may come at once: the last mix is of the newest two
         self._num_sessions = 0
         self._sequence = 0
-        # one step at a time, in the order of asking: sessions take turns at the one backbone
-        self._turns = trio.CapacityLimiter(1)
         self._metrics = _Metrics(registry)
 
     # --- what the node tells it ---------------------------------------------------------------------------------------
@@ -144,8 +178,9 @@ class Gateway:
             Reject: `tensors` are not this network's adapter.
         """
         if self._engine is not None:
-            await trio.to_thread.run_sync(self._engine.add_version, version, tensors)
+            await self._engine.add_version(version, tensors)
         self._base, self._base_tensors = version, tensors
+        self.table.on_presence(self.local, self.presence(), self._now_ms())  # what it served before may be gone
         await self._mix()
 
     async def adopt_private(self, private: Tensors, weight: float) -> None:
@@ -163,12 +198,24 @@ class Gateway:
                 return
             name = Digest(secrets.token_bytes(DIGEST_BYTES))
             mixed = await trio.to_thread.run_sync(mix, self._base_tensors, *self._private)
-            self._engine.add_private(name, mixed)
+            await self._engine.add_private(name, mixed)
             self._private_names.append(name)
 
     def on_presence(self, author: PeerId, record: Presence) -> bool:
         """Another peer's signed record came by gossip. False: old, or no room. Raises: Reject, if it is not its own."""
         return author != self.local and self.table.on_presence(author, record, self._now_ms())
+
+    def on_connected(self, peers: Collection[PeerId]) -> None:
+        """Peers that this node is connected with now: who was and is not seems dead until it speaks again."""
+        for peer in self._connected.difference(peers):
+            self.table.on_gone(peer)
+        self._connected = frozenset(peers)
+
+    def live_gateways(self) -> tuple[PeerId, ...]:
+        """Nodes that seem to live; this one may be among them."""
+        now_ms = self._now_ms()
+        live = self.table.live(now_ms)
+        return tuple(state.record.peer for state in live if not state.is_stale(now_ms))
 
     def presence(self) -> Presence:
         """This node's record, to be signed and gossiped every PRESENCE_INTERVAL_MS and after each `adopt`.
@@ -178,7 +225,17 @@ class Gateway:
         self._sequence = max(self._sequence + 1, self._now_ms())
         versions = self._engine.versions()[:VERSIONS_ANNOUNCED_MAX] if self._engine is not None else ()
         sessions_max = self._config.sessions_max if self._engine is not None else 0
-        return Presence(self.local, versions, self._num_sessions, sessions_max, PRESENCE_TTL_MS, self._sequence)
+        speed_milli = round(1000 * (self._speed or 0))
+        return Presence(
+            self.local,
+            versions,
+            self._num_sessions,
+            sessions_max,
+            PRESENCE_TTL_MS,
+            self._sequence,
+            self._num_waiting,
+            speed_milli,
+        )
 
     # --- what people ask ----------------------------------------------------------------------------------------------
 
@@ -211,15 +268,61 @@ class Gateway:
 
     # --- the replica's side -------------------------------------------------------------------------------------------
 
-    async def serve(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
+    async def serve(self, request: GenerateRequest, asker: PeerId | None = None) -> AsyncGenerator[TokenChunk, None]:
         """Continue another peer's stream: empty chunks while the local engine reads, then one token each.
 
         Whoever iterates must close it (`aclosing`); then the work stops within a step. Ends in one chunk with a refusal
-        (`serving.session.REFUSALS`) if it cannot serve. A private adapter is refused as one that does not exist.
+        (`serving.session.REFUSALS`) if it cannot serve. A private adapter is refused as one that does not exist. A
+        user's adapter that is not here is fetched first, from `asker` before others.
         """
-        async with aclosing(self._generate(request, is_local=False)) as chunks:
+        async with aclosing(self._prepare_and_replicate(request, asker, is_local=False)) as chunks:
             async for chunk in chunks:
                 yield chunk
+
+    async def _prepare_and_replicate(
+        self, request: GenerateRequest, asker: PeerId | None, *, is_local: bool
+    ) -> AsyncGenerator[TokenChunk, None]:
+        refusal = await self._prepare(request.version, asker)
+        if refusal:
+            yield TokenChunk(len(request.emitted), (), refusal)
+            return
+        async with aclosing(self._replicate(request, is_local=is_local)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def _prepare(self, version: Digest, asker: PeerId | None) -> str:
+        """Have a user's adapter in the engine; returns the refusal, or "" when it may be asked."""
+        if self.adapters is None or self._engine is None or self.is_private(version):
+            return ""
+        if version in self._engine.versions():
+            return ""
+        try:
+            await self.adapters.prepare(version, asker)
+        except (UnknownVersion, WorldError):
+            return UNKNOWN_VERSION
+        except Reject:
+            return INVALID
+        return ""
+
+    async def _replicate(self, request: GenerateRequest, *, is_local: bool) -> AsyncGenerator[TokenChunk, None]:
+        """`_generate`, measured for this node's record: who waits for a first token, and how fast the others come."""
+        pace, first_s = Pace(), None
+        self._num_waiting += 1
+        try:
+            async with aclosing(self._generate(request, is_local=is_local)) as chunks:
+                asked_s = trio.current_time()
+                async for chunk in chunks:
+                    pace.on_tokens(len(chunk.tokens), trio.current_time() - asked_s)
+                    if first_s is None and (chunk.tokens or chunk.finish):
+                        first_s = trio.current_time()
+                        self._num_waiting -= 1
+                    yield chunk
+                    asked_s = trio.current_time()
+        finally:
+            if first_s is None:
+                self._num_waiting -= 1
+            elif (speed := pace.compute_speed(trio.current_time() - first_s)) is not None:
+                self._speed = smooth(self._speed, speed)
 
     async def _generate(self, request: GenerateRequest, *, is_local: bool) -> AsyncGenerator[TokenChunk, None]:
         position = len(request.emitted)
@@ -229,34 +332,51 @@ class Gateway:
         self._num_sessions += 1
         self._metrics.sessions.set(self._num_sessions)
         try:
-            stream = self._engine.open(request, is_local=is_local)
-            while (chunk := await trio.to_thread.run_sync(stream.step, limiter=self._turns)) is not None:
-                position = chunk.position + len(chunk.tokens)
-                self._metrics.generated.inc(len(chunk.tokens))
-                yield chunk
+            async with aclosing(self._engine.generate(request, is_local=is_local)) as chunks:
+                async for chunk in chunks:
+                    position = chunk.position + len(chunk.tokens)
+                    self._metrics.generated.inc(len(chunk.tokens))
+                    yield chunk
         except UnknownVersion:
             yield TokenChunk(position, (), UNKNOWN_VERSION)
         except Reject:
             yield TokenChunk(position, (), INVALID)
-        except BrokenLogits:
-            yield TokenChunk(position, (), FAILED)
+        except BrokenLogits:  # of a user's adapter that is its user's fault, no replica's
+            yield TokenChunk(position, (), INVALID if self._is_users(request.version) else FAILED)
         finally:
             self._num_sessions -= 1
             self._metrics.sessions.set(self._num_sessions)
 
     # --- the gateway's side -------------------------------------------------------------------------------------------
 
-    async def complete(self, request: GenerateRequest) -> AsyncGenerator[Tokens, None]:
+    async def complete(self, request: GenerateRequest, client: str = "") -> AsyncGenerator[Tokens, None]:
         """Tokens of `request`, each position once, from as many replicas as it takes. Close it to cancel.
+
+        `client`: the name of the API key that asks, for receipts.
 
         Raises:
             Reject: the request cannot be served by any replica (tokens, limits).
             Busy: nothing generated yet, and every replica is at its bound.
             NoReplica: no replica of this version answers.
         """
+        answer = Answer(request, client=client)
+        try:
+            async with aclosing(self._complete(request)) as pieces:
+                async for piece in pieces:
+                    answer.add(piece.tokens, piece.replica, piece.logprobs)
+                    yield piece
+        finally:
+            for hear in self.on_answer:
+                hear(answer)
+
+    async def _complete(self, request: GenerateRequest) -> AsyncGenerator[Tokens, None]:
         session = Session(request, self.vocabulary)
+        await self._find_users(session.version)
+        self._hedges.on_stream()
         num_replaced = 0
+        can_hedge = session.version not in self._private_names
         tried: dict[PeerId, str] = {}
+        """Refusals and failures since the last pause."""
         retry_ms = self._patience.retry_ms
         idle_since = trio.current_time()
         while not session.finish:
@@ -267,33 +387,133 @@ class Gateway:
                 retry_ms = min(2 * retry_ms, self._patience.retry_ms_max)
                 tried = {}
                 continue
+            race = _Race(peer, can_hedge)
+            attempt = await self._run_race(session, race, tried)
+            can_hedge = can_hedge and not race.is_hedged
+            num_replaced += race.num_failed
+            if attempt is None:
+                continue
+            new = race.first
             try:
-                async with aclosing(self._attempt(peer, session)) as pieces:
-                    async for new in pieces:
-                        idle_since = trio.current_time()
-                        retry_ms = self._patience.retry_ms
-                        yield Tokens(new, peer, session.version, num_replaced, session.finish)
-            except _Refused as refusal:  # its good right: no blame
-                tried[peer] = refusal.reason
+                while new is not None:
+                    idle_since = trio.current_time()
+                    retry_ms = self._patience.retry_ms
+                    yield Tokens(new[0], attempt.peer, session.version, num_replaced, session.finish, new[1])
+                    new = None if session.finish else await attempt.receive()
+            except Refused as refusal:
+                tried[attempt.peer] = refusal.reason
             except (Reject, PeerUnreachable) as error:
-                self.table.on_failure(peer, self._now_ms())
-                self._metrics.replaced.inc()
-                tried[peer] = str(error)
+                self._on_failure(attempt.peer, error, tried)
                 num_replaced += 1
+            finally:
+                await attempt.close()
 
-    def _choose(self, session: Session, tried: dict[PeerId, str]) -> PeerId | None:
+    async def _run_race(self, session: Session, race: "_Race", tried: dict[PeerId, str]) -> Attempt | None:
+        """The attempt that gave the first tokens (`race.first`); None: all failed, which `tried` tells.
+
+        Asks a second replica when the first token is late. The slower one is cancelled, without blame.
+        """
+        started_s = trio.current_time()
+        running = {race.peer}
+        winner: Attempt | None = None
+        try:
+            async with trio.open_nursery() as nursery:
+
+                async def run(peer: PeerId) -> None:
+                    nonlocal winner
+                    attempt = self._open(peer, session)
+                    try:
+                        new = await attempt.receive(lambda: winner is not None)
+                        if new is not None:
+                            winner, race.first = attempt, new
+                    except Refused as refusal:
+                        tried[peer] = refusal.reason
+                    except (Reject, PeerUnreachable) as error:
+                        self._on_failure(peer, error, tried)
+                        race.num_failed += 1
+                    finally:
+                        running.discard(peer)
+                        if winner is not attempt:
+                            await attempt.close()
+                    if winner is attempt or not running:
+                        nursery.cancel_scope.cancel()
+
+                async def hedge() -> None:
+                    await trio.sleep(self._first_tokens.late_ms() / 1000)
+                    second = self._choose(session, {*tried, race.peer}, is_free=True)
+                    if second is not None and self._hedges.take():
+                        self._metrics.hedged.inc()
+                        race.is_hedged = True
+                        running.add(second)
+                        nursery.start_soon(run, second)
+
+                nursery.start_soon(run, race.peer)
+                if race.can_hedge:
+                    nursery.start_soon(hedge)
+        except BaseException:
+            if winner is not None:  # cancelled in the very moment
+                await winner.close()
+            raise
+        if winner is not None and not winner.request.emitted:
+            wait_ms = (trio.current_time() - started_s) * 1000
+            self._metrics.first_token.observe(wait_ms / 1000)
+            self._first_tokens.on_first_token(wait_ms)
+        return winner
+
+    def _open(self, peer: PeerId, session: Session) -> Attempt:
+        request = session.resume_request()
+        is_local = peer == self.local
+        chunks = (
+            self._prepare_and_replicate(request, None, is_local=True)
+            if is_local
+            else self._transport.generate(peer, request)
+        )
+        return Attempt(peer, session, request, chunks, None if is_local else self._deadlines, self.table)
+
+    def _on_failure(self, peer: PeerId, error: Exception, tried: dict[PeerId, str]) -> None:
+        if isinstance(error, Stalled):  # an error of ours: it is asked again like any other
+            return
+        self.table.on_failure(peer, self._now_ms())
+        if isinstance(error, PeerUnreachable):
+            self.table.on_gone(peer)  # asked last until it speaks again: a frozen one does not
+        self._metrics.replaced.inc()
+        tried[peer] = str(error)
+
+    def is_private(self, version: Digest) -> bool:
+        """Whether it exists for this node's own clients only, so that no other node may hear of its streams."""
+        return version in self._private_names
+
+    async def _find_users(self, version: Digest) -> None:
+        """Have a user's adapter that nobody announces: a stream may come from another gateway that held it."""
+        if self.adapters is None or self.is_private(version) or version in self.versions():
+            return
+        with suppress(Reject, WorldError):  # without it no replica is found, which says so
+            await self.adapters.prepare(version)
+
+    def _is_users(self, version: Digest) -> bool:
+        return self.adapters is not None and self.adapters.is_known(version)
+
+    def _choose(self, session: Session, tried: Collection[PeerId], *, is_free: bool = False) -> PeerId | None:
+        """The best replica that was not tried; with `is_free` none that is full or has just failed."""
         if session.version in self._private_names:  # whatever others announce: its prompts go nowhere else
             return None if self.local in tried else self.local
         now_ms = self._now_ms()
         self.table.on_presence(self.local, self.presence(), now_ms)
-        candidates = choose(
-            self.table.live(now_ms), session.version, self.local, self._config.local, now_ms, tried.keys()
-        )
+        live = self.table.live(now_ms)
+        if is_free:
+            live = tuple(
+                state for state in live if not (state.is_full() or state.is_stale(now_ms) or state.is_paused(now_ms))
+            )
+        # who serves the bare backbone serves any user's adapter on it: it is fetched where it is not
+        version = BACKBONE_VERSION if self._is_users(session.version) else session.version
+        candidates = choose(live, version, self.local, self._config.local, now_ms, frozenset(tried))
         return candidates[0] if candidates else None
 
     def _check_hope(self, session: Session, tried: dict[PeerId, str], idle_s: float) -> None:
         """Raise unless it makes sense to wait for a replica."""
         name = session.version.hex()[:16]
+        if self._is_users(session.version) and INVALID in tried.values():
+            raise Reject(f"the adapter {name} gives no numbers on this text, or does not fit the backbone")
         if session.version in self._private_names and tried.get(self.local) == UNKNOWN_VERSION:
             raise NoReplica("this private adapter was replaced by newer ones before its stream began; ask again")
         if not tried and not session.emitted:
@@ -306,69 +526,16 @@ class Gateway:
             reasons = "; ".join(f"{short(peer)}: {reason}" for peer, reason in sorted(tried.items()))
             raise NoReplica(f"no replica of version {name} answered for {idle_s:.0f} s ({reasons or 'none known'})")
 
-    async def _attempt(self, peer: PeerId, session: Session) -> AsyncGenerator[tuple[int, ...], None]:
-        """New tokens from one replica, until the session is finished.
 
-        Raises:
-            _Refused: the replica cannot take it now.
-            Reject: nonsense.
-            PeerUnreachable: dead or frozen.
-        """
-        request = session.resume_request()
-        is_local = peer == self.local
-        source = self._generate(request, is_local=True) if is_local else self._transport.generate(peer, request)
-        started = trio.current_time()
-        is_first = True
-        num_empty_left = len(request.prompt) + len(request.emitted) + 1
-        self.table.on_started(peer)
-        try:
-            async with aclosing(source) as chunks:
-                while not session.finish:
-                    chunk = await self._receive(chunks, is_first, is_local)
-                    if chunk.finish == FAILED:
-                        raise Reject("the replica broke while it generated")
-                    if chunk.finish in REFUSALS:
-                        raise _Refused(chunk.finish)
-                    new = session.on_chunk(chunk)
-                    if not new:
-                        num_empty_left -= 1
-                        if num_empty_left < 0:
-                            raise Reject("expected tokens, got only signs of life")
-                        continue
-                    if is_first:
-                        is_first = False
-                        latency_ms = (trio.current_time() - started) * 1000
-                        self._metrics.first_token.observe(latency_ms / 1000)
-                        # a resumed stream reads more than a prompt: no fair measure of the replica
-                        self.table.on_first_token(peer, None if request.emitted else latency_ms)
-                    yield new
-        finally:
-            self.table.on_ended(peer)
+@dataclass(slots=True)
+class _Race:
+    """Up to the first token of a stream, or of its continuation: who is asked first, and how it went."""
 
-    async def _receive(self, chunks: AsyncGenerator[TokenChunk, None], is_first: bool, is_local: bool) -> TokenChunk:
-        """The next chunk, within the adaptive deadline. The local engine has none: it freezes only with ourselves."""
-        waits = self._first if is_first else self._next
-        started = trio.current_time()
-        deadline_ms = float("inf") if is_local else waits.deadline_ms()
-        with trio.move_on_after(deadline_ms / 1000) as scope:
-            try:
-                chunk = await anext(chunks)
-            except StopAsyncIteration:
-                raise PeerUnreachable("the replica closed the stream before its end") from None
-        if scope.cancelled_caught:
-            waits.on_wait(2 * deadline_ms)
-            raise PeerUnreachable(f"the replica gave nothing for {deadline_ms:.0f} ms")
-        if not is_local:
-            waits.on_wait((trio.current_time() - started) * 1000)
-        return chunk
-
-
-class _Refused(Exception):
-    """A replica declined: busy, version gone, or it finds the request impossible."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+    peer: PeerId
+    can_hedge: bool
+    first: NewTokens | None = None
+    is_hedged: bool = False
+    num_failed: int = 0
 
 
 class _Metrics:
@@ -377,5 +544,6 @@ class _Metrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.sessions = Gauge("p2pfm_sessions", "Streams that the local engine generates now", registry=registry)
         self.generated = Counter("p2pfm_generated_tokens", "Tokens generated by the local engine", registry=registry)
+        self.hedged = Counter("p2pfm_hedged_streams", "Streams asked of a second replica", registry=registry)
         self.replaced = Counter("p2pfm_replaced_replicas", "Replicas replaced in mid-stream", registry=registry)
         self.first_token = Histogram("p2pfm_first_token_seconds", "Wait for a stream's first token", registry=registry)

@@ -1,6 +1,6 @@
 """Real gateways on one engine in one process, with links that break where a test says, and a real HTTP side."""
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
@@ -9,13 +9,16 @@ import openai
 import trio
 from prometheus_client import CollectorRegistry
 
-from p2pfm.config import AdapterConfig, ServingConfig
+from p2pfm.config import AdapterConfig, HttpConfig, ServingConfig
 from p2pfm.errors import PeerUnreachable
 from p2pfm.lora.layers import compute_initial
 from p2pfm.messages import GenerateRequest, TokenChunk
+from p2pfm.runtime.api_keys import ApiKeys
+from p2pfm.runtime.batcher import Batcher
 from p2pfm.runtime.engine import Engine
 from p2pfm.runtime.gateway import Gateway, Patience
-from p2pfm.runtime.http_api import HttpApi, HttpLimits, serve_http
+from p2pfm.runtime.http_api import NO_KEYS, HttpApi
+from p2pfm.runtime.http_server import serve_http
 from p2pfm.runtime.text import TextCodec
 from p2pfm.types import Digest, Millis, PeerId, Tensors
 
@@ -92,9 +95,12 @@ class World:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=30)
 
     def text(self, prompt_tokens: tuple[int, ...], num_tokens: int, version: Digest = V1, temperature: int = 0) -> str:
-        request = GenerateRequest(version, prompt_tokens, (), num_tokens, temperature, 1000, 5)
+        request = GenerateRequest(version, prompt_tokens, (), num_tokens, temperature, 1000, 5, 0)
         tokens = [token for chunk in self.engine.generate(request) for token in chunk.tokens]
         return self.engine.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+FindBlob = Callable[[Digest], Awaitable[bytes | None]]
 
 
 async def no_blobs(digest: Digest) -> bytes | None:
@@ -103,8 +109,15 @@ async def no_blobs(digest: Digest) -> bytes | None:
 
 @asynccontextmanager
 async def running(
-    engine: Engine, *, is_home_serving: bool = False, sessions_max: int = 4, limits: HttpLimits | None = None
+    engine: Engine,
+    *,
+    is_home_serving: bool = False,
+    sessions_max: int = 4,
+    bounds: HttpConfig | None = None,
+    keys: ApiKeys = NO_KEYS,
+    find_blob: FindBlob = no_blobs,
 ) -> AsyncIterator[World]:
+    bounds = bounds or HttpConfig()
     memory = Memory()
     clock = lambda: Millis(int(trio.current_time() * 1000))  # noqa: E731
     home_engine = engine if is_home_serving else None
@@ -112,7 +125,8 @@ async def running(
     registry = CollectorRegistry()
 
     def gateway(name: str, engine: Engine | None, registry: CollectorRegistry) -> Gateway:
-        return Gateway(PeerId(name), config, engine, vocabulary, memory, registry, clock, QUICK)
+        backend = None if engine is None else Batcher(engine)
+        return Gateway(PeerId(name), config, backend, vocabulary, memory, registry, clock, QUICK)
 
     vocabulary = engine.vocabulary
     home = gateway("home", home_engine, registry)
@@ -128,11 +142,12 @@ async def running(
         registry,
         lambda: {"round": 3},
         clock,
-        no_blobs,
-        limits or HttpLimits(),
+        find_blob,
+        bounds,
+        keys,
     )
     async with trio.open_nursery() as nursery:
-        port = await nursery.start(serve_http, api.app(), "127.0.0.1", 0)
+        port = await nursery.start(serve_http, api.app(), "127.0.0.1", 0, bounds)
         yield World(engine, memory, port, home, registry)
         nursery.cancel_scope.cancel()
 

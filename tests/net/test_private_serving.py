@@ -38,14 +38,18 @@ from p2pfm.lora.samples import Probe
 from p2pfm.lora.torch_learner import Data, TorchLearner
 from p2pfm.messages import BlobRequest, GenerateRequest, Presence
 from p2pfm.protocol.events import Train
+from p2pfm.runtime.batcher import Batcher
+from p2pfm.runtime.checker import Checker
 from p2pfm.runtime.engine import Engine
 from p2pfm.runtime.gateway import Busy, Gateway, NoReplica
 from p2pfm.runtime.network import exchange
 from p2pfm.runtime.network.transport import Libp2pTransport
 from p2pfm.runtime.personal import FILE_NAME, Personal
-from p2pfm.runtime.replica_streams import ReplicaStreams, answer_generate
+from p2pfm.runtime.replica_streams import ReplicaStreams, answer_stream
 from p2pfm.runtime.store import Store
 from p2pfm.types import Digest, Millis, PeerId, Round, compute_digest
+
+NO_CHECKER = Checker(None, lambda vouch: b"", lambda: True)
 
 HOME, OTHER = PeerId("home"), PeerId("other")
 
@@ -82,13 +86,13 @@ def clock() -> Millis:
 
 def make_gateway(name: PeerId, engine: Engine | None, memory: Memory, vocabulary, sessions_max: int = 4) -> Gateway:
     config = ServingConfig(sessions_max=sessions_max)
-    made = Gateway(name, config, engine, vocabulary, memory, CollectorRegistry(), clock, PATIENCE)
+    made = Gateway(name, config, engine and Batcher(engine), vocabulary, memory, CollectorRegistry(), clock, PATIENCE)
     memory.gateways[name] = made
     return made
 
 
 def ask(engine: Engine, version: Digest, num_tokens: int = 16, temperature: int = 0) -> GenerateRequest:
-    return GenerateRequest(version, prompt_of(engine), (), num_tokens, temperature, 1000, 3)
+    return GenerateRequest(version, prompt_of(engine), (), num_tokens, temperature, 1000, 3, 0)
 
 
 async def read(gateway: Gateway, request: GenerateRequest) -> tuple[int, ...]:
@@ -214,10 +218,16 @@ def test_over_libp2p_a_peer_that_asks_for_it_is_refused(engine: Engine, private)
         transport = Libp2pTransport(create_new_key_pair(), "/ip4/127.0.0.1/tcp/0", bootstrap, Digest(b"n" * 32))
         streams = ReplicaStreams(transport)
         gateway = Gateway(
-            transport.peer_id, ServingConfig(), made, engine.vocabulary, streams, CollectorRegistry(), clock
+            transport.peer_id,
+            ServingConfig(),
+            made and Batcher(made),
+            engine.vocabulary,
+            streams,
+            CollectorRegistry(),
+            clock,
         )
         async with transport:
-            transport.set_stream_handler(lambda peer, data, send: answer_generate(gateway, data, send))
+            transport.set_stream_handler(lambda peer, data, send: answer_stream(gateway, NO_CHECKER, data, send))
             yield transport, gateway
 
     async def main() -> None:

@@ -13,11 +13,15 @@ from serving_world import V1, make_engine, prompt_of
 from p2pfm.config import ServingConfig
 from p2pfm.errors import PeerUnreachable
 from p2pfm.messages import GenerateRequest
+from p2pfm.runtime.batcher import Batcher
+from p2pfm.runtime.checker import Checker
 from p2pfm.runtime.engine import Engine
 from p2pfm.runtime.gateway import Gateway
 from p2pfm.runtime.network.transport import Libp2pTransport
-from p2pfm.runtime.replica_streams import ReplicaStreams, answer_generate
+from p2pfm.runtime.replica_streams import ReplicaStreams, answer_stream
 from p2pfm.types import Digest, Millis, PeerId
+
+NO_CHECKER = Checker(None, lambda vouch: b"", lambda: True)
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +36,14 @@ async def node(
     transport = Libp2pTransport(create_new_key_pair(), "/ip4/127.0.0.1/tcp/0", bootstrap, Digest(b"n" * 32))
 
     async def on_stream(peer, data, send) -> None:
-        await answer_generate(gateway, data, send)
+        await answer_stream(gateway, NO_CHECKER, data, send)
 
     async with transport:
         clock = lambda: Millis(int(trio.current_time() * 1000))  # noqa: E731
         gateway = Gateway(
             transport.peer_id,
             ServingConfig(),
-            engine if is_serving else None,
+            Batcher(engine) if is_serving else None,
             engine.vocabulary,
             ReplicaStreams(transport),
             CollectorRegistry(),
@@ -50,7 +54,7 @@ async def node(
 
 
 def test_a_stream_crosses_the_network_survives_its_replicas_death_and_stops_when_it_is_left(engine: Engine) -> None:
-    request = GenerateRequest(V1, prompt_of(engine), (), 40, 0, 1000, 0)
+    request = GenerateRequest(V1, prompt_of(engine), (), 40, 0, 1000, 0, 0)
     truth = tuple(token for chunk in engine.generate(request) for token in chunk.tokens)
 
     async def replica(task_status=trio.TASK_STATUS_IGNORED) -> None:
@@ -79,7 +83,7 @@ def test_a_stream_crosses_the_network_survives_its_replicas_death_and_stops_when
                 assert tuple(tokens) == truth
                 first, last = seen[0], seen[-1]
                 assert first != last
-                long = GenerateRequest(V1, prompt_of(engine), (), 900, 0, 1000, 0)
+                long = GenerateRequest(V1, prompt_of(engine), (), 900, 0, 1000, 0, 0)
                 async with aclosing(home.complete(long)) as stream:
                     assert (await anext(stream)).replica == last
                     assert by_peer[last][0].num_sessions == 1
@@ -95,7 +99,7 @@ def test_a_peer_that_nobody_knows_is_unreachable(engine: Engine) -> None:
     async def main() -> None:
         async with node(engine, []) as (transport, _):
             stranger = PeerId(str(ID.from_pubkey(create_new_key_pair().public_key)))
-            request = GenerateRequest(V1, (1,), (), 4, 0, 1000, 0)
+            request = GenerateRequest(V1, (1,), (), 4, 0, 1000, 0, 0)
             async with aclosing(ReplicaStreams(transport).generate(stranger, request)) as chunks:
                 with pytest.raises(PeerUnreachable):
                     await anext(chunks)
