@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nodes.explorer.source import Source
 from nodes.explorer.view import NetworkView
+from p2pfm.runtime.page import HEADERS
 
 log = logging.getLogger(__name__)
 
@@ -41,17 +42,6 @@ STREAMS_MAX = 64
 """Event streams at once; one more gets 503."""
 
 HOST = re.compile(r"(?P<name>\[[0-9a-fA-F:.]+\]|[^:\[\]@/\s]+)(:\d+)?")
-
-HEADERS = {
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-    "require-trusted-types-for 'script'; trusted-types 'none'",
-    "cross-origin-opener-policy": "same-origin",
-    "cross-origin-resource-policy": "same-origin",
-    "referrer-policy": "no-referrer",
-    "x-content-type-options": "nosniff",
-    "cache-control": "no-cache",
-}
 
 
 class Board:
@@ -172,9 +162,8 @@ class Api:
 
 def make_app(board: Board, host_names: Sequence[str] = (), heartbeat_s: float = HEARTBEAT_S) -> ASGIApp:
     """The ASGI application; `host_names` are believed in a Host header beside "localhost" and plain addresses."""
-    inner = Starlette(
-        routes=[*Api(board, heartbeat_s).routes(), Mount("/", StaticFiles(directory=PAGE, html=True), name="page")]
-    )
+    files = StaticFiles(directory=PAGE, packages=[("p2pfm.runtime.page", "shared")], html=True)
+    inner = Starlette(routes=[*Api(board, heartbeat_s).routes(), Mount("/", files, name="page")])
     return Guard(inner, HEADERS, lambda host: _is_own(host, host_names))
 
 

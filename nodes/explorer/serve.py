@@ -19,7 +19,7 @@ from nodes.homes import read_config, read_network
 from nodes.rewards.blobs import Blobs
 from p2pfm.config import NetworkConfig
 from p2pfm.errors import OperatorError
-from p2pfm.runtime.http_api import serve_http
+from p2pfm.runtime.http_server import serve_http
 from p2pfm.runtime.store import BLOB_FOLDER
 from p2pfm.runtime.web3_ledger import READ_ONLY_KEY, Web3Ledger
 

@@ -21,7 +21,7 @@ from nodes.explorer.source import Place, Source
 from p2pfm.config import ChainConfig, NetworkConfig, SettlementConfig
 from p2pfm.messages import Announcement, Proposal, Score, ScoreReveal, encode, proposal_digest, wei_to_wire
 from p2pfm.protocol.committee import draft_proposal
-from p2pfm.runtime.http_api import serve_http
+from p2pfm.runtime.http_server import serve_http
 from p2pfm.settlement import bls, merkle
 from p2pfm.settlement.ledger import FederationParams, Submission
 from p2pfm.settlement.memory_ledger import InMemoryLedger

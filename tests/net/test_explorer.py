@@ -20,7 +20,7 @@ from explorer_world import PARAMS, Federation, eventful, explored, make_peer
 from ledger_worlds import chain_world
 from selenium.webdriver.common.keys import Keys
 
-from nodes.explorer.app import HEADERS, STREAMS_MAX
+from nodes.explorer.app import STREAMS_MAX
 from nodes.explorer.evidence import judge
 from nodes.explorer.serve import find_networks, make_place
 from nodes.explorer.source import Place, Source
@@ -29,6 +29,7 @@ from nodes.testnet import run_testnet
 from p2pfm.config import HttpConfig, NodeConfig
 from p2pfm.errors import ChainError, OperatorError
 from p2pfm.messages import Proposal, encode
+from p2pfm.runtime.page import HEADERS
 from p2pfm.settlement.ledger import Ledger
 from p2pfm.settlement.rewards import from_wire
 from p2pfm.types import Digest, MemberIndex, PeerId, Round, compute_digest

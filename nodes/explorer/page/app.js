@@ -1,7 +1,7 @@
 // The page: what is shown, what is chosen, and what comes in. All content is built from /api/networks.
 
 import { bar, lorenz, steps } from "./charts.js";
-import { h, paint, table } from "./dom.js";
+import { empty, fact, h, mark, paint, table } from "./dom.js";
 import {
   amount, amounts, clock, contributions, count, duration, ends, exact, iso, percent, plain, plural, tail,
 } from "./format.js";
@@ -141,12 +141,6 @@ function peer(index) {
   return peerName(index, state.view.members[index]);
 }
 
-function mark(kind, text) {
-  return h("span", { class: `mark ${kind}` }, h("span", { "aria-hidden": "true" }, GLYPHS[kind]), ` ${text}`);
-}
-
-const GLYPHS = { good: "\u2713", wait: "\u25D4", bad: "\u2715", none: "\u25CB" };
-
 // The whole text for who copies, cut at its end where it does not fit.
 function copyable(id, name, text, shown = text) {
   const button = h("button", { type: "button", id: `copy-${id}`, class: "copy", "aria-label": `Copy ${name}` }, "Copy");
@@ -162,14 +156,6 @@ function copyable(id, name, text, shown = text) {
     setTimeout(() => { button.textContent = "Copy"; }, 1500);
   });
   return [h("code", { id: `text-${id}`, title: text }, shown), button];
-}
-
-function empty(title, ...text) {
-  return h("div", { class: "empty" }, h("p", {}, h("strong", {}, title)), h("p", {}, text));
-}
-
-function fact(name, ...value) {
-  return h("div", {}, h("dt", {}, name), h("dd", {}, value));
 }
 
 // --- network --------------------------------------------------------------------------------------------------------

@@ -55,3 +55,22 @@ export function table(id, caption, columns, rows, options = {}) {
     h("table", { class: options.class },
       h("caption", { class: "unseen" }, caption), h("thead", {}, h("tr", {}, head)), h("tbody", {}, body)));
 }
+
+// --- small parts ---
+
+const GLYPHS = { good: "\u2713", wait: "\u25D4", bad: "\u2715", none: "\u25CB" };
+
+// A state in a word, with a sign that does not need colour: good, wait, bad or none.
+export function mark(kind, text) {
+  return h("span", { class: `mark ${kind}` }, h("span", { "aria-hidden": "true" }, GLYPHS[kind]), ` ${text}`);
+}
+
+// One line of a list of facts (dl).
+export function fact(name, ...value) {
+  return h("div", {}, h("dt", {}, name), h("dd", {}, value));
+}
+
+// What stands where there is nothing yet: what is missing, and what to do.
+export function empty(title, ...text) {
+  return h("div", { class: "empty" }, h("p", {}, h("strong", {}, title)), h("p", {}, text));
+}
