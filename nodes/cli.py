@@ -315,20 +315,28 @@ def _get_status(url: str) -> dict[str, Any]:
 
 @app.command()
 def chat(
-    url: Url = "http://127.0.0.1:8000",
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Ask once and end; without it: a conversation.")] = "",
+    url: Annotated[
+        list[str] | None, typer.Option(help="A node's HTTP address; give several, and one may die in mid-answer.")
+    ] = None,
+    message: Annotated[
+        str, typer.Option("--message", "-m", "--prompt", "-p", help="Ask once and end; without it: a conversation.")
+    ] = "",
     model: Annotated[str, typer.Option(help="Model name as in /v1/models; empty: the newest certified base.")] = "",
-    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0: the likeliest word each time.")] = 0.7,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0: the likeliest word each time.")] = 0.7,
+    seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same answer.")] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="A file that holds the node's API key.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With -m: one JSON object, for machines.")] = False,
 ) -> None:
     """Talk to the network's model through any node; shows which replica and version answered.
 
-    Example: `p2pfm chat --prompt "What is a computer?"`
+    Example: `p2pfm chat -m "What is a computer?"`, or with two gateways
+    `p2pfm chat --url http://127.0.0.1:8000 --url http://127.0.0.1:8001`
     """
-    from nodes.chat import ChatOptions, run_chat
+    from nodes.chat import ChatOptions, read_api_key, run_chat
 
-    run_chat(ChatOptions(url.rstrip("/"), model, max_tokens, temperature, seed), out, prompt or None)
+    options = ChatOptions(url or ChatOptions().urls, model, max_tokens, temperature, seed, read_api_key(api_key_file))
+    run_chat(options, out, message or None, is_json=as_json)
 
 
 # --- testnet and localnet ---
@@ -443,6 +451,29 @@ def adapter_export(
     else:
         when = "from before the first round" if base.round is None else f"of round {base.round}"
         out.print(f"{folder}: base {base.digest.hex()[:16]} {when}", highlight=False, soft_wrap=True)
+
+
+@adapter_app.command("serve")
+def adapter_serve(
+    folder: Annotated[Path, typer.Argument(help="A LoRA folder of peft: adapter_config.json and the safetensors.")],
+    name: Annotated[str, typer.Option(help="Served as BACKBONE+NAME; without one by its digest alone.")] = "",
+    url: Url = "http://127.0.0.1:8000",
+    api_key_file: Annotated[Path | None, typer.Option(help="A file that holds the node's API key.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Have a running node serve a LoRA of your own beside the network's, and its peers by the digest.
+
+    Example: `p2pfm adapter serve my-lora --name french`
+    """
+    from nodes.adapter_upload import serve_adapter
+    from nodes.chat import read_api_key
+
+    card = serve_adapter(url, folder, name, read_api_key(api_key_file))
+    if as_json:
+        _print_json({"id": card.id, "model": card.model, "version": card.version, "rank": card.rank})
+    else:
+        here = f"{card.model} here, " if card.model else ""
+        out.print(f"{here}{card.id} on every node", highlight=False, soft_wrap=True)
 
 
 # --- demo ---

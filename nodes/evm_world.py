@@ -24,8 +24,8 @@ from p2pfm.runtime.web3_ledger import Web3Ledger, deploy
 from p2pfm.settlement import bls
 from p2pfm.settlement.ledger import Entry, FederationParams, LeafValue, Roster, SettledRound, Submission
 from p2pfm.types import Digest, MemberIndex, Millis, PeerId, Round, Wei
-from sim.chain import STAKE, make_params
-from sim.scenarios import Scenario, make_network
+from sim.chain import make_params
+from sim.scenarios import Scenario, compute_stakes, make_network
 from sim.signatures import Signatures
 from sim.world import World
 
@@ -76,12 +76,12 @@ class BlsSignatures(Signatures):
 class EvmLedger:
     """The federation in an EVM, as `sim.chain` calls a ledger. Implements sim.chain.OtherLedger."""
 
-    def __init__(self, seed: int, make_rules: Callable[[ChainConfig], NetworkConfig], num_peers: int) -> None:
-        """Not usable before `open`; `make_rules` gives the network on a chain."""
+    def __init__(self, seed: int, make_rules: Callable[[ChainConfig], NetworkConfig], stakes: Sequence[Wei]) -> None:
+        """Not usable before `open`; `make_rules` gives the network on a chain, `stakes` what each peer puts down."""
         from nodes.evm import EmbeddedChain
 
         self._clock: Callable[[], Millis] = lambda: Millis(1_000)
-        self._keys = [sha256(f"{seed} account {index}".encode()).digest() for index in range(num_peers + 1)]
+        self._keys = [sha256(f"{seed} account {index}".encode()).digest() for index in range(len(stakes) + 1)]
         accounts = [str(Account.from_key(key).address) for key in self._keys]
         self.accounts: Sequence[str] = accounts[1:]
         self._evm = EmbeddedChain(
@@ -91,6 +91,7 @@ class EvmLedger:
             entropy=Random(f"{seed} evm").randbytes,
         )
         self._make_rules = make_rules
+        self._stakes = stakes
         self.params: FederationParams
         self.network: NetworkConfig
         self._ledgers: dict[str, Web3Ledger]
@@ -109,8 +110,8 @@ class EvmLedger:
             self.network = self._make_rules(chain)
             self._sponsor, *ledgers = [Web3Ledger(url, chain, key, fresh_s=0) for key in self._keys]
             self._ledgers = dict(zip(self.accounts, ledgers, strict=True))
-            for account in self.accounts:
-                self._sponsor.transfer(account, STAKE)
+            for account, stake in zip(self.accounts, self._stakes, strict=True):
+                self._sponsor.transfer(account, stake)
             yield self
         finally:
             server.shutdown()
@@ -193,7 +194,7 @@ def open_evm_world(scenario: Scenario) -> Iterator[tuple[World, EvmLedger]]:
         return msgspec.structs.replace(make_network(scenario), chain=chain)
 
     try:
-        ledger = EvmLedger(scenario.seed, make_rules, scenario.num_peers)
+        ledger = EvmLedger(scenario.seed, make_rules, compute_stakes(scenario))
     except ImportError as error:
         raise OperatorError(f"ledger evm needs py-evm: pip install 'p2pfm[testnet]' ({error})") from error
     with ledger.open():

@@ -74,11 +74,13 @@ def read_config(path: Path) -> NodeConfig:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     folder = path.resolve().parent
+    keys = config.http.api_keys_file
     return msgspec.structs.replace(
         config,
         home=str(folder / config.home),
         data=str(folder / config.data),
         probe=str(folder / config.probe) if config.probe else "",
+        http=msgspec.structs.replace(config.http, api_keys_file=str(folder / keys) if keys else ""),
     )
 
 

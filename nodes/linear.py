@@ -31,6 +31,12 @@ CONTEXT_MAX = 4096
 class ByteTokenizer:
     """Every byte of UTF-8 a token: what the HTTP side needs to refuse a request in order."""
 
+    all_special_ids: Sequence[int] = ()
+
+    def convert_ids_to_tokens(self, tokens: Sequence[int]) -> list[str]:
+        """A character each."""
+        return [chr(token) for token in tokens]
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The text's bytes; there are no special tokens."""
         return list(text.encode())

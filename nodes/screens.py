@@ -60,6 +60,7 @@ def make_status_table(status: Mapping[str, Any]) -> Table:
             "serves",
             f"{len(serving['versions'])} versions, {serving['sessions']} sessions, {serving['replicas']} replicas",
         )
+        table.add_row("receipts", _describe_receipts(serving["receipts"], status["peer"]))
         table.add_row("notes", "\n".join(f"round {n['round']}: {n['text']}" for n in protocol["notes"][-5:]))
     return table
 
@@ -68,6 +69,15 @@ def _describe(name: str, way: Mapping[str, str]) -> str:
     """One line of the transport's reach."""
     found = way["found"] if way["state"] in ("ok", "none") else f"{way['state']} ({way['found']})"
     return f"{name.replace('_', ' ')}: {found}"
+
+
+def _describe_receipts(receipts: Mapping[str, Any], peer: str) -> str:
+    """What this node's replica and gateway did in this epoch, and what the last one's receipts are worth."""
+    now = f"epoch {receipts['epoch']}: {receipts['earned_tokens']} tokens earned, {receipts['given_tokens']} attested"
+    if not receipts["shares"]:
+        return now
+    last = max(receipts["shares"], key=int)
+    return f"{now}; of epoch {last} due {receipts['shares'][last].get(peer, 0) / 1e9:.1%} of a serving pool"
 
 
 def _describe_clock(clock: Mapping[str, Any]) -> str:

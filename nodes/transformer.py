@@ -18,13 +18,16 @@ from nodes.models import resolve
 from p2pfm.config import NodeConfig
 from p2pfm.learner import Learner, SpendingLog
 from p2pfm.lora.batches import encode_all
+from p2pfm.lora.checkpoint import read_lora
 from p2pfm.lora.layers import choose_device, load_backbone
 from p2pfm.lora.personal import split_samples
 from p2pfm.lora.samples import Sample, encode_lines, parse_probe
 from p2pfm.lora.torch_learner import Data, TorchLearner
+from p2pfm.runtime.batcher import Batcher
 from p2pfm.runtime.engine import Engine
 from p2pfm.runtime.node import Learners, Models
 from p2pfm.runtime.text import load_text_codec
+from p2pfm.runtime.train_share import TrainShare
 from p2pfm.types import compute_digest
 
 
@@ -34,22 +37,38 @@ def make_models(config: NodeConfig, samples: Sequence[Sample], wrap: Wrap) -> Mo
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers_logging.disable_progress_bar()
     backbone = resolve(config.network.backbone)
+    batchers: list[Batcher] = []  # filled before anything is trained
+    share = TrainShare(config.serving.train_share, lambda: any(batcher.is_busy() for batcher in batchers))
     return Models(
         codec=partial(load_text_codec, backbone, config.network.adapter.num_virtual),
-        engine=partial(_make_engine, config, backbone),
-        learners=partial(_make_learners, config, backbone, samples, wrap),
+        engine=partial(_make_engine, config, backbone, batchers),
+        learners=partial(_make_learners, config, backbone, samples, wrap, share),
+        read_lora=read_lora,
     )
 
 
-def _make_engine(config: NodeConfig, backbone: str) -> Engine | None:
+def _make_engine(config: NodeConfig, backbone: str, batchers: list[Batcher]) -> Batcher | None:
+    if not config.serving.enabled:
+        return None
     serving = config.serving
-    return Engine(backbone, config.network.adapter, serving.versions_kept) if serving.enabled else None
+    engine = Engine(
+        backbone, config.network.adapter, serving.versions_kept, device=choose_device(), dtype=serving.dtype
+    )
+    batchers.append(Batcher(engine))
+    return batchers[0]
 
 
 def _make_learners(
-    config: NodeConfig, backbone: str, samples: Sequence[Sample], wrap: Wrap, probe: bytes, spendings: SpendingLog
+    config: NodeConfig,
+    backbone: str,
+    samples: Sequence[Sample],
+    wrap: Wrap,
+    share: TrainShare,
+    probe: bytes,
+    spendings: SpendingLog,
 ) -> Learners:
     model, tokenizer = load_backbone(backbone, device=choose_device())
+    model.register_forward_pre_hook(share.pause)
     held_out: Sequence[Sample] = ()
     if config.personal.enabled:
         samples, held_out = split_samples(samples, config.personal.held_out)

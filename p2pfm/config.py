@@ -154,10 +154,35 @@ class NetworkConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class HttpConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where the OpenAI-compatible API, /metrics and /status listen."""
+    """Where the OpenAI-compatible API, /metrics and /status listen, who may ask, and how much (guides/serving.md)."""
 
     host: str = "127.0.0.1"
     port: int = 8000
+    api_keys_file: str = ""
+    """A file of mode 0600, a key a line: NAME SECRET. Empty: whoever reaches the port may ask."""
+    body_bytes_max: int = 1 << 20
+    prompt_tokens_max: int = 0
+    """0: what the backbone's context holds."""
+    requests_max: int = 64
+    """Completions that run at once; a request with n = 3 counts as three."""
+    queue_max: int = 64
+    """Completions that wait for their turn; one more gets 429."""
+    queue_s_max: float = 10
+    """How long they wait before they get 429."""
+    client_requests_max: int = 64
+    """Completions that run or wait for one client: an API key, or an address where there are none."""
+    request_s_max: float = 600
+    """How long one answer may take in all."""
+    read_s_max: float = 30
+    """How long a client may take to send its body."""
+    write_s_max: float = 30
+    """How long a client may stop reading before it is cut."""
+    idle_s_max: float = 5
+    """How long a connection may be open without a whole request's headers."""
+    origins: tuple[str, ...] = ()
+    """Web pages besides the node's own that may ask it, as https://app.example; "*": any."""
+    connections_max: int = 256
+    """Beyond it the one that was idle for longest is closed; if all work, the new one gets 503."""
 
 
 class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -165,8 +190,32 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     enabled: bool = True
     local: Literal["prefer", "avoid", "only"] = "prefer"
-    sessions_max: int = 4
+    sessions_max: int = 16
+    """Streams generated at once; one pass takes them all."""
     versions_kept: int = 3
+    """The newest certified base and those of the rounds before it, so many in all."""
+    dtype: Literal["stored", "bf16", "fp32"] = "stored"
+    """Number format of the served backbone. bf16 halves the memory of one that is stored in float32, and on processors
+    that multiply in bf16 the time as well."""
+    train_share: float = 0.5
+    """Of the time in which streams are served, so much at most is training's and scoring's, above 0 to 1. Too little,
+    and a busy node's updates come late."""
+    recheck_share: float = 0.05
+    """Part of the answers by other nodes' replicas that is checked: on this node's engine, else by a third replica."""
+    adapters_max: int = 8
+    """Users' own LoRA in memory at once; 0: none are served (docs/guides/adapters.md)."""
+    adapter_rank_max: int = 256
+    adapter_bytes_max: int = 64 << 20
+    """Of one of them, as float32."""
+    adapters_bytes_max: int = 1 << 30
+    """Disk that they may take; beyond it those go that have no name here and were not used for longest."""
+    adapters_dir: str = ""
+    """`POST /v1/adapters` may name peft folders below this one. Empty: it takes uploads only."""
+    backups: int = 2
+    """Other nodes that keep a copy of each streamed answer with its prompt, so that its client can go on reading there
+    when this one dies; 0: nobody."""
+    kept_s: float = 300.0
+    """A stream, own or another node's, is forgotten so long after its last token."""
 
 
 class PrivacyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -337,13 +386,53 @@ def parse_node_config(text: str) -> NodeConfig:
         raise ConfigError(f"{error}. See `p2pfm init --help` for the keys a node's TOML has") from error
     validate_network(config.network)
     validate_privacy(config.privacy)
-    if not 0 <= config.http.port < 65536:
-        raise ConfigError(f"http.port: expected 0 to 65535, got {config.http.port}")
+    _validate_http(config.http)
+    if not 0 < config.serving.train_share <= 1:
+        raise ConfigError(f"serving.train_share: expected above 0, at most 1, got {config.serving.train_share:g}")
+    for name in ("sessions_max", "versions_kept", "adapter_rank_max", "adapter_bytes_max"):
+        if getattr(config.serving, name) < 1:
+            raise ConfigError(f"serving.{name}: expected at least 1, got {getattr(config.serving, name)}")
+    if not 0 <= config.serving.backups <= 16:
+        raise ConfigError(f"serving.backups: expected 0 to 16, got {config.serving.backups}")
+    if not 0 <= config.serving.kept_s <= 86_400:
+        raise ConfigError(f"serving.kept_s: expected 0 to 86400, got {config.serving.kept_s:g}")
+    if config.serving.adapters_max < 0:
+        raise ConfigError(f"serving.adapters_max: expected at least 0, got {config.serving.adapters_max}")
+    if config.serving.adapters_bytes_max < config.serving.adapter_bytes_max:
+        raise ConfigError(
+            "serving.adapters_bytes_max: expected at least serving.adapter_bytes_max "
+            f"({config.serving.adapter_bytes_max}), got {config.serving.adapters_bytes_max}"
+        )
+    if not 0 <= config.serving.recheck_share <= 1:
+        raise ConfigError(f"serving.recheck_share: expected 0 to 1, got {config.serving.recheck_share:g}")
     _validate_personal(config)
     _validate_rank(config)
     _validate_discovery(config.discovery)
     _validate_limits(config.limits)
     return config
+
+
+def _validate_http(http: HttpConfig) -> None:
+    checks: tuple[tuple[str, float, float, float], ...] = (
+        ("port", http.port, 0, 65535),
+        ("body_bytes_max", http.body_bytes_max, 1024, 2**30),
+        ("prompt_tokens_max", http.prompt_tokens_max, 0, 2**31),
+        ("requests_max", http.requests_max, 1, 100_000),
+        ("queue_max", http.queue_max, 0, 100_000),
+        ("queue_s_max", http.queue_s_max, 0, 3600),
+        ("client_requests_max", http.client_requests_max, 1, 100_000),
+        ("request_s_max", http.request_s_max, 0.1, 86_400),
+        ("read_s_max", http.read_s_max, 0.1, 3600),
+        ("write_s_max", http.write_s_max, 0.1, 3600),
+        ("idle_s_max", http.idle_s_max, 0.1, 3600),
+        ("connections_max", http.connections_max, 1, 100_000),
+    )
+    for key, value, low, high in checks:
+        if not low <= value <= high:
+            raise ConfigError(f"http.{key}: expected {low:g} to {high:g}, got {value:g}")
+    for origin in http.origins:
+        if origin != "*" and not re.fullmatch(r"https?://[a-z0-9.:\[\]-]+", origin):
+            raise ConfigError(f'http.origins: expected "*", or pages like https://app.example, got {origin!r}')
 
 
 def _validate_limits(limits: TransportLimits) -> None:
@@ -398,14 +487,15 @@ def _validate_personal(config: NodeConfig) -> None:
             raise ConfigError(f"personal.{key}: expected {low:g} to {high:g}, got {value}")
     if not config.serving.enabled:
         raise ConfigError("personal.enabled: only this node can serve its private adapter; set serving.enabled to true")
-    if not _is_loopback(config.http.host):
+    if not is_loopback(config.http.host):
         raise ConfigError(
             f"personal.enabled: http.host {config.http.host} lets other machines ask this node's private model; set it "
             "to 127.0.0.1 (an SSH tunnel or a proxy with a password leads there), or personal.enabled to false"
         )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches `host`, a name or an address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

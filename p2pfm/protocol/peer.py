@@ -16,10 +16,10 @@ from p2pfm.errors import Reject
 from p2pfm.messages import (
     NO_DIGEST,
     Announcement,
+    Aside,
     Certificate,
     DeclaredPrivacy,
     Envelope,
-    Presence,
     Proposal,
     ShardMessage,
     SyncReply,
@@ -454,7 +454,7 @@ class Peer(Standing):
     def _on_received(self, event: Received) -> list[AnyAction]:
         """Sort a message to its handler; what is old, early or of a stranger is dropped without blame."""
         envelope, message = event.envelope, event.message
-        if isinstance(message, Presence):
+        if isinstance(message, Aside):
             return []
         if isinstance(message, Certificate):
             return self._on_certificate(message)

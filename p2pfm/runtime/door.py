@@ -15,9 +15,11 @@ from p2pfm.messages import (
     MEMBERS_MAX,
     Attestation,
     Certificate,
+    CheatReport,
     Envelope,
     Message,
     Presence,
+    ServiceReport,
     ShardMessage,
     decode_envelope,
     decode_message,
@@ -129,7 +131,9 @@ class Door:
                 self._open_shard_message(envelope.author, message)
             case Presence() if message.peer != envelope.author:
                 raise Reject(f"presence that speaks for {message.peer}")
-            case Presence() | Certificate() if not self._is_registered(envelope.author):
+            case Presence() | Certificate() | CheatReport() | ServiceReport() if not self._is_registered(
+                envelope.author
+            ):
                 raise Unjudged("serving and certificates are registered peers' affair")  # BLS costs 3 ms: no stranger's
             case Certificate():
                 self._take_turn(envelope.author)

@@ -19,7 +19,7 @@ from p2pfm.errors import P2PFMError, PeerUnreachable, Reject, Unjudged, WorldErr
 from p2pfm.learner import Learner
 from p2pfm.lora.cross_term import CROSS_TERM_MAX
 from p2pfm.lora.delta import decode_tensors, encode_tensors
-from p2pfm.messages import Envelope, Message, Presence, Proposal, SyncReply, decode_reply, encode
+from p2pfm.messages import Aside, Envelope, Message, Proposal, SyncReply, decode_reply, encode
 from p2pfm.protocol.events import (
     Accuse,
     Adopt,
@@ -225,7 +225,7 @@ class Effects:
         """Open a proven envelope and hand it to the core; returns its message. A broken rule blames its author: who
         passed it on checks no more than the signature.
 
-        A presence is for the gateway alone: the protocol does not depend on it.
+        What is of serving is for the gateway alone: the protocol does not depend on it.
         """
         try:
             message = await trio.to_thread.run_sync(self._door.open, envelope)
@@ -235,7 +235,7 @@ class Effects:
         except Unjudged as error:
             log.debug("message of %s: %s", envelope.author[-6:], error)
             return None
-        if not isinstance(message, Presence):
+        if not isinstance(message, Aside):
             self._emit(Received(envelope, message))
         return message
 

@@ -10,7 +10,7 @@ from nacl.exceptions import BadSignatureError
 from nacl.signing import SigningKey, VerifyKey
 
 from p2pfm.errors import Reject
-from p2pfm.messages import Envelope, Message, decode_envelope, decode_message, encode, signed_bytes
+from p2pfm.messages import Envelope, Message, Receipt, Vouch, decode_envelope, decode_message, encode, signed_bytes
 from p2pfm.runtime.keys import Keys
 from p2pfm.types import Digest, PeerId, short
 
@@ -21,8 +21,8 @@ SIGNATURE_BYTES = 64
 AUTHORS_CACHED_MAX = 1024
 
 
-def seal(keys: Keys, network_id: Digest, message: Message) -> Envelope:
-    """`message`, signed by this peer for this network."""
+def seal(keys: Keys, network_id: Digest, message: Message | Receipt) -> Envelope:
+    """`message`, signed by this peer for this network. A receipt's seal is its gateway's word, or its replica's yes."""
     body = encode(message)
     signature = SigningKey(keys.peer_seed).sign(signed_bytes(network_id, keys.peer, body)).signature
     return Envelope(author=keys.peer, body=body, signature=signature)
@@ -42,6 +42,16 @@ def verify_envelope(network_id: Digest, envelope: Envelope) -> None:
         key.verify(data, envelope.signature)
     except BadSignatureError as error:
         raise Reject(f"not signed by {short(envelope.author)} for this network") from error
+
+
+def sign_vouch(keys: Keys, network_id: Digest, vouch: Vouch) -> bytes:
+    """This peer's signature under its answer; a vouch is no message, so that it stands for nothing else."""
+    return SigningKey(keys.peer_seed).sign(signed_bytes(network_id, keys.peer, encode(vouch))).signature
+
+
+def verify_vouch(network_id: Digest, replica: PeerId, vouch: Vouch, signature: bytes) -> None:
+    """Prove that `replica` signed `vouch` for this network. Raises: Reject."""
+    verify_envelope(network_id, Envelope(replica, encode(vouch), signature))
 
 
 def open_envelope(network_id: Digest, data: bytes, bytes_max: int = 1_000_000) -> tuple[Envelope, Message]:

@@ -5,9 +5,10 @@ docs/guides/watching-a-node.md lists all of it.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
+import trio
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -58,6 +59,8 @@ class NodeMetrics:
         )
         self._fetched_bytes = Counter("p2pfm_fetched_bytes", "Bytes of whole blobs", ["priority"], registry=registry)
         ProcessCollector(registry=registry)
+        self.on_round_trip: Callable[[PeerId, float], None] = lambda peer, round_trip_ms: None
+        """Told how long a peer took to answer each small request."""
 
     def on_fetched(self, priority: Priority, seconds: float, size: int) -> None:
         """A blob has come whole."""
@@ -80,6 +83,10 @@ class NodeMetrics:
         self._message_bytes.labels(direction, str(kind)).inc(num_bytes)
 
 
+SMALL_BYTES_MAX = 4096
+"""Of a request and its reply, to tell how long the way is and not how wide."""
+
+
 class MeteredRequests:
     """A transport's requests, counted by kind."""
 
@@ -90,7 +97,10 @@ class MeteredRequests:
     async def request(self, peer: PeerId, data: bytes, timeout_s: float) -> bytes:
         """As the transport's."""
         self._metrics.on_frame(OUT, data)
+        asked_s = trio.current_time()
         reply = await self._transport.request(peer, data, timeout_s)
+        if len(data) + len(reply) <= SMALL_BYTES_MAX:
+            self._metrics.on_round_trip(peer, (trio.current_time() - asked_s) * 1000)
         self._metrics.on_frame(IN, reply)
         return reply
 

@@ -21,9 +21,12 @@ from p2pfm.errors import ChainError, OperatorError, PeerUnreachable, Reject, Rev
 from p2pfm.learner import Learner, SpendingLog
 from p2pfm.lora.delta import encode_tensors
 from p2pfm.messages import (
+    Aside,
     BlobReply,
     BlobRequest,
-    Presence,
+    ExtendStream,
+    FindStream,
+    KeepStream,
     Request,
     SyncRequest,
     decode_envelope,
@@ -40,25 +43,26 @@ from p2pfm.runtime.door import Door
 from p2pfm.runtime.effects import Effects
 from p2pfm.runtime.envelopes import seal
 from p2pfm.runtime.event_log import EventLogWriter
-from p2pfm.runtime.gateway import PRESENCE_INTERVAL_MS, Gateway
-from p2pfm.runtime.http_api import HttpApi, serve_http
+from p2pfm.runtime.gateway import Gateway
+from p2pfm.runtime.http_server import serve_http
 from p2pfm.runtime.keys import Keys
 from p2pfm.runtime.metrics import IN, OUT, MeteredRequests, NodeMetrics, NodeState
 from p2pfm.runtime.network.exchange import Downloads, answer_blob
 from p2pfm.runtime.network.server import Send
 from p2pfm.runtime.network.transport import Libp2pTransport
 from p2pfm.runtime.personal import Personal
-from p2pfm.runtime.replica_streams import ReplicaStreams, answer_generate
+from p2pfm.runtime.serving_side import ServingSide
 from p2pfm.runtime.settler import Settler
 from p2pfm.runtime.status import RoundFigures, make_status
 from p2pfm.runtime.store import Store
 from p2pfm.runtime.text import TextCodec
+from p2pfm.runtime.user_adapters import ReadLora
 from p2pfm.settlement import bls
 from p2pfm.settlement.ledger import FederationParams, Ledger
 from p2pfm.types import Digest, Millis, PeerId, Round, Wei
 
 if TYPE_CHECKING:  # a node that serves nothing starts without torch
-    from p2pfm.runtime.engine import Engine
+    from p2pfm.runtime.batcher import Batcher
 
 PROBE_BYTES_MAX = 64 * 1024 * 1024
 PROBE_WAIT_S = 60.0
@@ -103,9 +107,11 @@ class Models:
     """How a node gets its models; blocking functions, called in a thread."""
 
     codec: Callable[[], TextCodec]
-    engine: "Callable[[], Engine | None]"
+    engine: "Callable[[], Batcher | None]"
     learners: Callable[[bytes, SpendingLog], Learners]
     """Takes the probe set's bytes, and where training is accounted for."""
+    read_lora: ReadLora | None = None
+    """For users' own adapters; None: this node takes no peft folders."""
 
 
 def validate_rules(network: NetworkConfig, params: FederationParams) -> None:
@@ -168,10 +174,10 @@ class Node:
             discovery=config.discovery,
             watched=(TOP,) if config.network.has_shards else (),
         )
-        requests = MeteredRequests(self.transport, self.metrics)
-        self.downloads = Downloads(requests, on_whole=self.metrics.on_fetched)
+        self._requests = MeteredRequests(self.transport, self.metrics)
+        self.downloads = Downloads(self._requests, on_whole=self.metrics.on_fetched)
         self.effects: Effects
-        self.gateway: Gateway
+        self.serving: ServingSide
 
     async def run(self) -> None:
         """Start all parts in the order in which they need one another, then serve until cancelled.
@@ -187,25 +193,11 @@ class Node:
             self.stage = "loading"
             codec = await trio.to_thread.run_sync(self._models.codec)
             engine = await trio.to_thread.run_sync(self._models.engine)
-            self.gateway = Gateway(
-                self.keys.peer,
-                self.config.serving,
-                engine,
-                codec.vocabulary,
-                ReplicaStreams(self.transport),
-                self.registry,
-                now_ms,
-            )
-            api = HttpApi(
-                self.gateway,
-                codec,
-                self.config.network.backbone,
-                self.registry,
-                self.status,
-                now_ms,
-                self.find_public,
-            )
-            await nursery.start(serve_http, api.app(), self.config.http.host, self.config.http.port)
+            read_lora, ask = self._models.read_lora, self._requests.request
+            self.serving = ServingSide(self, self._store, codec, engine, read_lora, ask)
+            self.metrics.on_round_trip = self.gateway.table.on_round_trip
+            http = self.config.http
+            await nursery.start(serve_http, self.serving.app(), http.host, http.port, http)
             learners = await self._load_learners()
             learner = learners.shared
             self.effects = Effects(
@@ -241,12 +233,17 @@ class Node:
                 self._peers_loop,
                 self._memory_loop,
                 self._timer_loop,
-                self._presence_loop,
                 self._prune_loop,
                 self._clock_loop,
+                self.serving.run,
             ):
                 nursery.start_soon(task)
             await self._event_loop()
+
+    @property
+    def gateway(self) -> Gateway:
+        """Of `serving`."""
+        return self.serving.gateway
 
     @property
     def num_events_waiting(self) -> int:
@@ -374,6 +371,10 @@ class Node:
         self.peer = self._make_peer(self.keys.peer, self.config.network, durable)
         self.effects.served |= {self._probe, durable.base}
         self.effects.served |= await trio.to_thread.run_sync(self._find_released)
+        older_max = self.config.serving.versions_kept - 1
+        for base in await trio.to_thread.run_sync(self._store.get_older_bases, durable.base, older_max):
+            if await trio.to_thread.run_sync(self._store.find, base) is not None:  # else it was damaged
+                await self.effects.adopt(base)
         await self.effects.adopt(durable.base)
         if durable.head is None:  # where the story begins: people compare with it
             await self.effects.carry_out(Evaluate(Round(-1), durable.base))
@@ -409,6 +410,17 @@ class Node:
             for name, digest in (("residual", durable.residual), ("pending_residual", durable.pending_residual))
         }
         return msgspec.structs.replace(durable, **kept)
+
+    def get_stakes(self) -> Mapping[PeerId, int]:
+        """Of the registered peers; none before the chain was read."""
+        roster = self.settler.roster
+        return {peer: int(member.stake) for peer, member in roster.by_peer.items()} if roster else {}
+
+    async def publish_aside(self, message: Aside) -> None:
+        """Gossip what is of serving alone: the core does not hear it."""
+        data = encode(seal(self.keys, self.network_id, message))
+        self.metrics.on_gossip(OUT, message, len(data))
+        await self.transport.publish(data)
 
     # --- the queue ---
 
@@ -471,12 +483,16 @@ class Node:
             message = await self.effects.receive(envelope)
             if message is not None:
                 self.metrics.on_gossip(IN, message, len(data))
-            if isinstance(message, Presence):
-                self.gateway.on_presence(envelope.author, message)
+            if isinstance(message, Aside):
+                try:
+                    await self.serving.hear(envelope.author, message)
+                except Reject as error:
+                    self.effects.blame(envelope.author, str(error))
 
     async def _peers_loop(self) -> None:
         async for peers in self.transport.peers_changed:
             self._emit(PeersChanged(peers))
+            self.gateway.on_connected(peers)
 
     async def _memory_loop(self) -> None:
         """Keep the peer book, and at once what a restart must not undo: a ban."""
@@ -486,18 +502,11 @@ class Node:
                 await self.transport.has_banned.wait()
             try:
                 await trio.to_thread.run_sync(self._store.save_network_memory, self.transport.get_memory())
+                await trio.to_thread.run_sync(self._store.save_cheats, self.gateway.table.bans())
             except (sqlite3.Error, OSError) as error:
                 log.warning("the peer book could not be saved: %s; trying again", error)
             wait_s = min(wait_s * 2, MEMORY_S)
             await trio.sleep(MEMORY_PAUSE_S)
-
-    async def _presence_loop(self) -> None:
-        while True:
-            presence = self.gateway.presence()
-            data = encode(seal(self.keys, self.network_id, presence))
-            self.metrics.on_gossip(OUT, presence, len(data))
-            await self.transport.publish(data)
-            await trio.sleep(PRESENCE_INTERVAL_MS / 1000)
 
     async def _clock_loop(self) -> None:
         """Compare this machine's clock with the peers' clocks."""
@@ -520,7 +529,7 @@ class Node:
         durable = self.peer.durable
         needed = (durable.base, durable.residual, durable.pending_residual, durable.announced_payload)
         keep = {digest for digest in needed if digest is not None} | {self._probe, *self.settler.data_digests}
-        keep |= self.settler.bases
+        keep |= self.settler.bases | {*self._store.get_older_bases(durable.base, self.config.serving.versions_kept - 1)}
         freed = self._store.prune(keep, BLOB_BYTES_MAX)
         if freed:
             log.info("dropped %d bytes of old blobs", freed)
@@ -559,11 +568,21 @@ class Node:
             case BlobRequest():
                 if self.stage != "running":
                     return encode(BlobReply(0, b""))
-                return encode(await trio.to_thread.run_sync(answer_blob, self._store, self._is_public, request))
+                return await trio.to_thread.run_sync(self._answer_blob, request)
             case SyncRequest():
                 return await self._answer_sync(peer, request)
+            case KeepStream() | ExtendStream() | FindStream():
+                if self.stage != "running":
+                    raise PeerUnreachable("this node is still starting")
+                return encode(self.serving.answer(peer, request))
             case _:
-                raise Reject(f"expected a blob or sync request, got {type(request).__name__}")
+                raise Reject(f"expected a request for blobs, sync or kept streams, got {type(request).__name__}")
+
+    def _answer_blob(self, request: BlobRequest) -> bytes:
+        adapters = self.serving.adapters
+        if adapters.is_known(request.digest):
+            return encode(answer_blob(adapters.folder, adapters.is_known, request))
+        return encode(answer_blob(self._store, self._is_public, request))
 
     async def _answer_sync(self, peer: PeerId, request: SyncRequest) -> bytes:
         if self.stage != "running":
@@ -580,4 +599,4 @@ class Node:
 
     async def _on_stream(self, peer: PeerId, data: bytes, send: Send) -> None:
         if self.stage == "running":
-            await answer_generate(self.gateway, data, send)
+            await self.serving.answer_stream(peer, data, send)

@@ -17,7 +17,7 @@ from p2pfm.protocol.membership import get_member, is_outdated_for
 from p2pfm.runtime.store import Store
 from p2pfm.settlement.ledger import Ledger, Roster, SettledRound
 from p2pfm.settlement.rewards import from_wire, make_submission
-from p2pfm.types import Digest, PeerId, Round
+from p2pfm.types import Digest, PeerId, Round, Wei
 
 POLL_S = 2.0
 """How often the chain is read: a block or two."""
@@ -63,6 +63,8 @@ class Settler:
         self._store = store
         self._emit = emit
         self._auto_claim = auto_claim
+        self.claimed: Wei | None = None
+        """What this peer has drawn in all, as the chain told it last; None: not yet."""
         self._claimed = Round(-1)
         self._data_round = Round(-1)
         self._roster_since = 0.0
@@ -103,6 +105,9 @@ class Settler:
             self.data_digests |= {settled.data_digest for settled in rounds}
             self._data_round = head.round
             await self._remember_bases()
+            member = get_member(roster, self._me)
+            if member is not None:
+                self.claimed = await trio.to_thread.run_sync(self._ledger.get_claimed, member.index)
         if self.head is not None and (head is None or head.round < self.head.round):
             await self._queue_again(head)
         if head != self.head:  # before the roster: a peer that is behind, or whose round is void, must not train
@@ -211,5 +216,6 @@ class Settler:
         # A newcomer has no leaf in rounds before it joined.
         if member.index < len(leaves) and leaves[member.index].cumulative_wei > drawn:
             paid = await trio.to_thread.run_sync(self._ledger.claim, final[-1].round, member.index, leaves)
+            self.claimed = Wei(drawn + paid)
             log.info("claimed %.4f PFM", paid / WEI_PER_PFM)
         self._claimed = final[-1].round

@@ -12,7 +12,7 @@ from p2pfm.protocol.ballot import Ballot
 from p2pfm.protocol.events import AnyEvent, Trained
 from p2pfm.protocol.membership import get_member
 from p2pfm.protocol.peer import NO_SHARD, Peer
-from p2pfm.protocol.phases import Level, Phase, compute_position
+from p2pfm.protocol.phases import Level, Phase, compute_position, get_durations
 from p2pfm.settlement.rewards import from_wire
 from p2pfm.types import NANO, Millis, Round
 
@@ -66,6 +66,7 @@ def make_status(node: "Node", now_ms: Millis) -> dict[str, Any]:
         "level": level.name if network.has_shards else None,
         "phase": position.phase.name,
         "phase_ends_in_ms": position.ends_ms - now_ms,
+        "phases_ms": {phase.name: ms for phase, ms in zip(Phase, get_durations(network, level), strict=True)},
         "addresses": list(node.transport.addresses()),
         "peers": list(node.transport.connected()),
         "reach": node.transport.reach(),
@@ -84,11 +85,8 @@ def make_status(node: "Node", now_ms: Millis) -> dict[str, Any]:
         status["personal"] = {"round": node.personal.round, "losses_nats": node.personal.losses}
     if node.peer is not None:
         status["protocol"] = _protocol_status(node)
-        status["serving"] = {
-            "versions": [version.hex() for version in node.gateway.versions()],
-            "sessions": node.gateway.num_sessions,
-            "replicas": len(node.gateway.table.live(now_ms)),
-        }
+        status["rewards"] = _rewards_status(node)
+        status["serving"] = _serving_status(node, now_ms)
     return status
 
 
@@ -140,6 +138,41 @@ def _chain_status(node: "Node") -> dict[str, Any]:
         "settled_round": settler.head.round if settler.head else None,
         "findings": list(node.auditor.findings),
     }
+
+
+def _rewards_status(node: "Node") -> dict[str, str | None]:
+    """What the newest certificate allots this node over all rounds, and what it has drawn; None: the chain has not
+    told."""
+    assert node.peer is not None, "asked only of a running node"
+    settler, head = node.settler, node.peer.durable.head
+    member = get_member(settler.roster, node.keys.peer) if settler.roster else None
+    leaves = from_wire(head.proposal.leaves) if head else ()
+    # a newcomer has no leaf yet
+    allotted = leaves[member.index].cumulative_wei if member is not None and member.index < len(leaves) else 0
+    return {
+        "allotted_wei": str(allotted),
+        "claimed_wei": None if settler.claimed is None else str(settler.claimed),
+    }
+
+
+def _serving_status(node: "Node", now_ms: Millis) -> dict[str, Any]:
+    gateway, config = node.gateway, node.config.serving
+    return {
+        "versions": [version.hex() for version in gateway.versions()],
+        "sessions": gateway.num_sessions,
+        "sessions_max": config.sessions_max if config.enabled else 0,
+        "replicas": sum(bool(state.record.versions) for state in gateway.table.live(now_ms)),
+        "generated_tokens": _count(node, "p2pfm_generated_tokens_total"),
+        "replaced_replicas": _count(node, "p2pfm_replaced_replicas_total"),
+        "rechecked_tokens": _count(node, "p2pfm_rechecked_tokens_total"),
+        **node.serving.rechecker.to_status(),
+        "receipts": node.serving.receipts.to_status(),
+    }
+
+
+def _count(node: "Node", name: str) -> int:
+    """A counter of /metrics."""
+    return int(node.registry.get_sample_value(name) or 0)
 
 
 def _declared(privacy: DeclaredPrivacy | None) -> dict[str, float]:

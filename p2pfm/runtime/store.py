@@ -8,7 +8,7 @@ several threads; knows no network, no model, and not what a blob means.
 import os
 import sqlite3
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -18,12 +18,13 @@ import msgspec
 
 from p2pfm.errors import OperatorError
 from p2pfm.learner import Spending
-from p2pfm.messages import Certificate, encode
+from p2pfm.messages import Certificate, Envelope, Receipt, decode_envelope, encode
 from p2pfm.protocol.events import Durable
 from p2pfm.runtime.files import make_private_folder, sync_folder, write_durably
 from p2pfm.runtime.network.bans import BanRecord
 from p2pfm.runtime.network.memory import NetworkMemory
 from p2pfm.runtime.network.peer_book import KnownAddress
+from p2pfm.serving.routing import Ban
 from p2pfm.types import DIGEST_BYTES, Digest, Round, compute_digest
 
 BLOB_FOLDER = "blobs"
@@ -46,6 +47,13 @@ CREATE TABLE IF NOT EXISTS known_addresses (
 );
 CREATE TABLE IF NOT EXISTS bans (
     peer TEXT PRIMARY KEY, score REAL NOT NULL, level INTEGER NOT NULL, offended_at REAL NOT NULL, until REAL NOT NULL
+);
+CREATE TABLE IF NOT EXISTS cheats (
+    peer TEXT PRIMARY KEY, until_ms INTEGER NOT NULL, num_bans INTEGER NOT NULL
+);
+CREATE TABLE IF NOT EXISTS receipts (
+    epoch INTEGER NOT NULL, gateway TEXT NOT NULL, replica TEXT NOT NULL, sealed BLOB NOT NULL,
+    PRIMARY KEY (epoch, gateway, replica)
 );
 CREATE TABLE IF NOT EXISTS spendings (
     noise_multiplier REAL NOT NULL, sample_rate REAL NOT NULL, steps INTEGER NOT NULL,
@@ -243,6 +251,12 @@ class Store:
             ).fetchall()
         return tuple(msgspec.msgpack.decode(row[0], type=Certificate) for row in rows)
 
+    def get_older_bases(self, newest: Digest, num_max: int) -> tuple[Digest, ...]:
+        """Bases of the rounds that were adopted before `newest`, as far as their blobs are here; oldest first."""
+        bases = [certificate.proposal.new_base for certificate in reversed(self.get_certificates(-1))]
+        older = [base for base in dict.fromkeys(bases) if base != newest and self.has(base)]
+        return tuple(reversed(older[:num_max]))
+
     def queue_settlement(self, certificate: Certificate) -> None:
         """Remember a certificate until `drop_settlement`; the oldest go beyond SETTLEMENTS_MAX."""
         with self._lock:
@@ -308,6 +322,41 @@ class Store:
                 [(b.peer, b.score, b.level, b.offended_at, b.until) for b in bans],
             )
             run("COMMIT")
+
+    def save_cheats(self, bans: Sequence[Ban]) -> None:
+        """Replace what routing must know of replicas that gave wrong answers. Durable on return."""
+        with self._lock:
+            run = self._database.execute
+            run("BEGIN IMMEDIATE")
+            run("DELETE FROM cheats")
+            self._database.executemany(
+                "INSERT INTO cheats VALUES (?, ?, ?)", [(ban.peer, ban.until_ms, ban.num_bans) for ban in bans]
+            )
+            run("COMMIT")
+
+    def load_cheats(self) -> tuple[Ban, ...]:
+        """What `save_cheats` kept, in its order."""
+        with self._lock:
+            rows = self._database.execute("SELECT peer, until_ms, num_bans FROM cheats ORDER BY rowid").fetchall()
+        return tuple(Ban(*row) for row in rows)
+
+    def save_receipt(self, receipt: Receipt, sealed: Envelope, epoch_min: int) -> None:
+        """Keep a pair's newest receipt, and none of epochs before `epoch_min`. Durable on return."""
+        with self._lock:
+            run = self._database.execute
+            run("BEGIN IMMEDIATE")
+            run("DELETE FROM receipts WHERE epoch < ?", (epoch_min,))
+            run(
+                "INSERT OR REPLACE INTO receipts VALUES (?, ?, ?, ?)",
+                (receipt.epoch, receipt.gateway, receipt.replica, encode(sealed)),
+            )
+            run("COMMIT")
+
+    def load_receipts(self) -> tuple[Envelope, ...]:
+        """What `save_receipt` kept."""
+        with self._lock:
+            rows = self._database.execute("SELECT sealed FROM receipts ORDER BY epoch, gateway, replica").fetchall()
+        return tuple(decode_envelope(sealed) for (sealed,) in rows)
 
     def load_network_memory(self) -> NetworkMemory:
         """What `save_network_memory` kept; empty at the first start."""
