@@ -6,7 +6,6 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache
 
 from nodes.localnet import ADAPTERS, get_preset
 from p2pfm import work
@@ -27,7 +26,6 @@ from p2pfm.lora.delta import add, decode_tensors, encode_tensors, flatten
 from p2pfm.lora.layers import (
     adapter_shapes,
     build_peft,
-    extend,
     get_adapter_tensors,
     get_frozen,
     get_initial,
@@ -262,7 +260,7 @@ def test_two_learners_train_compress_score_and_merge(kind, shards):
     # What is served is what was trained and merged: the same logits from another instance of the backbone.
     tensors = decode_tensors(blobs.get(merged.new_base), shapes)
     engine = Engine(str(TINY), config.adapter, versions_max=1)
-    served = engine.forward(tensors, tuple(TOKENS[0].tolist()), DynamicCache())
+    served = engine.logits(tensors, tuple(TOKENS[0].tolist()))
     model, _ = load(kind)
     unmerged = compute_logits(model)[-1]
     set_adapter_tensors(model, tensors)
@@ -272,32 +270,20 @@ def test_two_learners_train_compress_score_and_merge(kind, shards):
 
 
 @EVERY_KIND
-def test_blocks_of_a_text_give_the_logits_of_the_whole(kind):
-    model, _ = load(kind)
-    set_adapter_tensors(model, disturb(get_adapter_tensors(model), size=0.05))
-    with torch.inference_mode():
-        whole = model(input_ids=TOKENS, use_cache=False).logits[0, -1].numpy()
-        cache = DynamicCache()
-        for block in (TOKENS[:, :3], TOKENS[:, 3:7], TOKENS[:, 7:]):
-            logits = extend(model, block, cache)
-    np.testing.assert_allclose(logits[0].numpy(), whole, atol=1e-4)
-    assert cache.get_seq_length() == TOKENS.shape[1] + CONFIGS[kind].num_virtual
-
-
-@EVERY_KIND
 def test_a_served_stream_resumes_to_the_same_text_and_is_that_of_plain_generate(kind):
     engine = Engine(str(TINY), CONFIGS[kind], versions_max=1)
     version = Digest(b"v" * 32)
-    engine.add_version(version, disturb(get_adapter_tensors(engine.model), size=0.05))
-    prompt = tuple(engine.tokenizer.encode("My fellow"))
-    request = GenerateRequest(version, prompt, (), 12, 0, 950, 1)
+    model = build_peft(load_backbone(TINY)[0], CONFIGS[kind])
+    tensors = disturb(get_adapter_tensors(model), size=0.05)
+    set_adapter_tensors(model, tensors)
+    engine.add_version(version, tensors)
+    prompt = tuple(engine.tokenizer.encode("My fellow citizens, we meet again. " * 20))  # two blocks
+    request = GenerateRequest(version, prompt, (), 12, 0, 950, 1, 0)
     whole = tuple(token for chunk in engine.generate(request) for token in chunk.tokens)
     resumed = msgspec.structs.replace(request, emitted=whole[:5])
     assert whole[5:] == tuple(token for chunk in engine.generate(resumed) for token in chunk.tokens)
     with torch.inference_mode():
-        theirs = engine.model.generate(
-            input_ids=torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0
-        )
+        theirs = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0)
     assert whole == tuple(theirs[0].tolist())[-len(whole) :]
     assert engine.vocabulary.context_max == 1024 - CONFIGS[kind].num_virtual
 

@@ -32,6 +32,13 @@ def test_a_written_configuration_names_only_what_differs(tmp_path):
     assert read_config(path).limits == TransportLimits(ping_s=2.0)
 
 
+def test_the_share_of_answers_that_is_rechecked_is_a_share():
+    assert parse_node_config(NODE).serving.recheck_share == 0.05
+    for share in ("1.5", "-0.1", "nan"):
+        with pytest.raises(ConfigError, match=r"serving.recheck_share: expected 0 to 1"):
+            parse_node_config(NODE + f"[serving]\nrecheck_share = {share}")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

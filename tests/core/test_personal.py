@@ -155,7 +155,7 @@ def make_adapter(shapes, seed: int):
 
 
 def ask(engine: Engine, version: Digest, num_tokens: int = 24) -> GenerateRequest:
-    return GenerateRequest(version, tuple(engine.tokenizer.encode("My fellow")), (), num_tokens, 0, 1000, 1)
+    return GenerateRequest(version, tuple(engine.tokenizer.encode("My fellow")), (), num_tokens, 0, 1000, 1, 0)
 
 
 def run(engine: Engine, version: Digest) -> tuple[int, ...]:

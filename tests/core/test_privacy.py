@@ -608,6 +608,7 @@ def test_the_status_screen_tells_the_nodes_own_epsilon_and_its_peers():
         "notes": [],
         "updates": [{"peer": "peer-abcdef", "epsilon": 3.2, "delta": 1e-5}, {"peer": "peer-open"}],
     }
+    receipts = {"epoch": 2, "earned_tokens": 36, "given_tokens": 24, "shares": {"1": {"me": 125_000_000}}}
     status = {
         "peer": "me",
         "stage": "running",
@@ -622,10 +623,11 @@ def test_the_status_screen_tells_the_nodes_own_epsilon_and_its_peers():
         "chain": {"member": 0, "members": 1, "committee": [], "settled_round": None, "rpc": "r", "error": ""},
         "privacy": {"epsilon": 3.2, "delta": 1e-5, "epsilon_max": 8.0},
         "protocol": protocol,
-        "serving": {"versions": [], "sessions": 0, "replicas": 0},
+        "serving": {"versions": [], "sessions": 0, "replicas": 0, "receipts": receipts},
     }
     cells = "\n".join(str(cell) for column in make_status_table(status).columns for cell in column.cells)
     assert "epsilon 3.2 of 8, at delta 1e-05" in cells
+    assert "epoch 2: 36 tokens earned, 24 attested; of epoch 1 due 12.5% of a serving pool" in cells
     assert "abcdef ε 3.2 (δ 1e-05); of 2 merged updates" in cells
     status["privacy"]["epsilon"] = None
     cells = "\n".join(str(cell) for column in make_status_table(status).columns for cell in column.cells)

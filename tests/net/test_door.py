@@ -8,12 +8,15 @@ from p2pfm.errors import Reject, Unjudged
 from p2pfm.messages import (
     Attestation,
     Certificate,
+    CheatReport,
     Envelope,
+    GenerateRequest,
     Leaf,
     Message,
     Presence,
     Proposal,
     ShardMessage,
+    Vouch,
     encode,
 )
 from p2pfm.protocol.committee import shard_message
@@ -95,9 +98,12 @@ def test_a_presence_that_speaks_for_another_is_rejected(door: Door) -> None:
 
 def test_strangers_neither_serve_nor_certify(door: Door) -> None:
     stranger = PeerId("stranger")
-    for message in (Presence(stranger, (), 0, 4, 1000, 1), certificate()):
+    claimed = GenerateRequest(ZERO, (1,), (2,), 1, 0, 1000, 0, 0)
+    report = CheatReport(NAMES[1], Vouch(claimed, 0), bytes(64))
+    for message in (Presence(stranger, (), 0, 4, 1000, 1), certificate(), report):
         with pytest.raises(Unjudged):
             door.open(sealed(stranger, message))
+    assert door.open(sealed(NAMES[2], report)) == report
 
 
 def test_without_a_registry_nothing_is_judged_and_nobody_blamed() -> None:

@@ -815,7 +815,7 @@ async def a_frame_longer_than_frames_may_be(rogue: Rogue, world: World) -> None:
 
 @attack()
 async def token_streams_opened_and_left(rogue: Rogue, world: World) -> None:
-    request = ours(GenerateRequest(ZERO, (1,) * 1000, (), 1000, 0, 1000, 1))
+    request = ours(GenerateRequest(ZERO, (1,) * 1000, (), 1000, 0, 1000, 1, 0))
     async with rogue.session() as mux:
         with CUT:
             for number in range(200):

@@ -3,6 +3,7 @@
 import sqlite3
 from pathlib import Path
 
+import msgspec
 import pytest
 from store_child import certificate_of
 
@@ -17,9 +18,11 @@ from p2pfm.runtime.network.bans import BanRecord
 from p2pfm.runtime.network.memory import NetworkMemory
 from p2pfm.runtime.network.peer_book import KnownAddress
 from p2pfm.runtime.store import Store
+from p2pfm.serving.routing import Ban
 from p2pfm.types import Digest, Millis, PeerId, Round, compute_digest
 
 ZERO = Digest(bytes(32))
+CHEATS = (Ban(PeerId("z"), Millis(2**41), 2), Ban(PeerId("a"), Millis(7), 1))
 MEMORY = NetworkMemory(
     (KnownAddress("b", "", 1.5, 2.5, 0, is_anchor=True), KnownAddress("a", "who", 0, 0, 3)),
     (BanRecord("liar", 0.5, 2, 100.25, 220.25),),
@@ -98,11 +101,14 @@ def test_state_queue_and_addresses_survive_reopening(tmp_path: Path) -> None:
         store.drop_settlement(Round(4))
         store.save_network_memory(NetworkMemory((KnownAddress("old", "", 0, 0, 0),), ()))
         store.save_network_memory(MEMORY)
+        store.save_cheats(CHEATS[1:])
+        store.save_cheats(CHEATS)
     with Store(tmp_path) as store:
         assert store.load_durable() == make_durable(2)
         assert [c.proposal.round for c in store.get_settlements()] == [3, 5]
         assert store.get_settlements()[0] == certificate_of(3)
         assert store.load_network_memory() == MEMORY
+        assert store.load_cheats() == CHEATS
 
 
 def test_the_peer_book_of_an_older_schema_is_taken_over(tmp_path: Path) -> None:
@@ -213,3 +219,18 @@ def test_a_home_from_before_spendings_counts_as_trained_without_noise_if_it_was_
     for _ in range(2):  # the second start changes nothing
         with Store(tmp_path) as store:
             assert [spending.noise_multiplier for spending in store.get_spendings()] == [0.0] * was_at_work
+
+
+def test_the_bases_before_the_newest_are_known_after_a_restart_as_far_as_they_are_here(tmp_path: Path) -> None:
+    bases = [b"base %d" % number for number in range(5)]
+    with Store(tmp_path) as store:
+        for number, data in enumerate(bases):
+            digest = store.put(data) if number != 2 else compute_digest(data)  # that one has been pruned
+            proposal = msgspec.structs.replace(certificate_of(number).proposal, new_base=digest)
+            head = msgspec.structs.replace(certificate_of(number), proposal=proposal)
+            store.save_durable(msgspec.structs.replace(make_durable(number), base=digest, head=head))
+    with Store(tmp_path) as store:
+        newest = compute_digest(bases[4])
+        assert store.get_older_bases(newest, 9) == tuple(compute_digest(bases[number]) for number in (0, 1, 3))
+        assert store.get_older_bases(newest, 2) == tuple(compute_digest(bases[number]) for number in (1, 3))
+        assert store.get_older_bases(newest, 0) == ()
