@@ -46,7 +46,14 @@ def test_a_height_that_seldom_differs_is_found() -> None:
 
 def make_models() -> list[PackedModel]:
     """In the stored bf16, and in float32, whose kernels differ by height."""
+    torch.set_num_threads(1)  # what is measured here holds for as many threads as now
     return [PackedModel(load_backbone(TINY, dtype)[0], 16) for dtype in (None, torch.float32)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """As an engine has it; another file's tests may have changed it since the models were measured."""
+    torch.set_num_threads(1)
 
 
 MODELS = make_models()
