@@ -448,8 +448,8 @@ def _sums(sums: Sums) -> tuple[int, int, int]:
     return sums.cumulative_wei, sums.reward_wei, sums.contribution
 
 
-def _leaf(leaf: LeafValue) -> tuple[int, int, int]:
-    return leaf.cumulative_wei, leaf.reward_wei, leaf.contribution
+def _leaf(leaf: LeafValue) -> tuple[int, int, int, int]:
+    return leaf.cumulative_wei, leaf.reward_wei, leaf.contribution, leaf.served_wei
 
 
 def _words(point: bytes) -> list[int]:

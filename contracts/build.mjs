@@ -9,7 +9,7 @@ import { fileURLToPath } from "node:url";
 const here = dirname(fileURLToPath(import.meta.url));
 const solc = createRequire(import.meta.url)("solc");
 const output = process.argv[2] ?? join(here, "artifacts");
-const CONTRACTS = ["PFMToken", "Federation"];
+const CONTRACTS = ["PFMToken", "Federation", "ServingPool"];
 const CODE_BYTES_MAX = 24576; // EIP-170
 
 function sourcesUnder(folder) {

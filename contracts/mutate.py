@@ -43,8 +43,40 @@ class Mutant(NamedTuple):
 
 
 FEDERATION, TREE, BLS = "src/Federation.sol", "src/libraries/RewardTree.sol", "src/libraries/BLS381.sol"
+SERVING = "src/ServingPool.sol"
 
 MUTANTS = (
+    Mutant(
+        "serving paid before the round is final",
+        SERVING,
+        "if (!FEDERATION.isFinal(position, record)) revert NotFinal();",
+        "FEDERATION.isFinal(position, record);",
+        "serving_is_paid",
+    ),
+    Mutant("serving paid twice", SERVING, "claimed[index] = drawn + paid;", "", "serving_is_paid"),
+    Mutant(
+        "serving paid beyond its epochs",
+        SERVING,
+        "if (claimedTotal + paid > PER_EPOCH * numEpochs) revert OverBudget();",
+        "",
+        "cannot_draw_more",
+    ),
+    Mutant("what was drawn for serving is not added up", SERVING, "claimedTotal += paid;", "", "cannot_draw_more"),
+    Mutant(
+        "a dry serving pool reverts",
+        SERVING,
+        "Math.min(proof.leaf.served - drawn, TOKEN.balanceOf(address(this)))",
+        "proof.leaf.served - drawn",
+        "runs_dry",
+    ),
+    Mutant("serving: a leaf of any root", SERVING, "top.digest != statement.root || ", "", "served_leaves"),
+    Mutant(
+        "what is served is not hashed",
+        TREE,
+        "keccak256(abi.encode(leaf))",
+        "keccak256(abi.encode(leaf.cumulative, leaf.reward, leaf.contribution))",
+        "serving_is_paid",
+    ),
     Mutant(
         "quorum of two thirds, not more",
         FEDERATION,

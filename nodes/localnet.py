@@ -46,6 +46,8 @@ from p2pfm.types import Millis, Wei
 
 STAKE_PFM = 100
 POOL_PFM = 100
+SERVING_PFM = 10
+"""A round, for answers that gateways agree on."""
 EPOCHS_FUNDED = 1000
 GAS_WEI = 10 * 10**18
 """Ether a new account gets: more than a day of rounds costs."""
@@ -292,7 +294,7 @@ def localnet(
 def create_network(
     testnet: Testnet, preset: Preset, probe: Path, challenge_window_s: int = CHALLENGE_WINDOW_S
 ) -> tuple[NetworkConfig, Web3Ledger]:
-    """Deploy the contracts, fund the pool, and write down what peers agree on; the first round is `startup_s` away.
+    """Deploy the contracts, fund their pools, and write down what peers agree on; the first round is `startup_s` away.
 
     Returns the rules, and the ledger as the first prefunded account sees it: it holds all tokens.
     """
@@ -303,10 +305,12 @@ def create_network(
         pool_per_epoch=Wei(POOL_PFM * WEI_PER_PFM),
         rounds_per_epoch=1,
         response_s=RESPONSE_S,
+        serving_per_epoch=Wei(SERVING_PFM * WEI_PER_PFM),
     )
     contracts = deploy(testnet.rpc_url, testnet.keys[0], params)
     ledger = Web3Ledger(testnet.rpc_url, contracts, testnet.keys[0])
     ledger.fund(Wei(EPOCHS_FUNDED * POOL_PFM * WEI_PER_PFM))
+    ledger.fund_serving(Wei(EPOCHS_FUNDED * SERVING_PFM * WEI_PER_PFM))
     network = NetworkConfig(
         name="localnet",
         genesis_ms=Millis(int((time.time() + preset.startup_s) * 1000)),
@@ -319,7 +323,7 @@ def create_network(
         compression=preset.compression,
         phases=preset.phases,
         limits=preset.limits,
-        settlement=SettlementConfig(rounds_per_epoch=1, pool_per_epoch_pfm=POOL_PFM),
+        settlement=SettlementConfig(rounds_per_epoch=1, pool_per_epoch_pfm=POOL_PFM, serving_per_epoch_pfm=SERVING_PFM),
     )
     return network, ledger
 

@@ -61,6 +61,13 @@ def make_status_table(status: Mapping[str, Any]) -> Table:
             f"{len(serving['versions'])} versions, {serving['sessions']} sessions, {serving['replicas']} replicas",
         )
         table.add_row("receipts", _describe_receipts(serving["receipts"], status["peer"]))
+        if rewards := status.get("rewards"):
+            told = {name: int(wei or 0) / 1e18 for name, wei in rewards.items()}
+            table.add_row(
+                "allotted",
+                f"{told['allotted_wei']:.4f} PFM for learning ({told['claimed_wei']:.4f} drawn), "
+                f"{told['served_wei']:.4f} for serving ({told['claimed_served_wei']:.4f} drawn)",
+            )
         table.add_row("notes", "\n".join(f"round {n['round']}: {n['text']}" for n in protocol["notes"][-5:]))
     return table
 
@@ -77,7 +84,7 @@ def _describe_receipts(receipts: Mapping[str, Any], peer: str) -> str:
     if not receipts["shares"]:
         return now
     last = max(receipts["shares"], key=int)
-    return f"{now}; of epoch {last} due {receipts['shares'][last].get(peer, 0) / 1e9:.1%} of a serving pool"
+    return f"{now}; of epoch {last} due {receipts['shares'][last].get(peer, 0) / 1e9:.1%} of what it allots"
 
 
 def _describe_clock(clock: Mapping[str, Any]) -> str:

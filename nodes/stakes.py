@@ -93,19 +93,23 @@ def pool_show(config_file: ConfigFile, as_json: Json = False) -> None:
 def pool_fund(
     config_file: ConfigFile,
     amount: Annotated[float, typer.Argument(min=0, help="How much, in PFM, from this node's account.")],
+    serving: Annotated[bool, typer.Option("--serving", help="Into the pool that pays for serving.")] = False,
     password_file: PasswordFile = None,
 ) -> None:
-    """Pay reward tokens into the pool. Nobody can take them out again but by rewards.
+    """Pay reward tokens into a pool. Nobody can take them out again but by rewards.
 
     Example: `p2pfm pool fund 500 --config sponsor/node.toml`
     """
     ledger = _as_account(config_file, password_file)
+    if serving and not ledger.get_params().serving_per_epoch:
+        raise OperatorError("this network has no pool for serving (network.chain.serving_pool): nothing was sent")
     try:
-        ledger.fund(Wei(round(amount * WEI_PER_PFM)))
+        (ledger.fund_serving if serving else ledger.fund)(Wei(round(amount * WEI_PER_PFM)))
     except Reverted as error:
         held = ledger.get_balance(ledger.account) / WEI_PER_PFM
         raise OperatorError(f"account {ledger.account} holds {held:.4f} PFM ({error})") from error
-    out.print(f"the pool holds {ledger.get_pool() / WEI_PER_PFM:.4f} PFM", highlight=False)
+    name, held = ("serving pool", ledger.get_serving_pool()) if serving else ("pool", ledger.get_pool())
+    out.print(f"the {name} holds {held / WEI_PER_PFM:.4f} PFM", highlight=False)
 
 
 def describe_stake(ledger: Ledger, account: str) -> dict[str, Any]:
@@ -144,6 +148,8 @@ def describe_pool(ledger: Ledger) -> dict[str, Any]:
         "paying_rounds_left": lasts,
         "allotted_pfm": head.sums.cumulative_wei / WEI_PER_PFM if head else 0.0,
         "rounds_per_epoch": params.rounds_per_epoch,
+        "serving_pool_pfm": ledger.get_serving_pool() / WEI_PER_PFM,
+        "serving_per_epoch_pfm": params.serving_per_epoch / WEI_PER_PFM,
     }
 
 

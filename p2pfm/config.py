@@ -97,6 +97,8 @@ class SettlementConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     rounds_per_epoch: int = 8
     pool_per_epoch_pfm: int = 100
+    serving_per_epoch_pfm: int = 0
+    """At most so many are allotted out of the serving pool then, by receipts; 0: there is no such pool."""
 
 
 class ChainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -105,6 +107,8 @@ class ChainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     chain_id: int
     federation: str
     token: str
+    serving_pool: str = ""
+    """The contract that pays for serving; empty: nobody does."""
 
 
 class LimitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -147,6 +151,10 @@ class NetworkConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def pool_per_epoch(self) -> Wei:
         """What an epoch divides [wei]."""
         return Wei(self.settlement.pool_per_epoch_pfm * WEI_PER_PFM)
+
+    def serving_per_epoch(self) -> Wei:
+        """Most that an epoch allots out of the serving pool [wei]."""
+        return Wei(self.settlement.serving_per_epoch_pfm * WEI_PER_PFM)
 
     def stake_cap(self) -> Wei:
         """Stake above this gives no further weight in the scoring game [wei]."""
@@ -554,6 +562,7 @@ def validate_network(network: NetworkConfig) -> None:
         ("scoring.work_steps", network.scoring.work_steps, 0, network.training.steps),
         ("settlement.rounds_per_epoch", network.settlement.rounds_per_epoch, 1, 1_000_000),
         ("settlement.pool_per_epoch_pfm", network.settlement.pool_per_epoch_pfm, 0, 10**12),
+        ("settlement.serving_per_epoch_pfm", network.settlement.serving_per_epoch_pfm, 0, 10**12),
         ("limits.peers_max", network.limits.peers_max, 1, network.limits.shard_peers_max**2),
         ("limits.shard_peers_max", network.limits.shard_peers_max, 2, 128),
         ("limits.payload_bytes_max", network.limits.payload_bytes_max, 1024, 2**32),

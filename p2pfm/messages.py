@@ -22,6 +22,9 @@ MEMBERS_MAX = 128 * 128
 RECEIPTS_MAX = 512
 """Gateways in one report: more peers than one shard holds."""
 
+SERVED_MAX = 128
+"""Replicas paid for serving by one round, those with the largest shares: it bounds what a committee reveals."""
+
 LOGPROBS_MAX = 20
 """Alternatives a token that a client may ask for: OpenAI's bound."""
 
@@ -43,6 +46,7 @@ Index = Annotated[MemberIndex, msgspec.Meta(ge=0, le=2**31)]
 NanoNats = Annotated[Contribution, msgspec.Meta(ge=-(2**60), le=2**60)]
 WireWei = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 """Wei as 16 bytes, big endian: MessagePack integers end at 64 bits, 18.4 tokens."""
+NO_WEI = bytes(16)
 
 
 def wei_to_wire(amount: Wei) -> bytes:
@@ -99,13 +103,23 @@ class Score(Wire, frozen=True):
     contribution: NanoNats
 
 
+class Service(Wire, frozen=True):
+    """A replica's part of what is paid for serving, as one member sees its receipts (`serving.receipts`)."""
+
+    member: Index
+    share: Annotated[int, msgspec.Meta(ge=1, le=10**9)]
+    """[parts of a billion]."""
+
+
 class ScoreReveal(Wire, frozen=True, tag="reveal"):
-    """What the commitment was of; scores sorted by payload digest."""
+    """What the commitment was of; scores sorted by payload digest, services by member."""
 
     round: RoundNumber
     member: Index
     salt: Salt
     scores: Annotated[tuple[Score, ...], msgspec.Meta(max_length=LIST_MAX)]
+    served: Annotated[tuple[Service, ...], msgspec.Meta(max_length=SERVED_MAX)] = ()
+    """In rounds that end a settlement epoch."""
 
 
 class IncludedUpdate(Wire, frozen=True):
@@ -127,6 +141,8 @@ class Leaf(Wire, frozen=True):
     cumulative_wei: WireWei
     reward_wei: WireWei
     contribution: NanoNats
+    served_wei: WireWei = NO_WEI
+    """Allotted for serving so far, out of another pool."""
 
 
 class Proposal(Wire, frozen=True, tag="proposal", dict=True):

@@ -35,6 +35,7 @@ def make_params(network: NetworkConfig, num_peers: int) -> FederationParams:
         min_stake=STAKE,
         challenge_window_s=CHALLENGE_WINDOW_S,
         pool_per_epoch=network.pool_per_epoch(),
+        serving_per_epoch=network.serving_per_epoch(),
         rounds_per_epoch=network.settlement.rounds_per_epoch,
         members_max=max(num_peers, network.scoring.committee_size),
     )

@@ -51,6 +51,7 @@ PARAMS = FederationParams(
     response_s=200,
     unbonding_s=1500,
     leaf_bond=Wei(7),
+    serving_per_epoch=Wei(300),
 )
 TOKENS = Wei(2000)
 """What each account gets [wei]."""
@@ -91,9 +92,16 @@ class World:
         return self
 
     def submission(
-        self, round: int, contributions: Sequence[int] = (), absent: Sequence[int] = (), **changes: Any
+        self,
+        round: int,
+        contributions: Sequence[int] = (),
+        absent: Sequence[int] = (),
+        served: Sequence[int] = (),
+        **changes: Any,
     ) -> Submission:
-        """A certified round that builds on the head; `changes` replace its fields before it is signed."""
+        """A certified round that builds on the head; `changes` replace its fields before it is signed. `served`: what
+        each is given for serving.
+        """
         roster, head = self.any.get_roster(), self.any.get_head()
         self.leaves = compute_leaves(
             self.leaves if head else (),
@@ -102,6 +110,7 @@ class World:
             PARAMS.pool_per_epoch,
             is_payout=bool(contributions),
             is_epoch_start=True,
+            served={MemberIndex(index): Wei(value) for index, value in enumerate(served)},
         )
         tree = merkle.compute_root(self.leaves)
         unsigned = Submission(

@@ -118,7 +118,8 @@ def raw_proof(leaves: Sequence[LeafValue], index: int) -> Any:
     """A leaf with its siblings."""
     leaf = leaves[index]
     siblings = merkle.prove(merkle.build(leaves), MemberIndex(index))
-    return (leaf.cumulative_wei, leaf.reward_wei, leaf.contribution), [raw_node(node) for node in siblings]
+    values = (leaf.cumulative_wei, leaf.reward_wei, leaf.contribution, leaf.served_wei)
+    return values, [raw_node(node) for node in siblings]
 
 
 def raw_node(node: merkle.Node) -> tuple[bytes, int, int, int]:

@@ -57,7 +57,7 @@ contract Federation is IFederation {
         bytes32 hash;
     }
 
-    uint256 public constant VERSION = 2;
+    uint256 public constant VERSION = 3;
     uint256 private constant PEER_BYTES_MAX = 128;
     uint256 private constant COMMITTEE_MAX = 256;
     /// @dev Longer than anyone waits, and far from where 64-bit times overflow [s].

@@ -21,6 +21,7 @@ from p2pfm.messages import (
     compute_commitment,
 )
 from p2pfm.protocol.committee import (
+    are_members,
     draft_proposal,
     draft_shard_proposal,
     draft_top_proposal,
@@ -29,6 +30,7 @@ from p2pfm.protocol.committee import (
     validate_proposal,
     validate_reveals,
     validate_scores,
+    validate_services,
 )
 from p2pfm.protocol.events import (
     Accuse,
@@ -63,9 +65,9 @@ from p2pfm.protocol.shards import (
 )
 from p2pfm.protocol.standing import Standing
 from p2pfm.protocol.updates import FETCH_TRIES_MAX
-from p2pfm.settlement.rewards import proposal_message
+from p2pfm.settlement.rewards import compute_served_epoch, is_payout_round, proposal_message
 from p2pfm.settlement.sampling import compute_quorum
-from p2pfm.types import Contribution, Digest, MemberIndex, PeerId
+from p2pfm.types import Contribution, Digest, MemberIndex, PeerId, Round
 
 HOLDERS_MAX = 16
 """Members of a shard that are asked for its payloads beside their authors."""
@@ -190,7 +192,18 @@ class Ballot:
         updates = tuple(Weighted(digest, shares[makers[digest]]) for digest in state.scored)
         previous = standing.durable.head.proposal.base if standing.durable.head else None
         earlier = standing.earlier if self.level == Level.SHARD else ()
-        return [ScoreUpdates(state.round, standing.durable.base, previous, updates, earlier, self.shard)]
+        epoch = self._compute_served_epoch()
+        return [ScoreUpdates(state.round, standing.durable.base, previous, updates, earlier, self.shard, epoch)]
+
+    def _compute_served_epoch(self) -> int | None:
+        """Whose receipts this round pays; a shard's own round pays nobody."""
+        config, head = self.standing.config, self.standing.durable.head
+        last, per_epoch = head.proposal.round if head else Round(-1), config.settlement.rounds_per_epoch
+        if self.shard is not None or not config.serving_per_epoch():
+            return None
+        if not is_payout_round(self.state.round, last, per_epoch):
+            return None
+        return compute_served_epoch(self.state.round, per_epoch)
 
     def on_scored(self, event: Scored) -> list[AnyAction]:
         """The contributions are measured."""
@@ -211,7 +224,11 @@ class Ballot:
             for payload, maker, contribution in zip(state.scored, makers, event.contributions, strict=True)
         ]
         state.my_reveal = ScoreReveal(
-            state.round, index, event.salt, tuple(sorted(scores, key=lambda score: score.payload))
+            state.round,
+            index,
+            event.salt,
+            tuple(sorted(scores, key=lambda score: score.payload)),
+            event.served,
         )
         return [self.say(ScoreCommit(state.round, index, compute_commitment(state.my_reveal)))]
 
@@ -492,9 +509,11 @@ class Ballot:
 
     def _on_reveal(self, message: ScoreReveal) -> bool:
         assert self.state.roster is not None, "checked where messages come in"
-        if len(message.scores) > len(self.state.roster.members):
-            return False  # it may know a newer registry
         validate_scores(message.scores, len(message.scores))
+        validate_services(message.served)
+        roster = self.state.roster
+        if len(message.scores) > len(roster.members) or not are_members(message.served, roster):
+            return False  # it may know a newer registry
         if compute_commitment(message) not in self.state.commitments.get(message.member, ()):
             return False
         self.state.reveals[message.member] = message

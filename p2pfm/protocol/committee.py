@@ -17,6 +17,7 @@ from p2pfm.messages import (
     Proposal,
     Score,
     ScoreReveal,
+    Service,
     compute_commitment,
 )
 from p2pfm.protocol.events import Merge, Weighted
@@ -27,13 +28,14 @@ from p2pfm.settlement.ledger import LeafValue, Member, Roster
 from p2pfm.settlement.rewards import (
     compute_leaves,
     compute_median,
+    compute_served,
     compute_weights,
     from_wire,
     is_payout_round,
     to_wire,
 )
 from p2pfm.settlement.sampling import compute_quorum
-from p2pfm.types import Contribution, Digest, MemberIndex, Round, Weight, compute_digest
+from p2pfm.types import WEIGHT_ONE, Contribution, Digest, MemberIndex, Round, Weight, compute_digest
 
 MERGE_CAP = 2
 """An update was measured at its share of the step; merged alone at the whole step it overshoots (demonstration, one
@@ -63,7 +65,8 @@ def draft_proposal(
         announcements: by payload digest; an update nobody here saw announced raises `Reject`.
     """
     included = _get_included(roster, reveals, announcements)
-    leaves = _compute_next_leaves(config, roster, previous, round, {m.index: c for m, _, c in included})
+    measured = {member.index: contribution for member, _, contribution in included}
+    leaves = _compute_next_leaves(config, roster, previous, round, measured, reveals)
     shares = compute_shares_of(roster, config.stake_cap())
     weights = compute_merge_weights(
         [leaves[member.index].contribution for member, *_ in included],
@@ -126,7 +129,7 @@ def draft_top_proposal(
             continue  # two certificates of one shard: the lower digest stands
         included.append((number, proposal, contribution))
         contributions |= compute_split(contribution, proposal)
-    leaves = _compute_next_leaves(config, roster, previous, round, contributions)
+    leaves = _compute_next_leaves(config, roster, previous, round, contributions, reveals)
     shares = compute_shard_shares(dealt, compute_shares_of(roster, config.stake_cap()))
     weights = compute_merge_weights(
         [sum(leaves[member.index].contribution for member in dealt.shards[number].members) for number, *_ in included],
@@ -294,6 +297,9 @@ def validate_reveals(
                 raise Reject(f"reveal of member {reveal.member} does not match a commitment known here")
             num_late += 1
         validate_scores(reveal.scores, len(roster.members))
+        validate_services(reveal.served)
+        if not are_members(reveal.served, roster):
+            raise Reject(f"reveal of member {reveal.member} names a replica that is no member")
     needed = compute_quorum(len(roster.committee))
     if len(seen) < needed:
         raise Reject(f"expected reveals of at least {needed} committee members, got {len(seen)}")
@@ -310,6 +316,19 @@ def validate_scores(scores: Sequence[Score], num_members: int) -> None:
         raise Reject(f"scores {len(scores)} updates, but there are {num_members} members")
     if any(a.payload >= b.payload for a, b in itertools.pairwise(scores)):
         raise Reject("scores are not sorted by payload digest, or one payload is scored twice")
+
+
+def validate_services(served: Sequence[Service]) -> None:
+    """Sorted by member, none twice, together at most a whole. Raises: Reject."""
+    if any(a.member >= b.member for a, b in itertools.pairwise(served)):
+        raise Reject("services are not sorted by member, or one member is named twice")
+    if sum(service.share for service in served) > WEIGHT_ONE:
+        raise Reject(f"services add up to more than {WEIGHT_ONE} billionths")
+
+
+def are_members(served: Sequence[Service], roster: Roster) -> bool:
+    """Whether all of these are registered, as far as is known here."""
+    return all(service.member in roster.by_index for service in served)
 
 
 def validate_proposal(proposal: Proposal, expected: Proposal) -> None:
@@ -329,17 +348,20 @@ def _compute_next_leaves(
     previous: Proposal | None,
     round: Round,
     measured: Mapping[MemberIndex, Contribution],
+    reveals: Sequence[ScoreReveal],
 ) -> tuple[LeafValue, ...]:
     if previous and len(previous.leaves) > len(roster.members):
         raise Reject("the registry known here is older than the newest certificate")
     last_round = previous.round if previous else Round(-1)
+    is_payout = is_payout_round(round, last_round, config.settlement.rounds_per_epoch)
     return compute_leaves(
         from_wire(previous.leaves) if previous else (),
         measured,
         num_members=len(roster.members),
         pool=config.pool_per_epoch(),
-        is_payout=is_payout_round(round, last_round, config.settlement.rounds_per_epoch),
+        is_payout=is_payout,
         is_epoch_start=previous is None or _is_epoch_start(previous),
+        served=compute_served(reveals, config.serving_per_epoch()) if is_payout else {},
     )
 
 

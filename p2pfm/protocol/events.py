@@ -16,6 +16,7 @@ from p2pfm.messages import (
     Envelope,
     Message,
     Proposal,
+    Service,
     SyncReply,
     SyncRequest,
 )
@@ -120,6 +121,8 @@ class Scored(Event, frozen=True, tag="scored"):
     """Whether each update passed its proof of computation, in the same order; empty: none was asked for."""
     shard: int | None = None
     """As in the question."""
+    served: tuple[Service, ...] = ()
+    """What replicas are due for the `served_epoch` asked for (`serving.receipts.list_services`)."""
 
 
 class Merged(Event, frozen=True, tag="merged"):
@@ -272,6 +275,8 @@ class ScoreUpdates(Action, frozen=True, tag="score"):
     """The newest first."""
     shard: int | None = None
     """Whose round it is; None: that of the whole network. Returned with the answer."""
+    served_epoch: int | None = None
+    """Settlement epoch whose receipts this round pays, if it does."""
 
 
 class Merge(Action, frozen=True, tag="merge"):

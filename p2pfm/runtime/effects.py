@@ -11,6 +11,7 @@ from functools import partial
 from math import prod
 from typing import assert_never
 
+import msgspec
 import trio
 
 from p2pfm import work
@@ -19,7 +20,7 @@ from p2pfm.errors import P2PFMError, PeerUnreachable, Reject, Unjudged, WorldErr
 from p2pfm.learner import Learner
 from p2pfm.lora.cross_term import CROSS_TERM_MAX
 from p2pfm.lora.delta import decode_tensors, encode_tensors
-from p2pfm.messages import Aside, Envelope, Message, Proposal, SyncReply, decode_reply, encode
+from p2pfm.messages import Aside, Envelope, Message, Proposal, Service, SyncReply, decode_reply, encode
 from p2pfm.protocol.events import (
     Accuse,
     Adopt,
@@ -43,6 +44,7 @@ from p2pfm.protocol.events import (
     Received,
     Rewind,
     Rewound,
+    Scored,
     ScoreUpdates,
     Serve,
     SetTimer,
@@ -106,6 +108,7 @@ class Effects:
         door: Door,
         nursery: trio.Nursery,
         emit: Callable[[AnyEvent], None],
+        list_services: Callable[[int], tuple[Service, ...]],
     ) -> None:
         self.due_ms: Millis | None = None
         self.served: set[Digest] = set()
@@ -124,6 +127,7 @@ class Effects:
         self._door = door
         self._nursery = nursery
         self._emit = emit
+        self._list_services = list_services
         self._shapes = dict(learner.shapes())
         self.dense_bytes = FP32_BYTES * sum(prod(shape) for shape in self._shapes.values())
         """What an update would weigh uncompressed: the reference for what is sent."""
@@ -266,7 +270,11 @@ class Effects:
                     return work.evaluate(self._learner, self._store, action)
 
         try:
-            self._emit(await trio.to_thread.run_sync(run, limiter=self.model_turns))
+            answer = await trio.to_thread.run_sync(run, limiter=self.model_turns)
+            if isinstance(answer, Scored) and isinstance(action, ScoreUpdates) and action.served_epoch is not None:
+                services = await trio.to_thread.run_sync(self._list_services, action.served_epoch)
+                answer = msgspec.structs.replace(answer, served=services)
+            self._emit(answer)
         except FAILURES as error:
             self._note(action.round, f"{type(action).__name__} failed: {error}")
             told = {"round": action.round}

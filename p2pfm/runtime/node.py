@@ -28,6 +28,7 @@ from p2pfm.messages import (
     FindStream,
     KeepStream,
     Request,
+    Service,
     SyncRequest,
     decode_envelope,
     decode_request,
@@ -57,6 +58,7 @@ from p2pfm.runtime.status import RoundFigures, make_status
 from p2pfm.runtime.store import Store
 from p2pfm.runtime.text import TextCodec
 from p2pfm.runtime.user_adapters import ReadLora
+from p2pfm.serving.receipts import list_services
 from p2pfm.settlement import bls
 from p2pfm.settlement.ledger import FederationParams, Ledger
 from p2pfm.types import Digest, Millis, PeerId, Round, Wei
@@ -124,6 +126,7 @@ def validate_rules(network: NetworkConfig, params: FederationParams) -> None:
         ("network.scoring.committee_size", network.scoring.committee_size, params.committee_size),
         ("network.settlement.rounds_per_epoch", network.settlement.rounds_per_epoch, params.rounds_per_epoch),
         ("network.settlement.pool_per_epoch_pfm [wei]", network.pool_per_epoch(), params.pool_per_epoch),
+        ("network.settlement.serving_per_epoch_pfm [wei]", network.serving_per_epoch(), params.serving_per_epoch),
     )
     for name, ours, theirs in pairs:
         if ours != theirs:
@@ -214,6 +217,7 @@ class Node:
                 self._door,
                 nursery,
                 self._emit,
+                self._list_services,
             )
             await self._restore(learner)
             if learners.own is not None:
@@ -415,6 +419,12 @@ class Node:
         """Of the registered peers; none before the chain was read."""
         roster = self.settler.roster
         return {peer: int(member.stake) for peer, member in roster.by_peer.items()} if roster else {}
+
+    def _list_services(self, epoch: int) -> tuple[Service, ...]:
+        """What replicas are due for an epoch, by the receipts shown here; the committee's median pays."""
+        roster = self.settler.roster
+        members = {peer: member.index for peer, member in roster.by_peer.items()} if roster else {}
+        return list_services(self.serving.receipts.compute_shares(epoch), members)
 
     async def publish_aside(self, message: Aside) -> None:
         """Gossip what is of serving alone: the core does not hear it."""

@@ -29,7 +29,7 @@ OFFER_S = 10.0
 """A replica may take so long to take its receipt."""
 
 REPORT_AFTER_S = 20.0
-"""After an epoch's end a replica waits so long for the last receipts before it shows them."""
+"""After an epoch's end a replica waits at most so long for the last receipts before it shows them."""
 
 NO_CLIENT = Digest(bytes(32))
 
@@ -58,11 +58,13 @@ class ReceiptDesk:
         compute_epoch: Callable[[], int],
         get_stakes: Callable[[], Mapping[PeerId, int]],
         registry: CollectorRegistry,
+        report_after_s: float = REPORT_AFTER_S,
     ) -> None:
         """`save`: keeps a receipt with its seal, and none of epochs before the one given; `held`: what it kept."""
         self._keys, self._network_id, self._transport = keys, network_id, transport
         self._publish, self._save = publish, save
         self._compute_epoch, self._get_stakes = compute_epoch, get_stakes
+        self._report_after_s = report_after_s
         self._book = ReceiptBook()
         self._sealed: dict[Receipt, Envelope] = {}
         for sealed in held:
@@ -155,7 +157,7 @@ class ReceiptDesk:
             if self._compute_epoch() == epoch:
                 continue
             ended, epoch = epoch, self._compute_epoch()
-            await trio.sleep(REPORT_AFTER_S)
+            await trio.sleep(self._report_after_s)
             earned = self._book.earned(ended, self._keys.peer)
             if earned:
                 await self._publish(ServiceReport(ended, tuple(self._sealed[receipt] for receipt in earned)))
@@ -180,6 +182,10 @@ class ReceiptDesk:
         for receipt, sealed in zip(receipts, report.receipts, strict=True):
             self._take(receipt, sealed)
 
+    def compute_shares(self, epoch: int) -> dict[PeerId, int]:
+        """What each replica is due of an epoch, by the receipts that were shown here [parts of a billion]."""
+        return compute_shares(self._book.served(epoch), self._get_stakes())
+
     def to_status(self) -> dict[str, Any]:
         """For /status: this epoch's tokens, and what each replica was due of the last one [parts of a billion]."""
         epoch, me = self._compute_epoch(), self._keys.peer
@@ -188,11 +194,7 @@ class ReceiptDesk:
             "epoch": epoch,
             "earned_tokens": sum(tokens for (_, replica), tokens in served.items() if replica == me),
             "given_tokens": sum(tokens for (gateway, _), tokens in served.items() if gateway == me),
-            "shares": {
-                str(past): compute_shares(self._book.served(past), self._get_stakes())
-                for past in self._book.epochs
-                if past < epoch
-            },
+            "shares": {str(past): self.compute_shares(past) for past in self._book.epochs if past < epoch},
         }
 
     def _take(self, receipt: Receipt, sealed: Envelope) -> bool:

@@ -30,7 +30,7 @@ from p2pfm.runtime.network.exchange import Downloads
 from p2pfm.runtime.network.server import Send
 from p2pfm.runtime.network.transport import Libp2pTransport
 from p2pfm.runtime.page import make_page_routes
-from p2pfm.runtime.receipt_desk import ReceiptDesk
+from p2pfm.runtime.receipt_desk import REPORT_AFTER_S, ReceiptDesk
 from p2pfm.runtime.rechecker import Rechecker
 from p2pfm.runtime.replica_streams import ReplicaStreams, answer_stream
 from p2pfm.runtime.store import Store
@@ -120,6 +120,8 @@ class ServingSide:
             self._compute_epoch,
             node.get_stakes,
             node.registry,
+            # An epoch may be one round: its receipts are to be heard before the next one's are scored.
+            min(REPORT_AFTER_S, config.network.phases.train_ms / 1000 / 4),
         )
         self.gateway.on_answer.append(self.receipts.on_answer)
         self.keeper = StreamKeeper(keys.peer, config.serving, ask, self.gateway.live_gateways, now_ms)

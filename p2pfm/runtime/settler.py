@@ -65,6 +65,8 @@ class Settler:
         self._auto_claim = auto_claim
         self.claimed: Wei | None = None
         """What this peer has drawn in all, as the chain told it last; None: not yet."""
+        self.claimed_served = Wei(0)
+        """The same for serving."""
         self._claimed = Round(-1)
         self._data_round = Round(-1)
         self._roster_since = 0.0
@@ -108,6 +110,7 @@ class Settler:
             member = get_member(roster, self._me)
             if member is not None:
                 self.claimed = await trio.to_thread.run_sync(self._ledger.get_claimed, member.index)
+                self.claimed_served = await trio.to_thread.run_sync(self._ledger.get_claimed_served, member.index)
         if self.head is not None and (head is None or head.round < self.head.round):
             await self._queue_again(head)
         if head != self.head:  # before the roster: a peer that is behind, or whose round is void, must not train
@@ -218,4 +221,9 @@ class Settler:
             paid = await trio.to_thread.run_sync(self._ledger.claim, final[-1].round, member.index, leaves)
             self.claimed = Wei(drawn + paid)
             log.info("claimed %.4f PFM", paid / WEI_PER_PFM)
+        if member.index < len(leaves) and leaves[member.index].served_wei > self.claimed_served:
+            paid = await trio.to_thread.run_sync(self._ledger.claim_served, final[-1].round, member.index, leaves)
+            self.claimed_served = await trio.to_thread.run_sync(self._ledger.get_claimed_served, member.index)
+            if paid:
+                log.info("claimed %.4f PFM for serving", paid / WEI_PER_PFM)
         self._claimed = final[-1].round

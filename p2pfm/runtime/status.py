@@ -13,7 +13,7 @@ from p2pfm.protocol.events import AnyEvent, Trained
 from p2pfm.protocol.membership import get_member
 from p2pfm.protocol.peer import NO_SHARD, Peer
 from p2pfm.protocol.phases import Level, Phase, compute_position, get_durations
-from p2pfm.settlement.rewards import from_wire
+from p2pfm.settlement.rewards import NOTHING, from_wire
 from p2pfm.types import NANO, Millis, Round
 
 if TYPE_CHECKING:
@@ -141,17 +141,19 @@ def _chain_status(node: "Node") -> dict[str, Any]:
 
 
 def _rewards_status(node: "Node") -> dict[str, str | None]:
-    """What the newest certificate allots this node over all rounds, and what it has drawn; None: the chain has not
-    told."""
+    """What the newest certificate allots this node over all rounds, for learning and for serving, and what it has
+    drawn; None: the chain has not told."""
     assert node.peer is not None, "asked only of a running node"
     settler, head = node.settler, node.peer.durable.head
     member = get_member(settler.roster, node.keys.peer) if settler.roster else None
     leaves = from_wire(head.proposal.leaves) if head else ()
     # a newcomer has no leaf yet
-    allotted = leaves[member.index].cumulative_wei if member is not None and member.index < len(leaves) else 0
+    leaf = leaves[member.index] if member is not None and member.index < len(leaves) else NOTHING
     return {
-        "allotted_wei": str(allotted),
+        "allotted_wei": str(leaf.cumulative_wei),
         "claimed_wei": None if settler.claimed is None else str(settler.claimed),
+        "served_wei": str(leaf.served_wei),
+        "claimed_served_wei": str(settler.claimed_served),
     }
 
 

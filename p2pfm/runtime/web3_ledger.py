@@ -51,7 +51,7 @@ from p2pfm.settlement.merkle import EMPTY_ROOT
 from p2pfm.settlement.proofs import get_demand, is_settled, make_proof
 from p2pfm.types import Digest, MemberIndex, PeerId, Round, Wei
 
-VERSION = 2
+VERSION = 3
 """Of the contract's interface (IFederation.VERSION)."""
 
 TOKEN_SUPPLY = Wei(10**9 * 10**18)
@@ -107,6 +107,7 @@ class Web3Ledger:
         self._rpc = Rpc(rpc_url, chain.chain_id, private_key, confirmations)
         self._federation: Any = self._rpc.contract("Federation", chain.federation)
         self._token: Any = self._rpc.contract("PFMToken", chain.token)
+        self._serving: Any = self._rpc.contract("ServingPool", chain.serving_pool) if chain.serving_pool else None
         self._witness = Rpc(witness_url, chain.chain_id, READ_ONLY_KEY) if witness_url else None
         self._lock = threading.RLock()
         self._follower: LogFollower | None = None
@@ -148,7 +149,7 @@ class Web3Ledger:
                 if version != VERSION:
                     raise ChainError(f"expected a federation of version {VERSION}, got {version}; update p2pfm")
                 token = self._rpc.call(self._federation.functions.token())
-                self._params = _params(self._rpc.call(self._federation.functions.params()))
+                self._params = _params(self._rpc.call(self._federation.functions.params()), self._check_serving())
                 first = self._rpc.call(self._federation.functions.DEPLOYED_BLOCK())
             except (NoContract, Reverted) as error:
                 raise ChainError(
@@ -158,6 +159,21 @@ class Web3Ledger:
             if token != self._chain.token:
                 raise ChainError(f"expected reward token {self._chain.token}, but the federation pays in {token}")
             self._follower = LogFollower(self._rpc, self._chain.federation, first)
+
+    def _check_serving(self) -> Wei:
+        """Most that an epoch allots out of the network's serving pool. Raises: ChainError, if it is another's."""
+        if self._serving is None:
+            return Wei(0)
+        try:
+            federation = self._rpc.call(self._serving.functions.FEDERATION())
+            per_epoch = self._rpc.call(self._serving.functions.PER_EPOCH())
+        except (NoContract, Reverted) as error:
+            raise ChainError(
+                f"no p2pfm serving pool at {self._chain.serving_pool}; check network.chain.serving_pool"
+            ) from error
+        if federation != self._chain.federation:
+            raise ChainError(f"the serving pool at {self._chain.serving_pool} is of another federation, {federation}")
+        return Wei(per_epoch)
 
     def get_params(self) -> FederationParams:
         """See Ledger."""
@@ -237,6 +253,15 @@ class Web3Ledger:
         with self._lock:
             return Wei(self._read()["pool"])
 
+    def get_serving_pool(self) -> Wei:
+        """See Ledger."""
+        return self.get_balance(self._chain.serving_pool) if self._serving is not None else Wei(0)
+
+    def get_claimed_served(self, index: MemberIndex) -> Wei:
+        """See Ledger."""
+        self.check()
+        return Wei(self._rpc.call(self._serving.functions.claimed(index))) if self._serving is not None else Wei(0)
+
     # --- membership ------------------------------------------------------------------------------------------------
 
     def register(self, peer: PeerId, bls_key: bytes, possession: bytes, stake: Wei) -> MemberIndex:
@@ -293,6 +318,25 @@ class Web3Ledger:
             return Wei(0)
         return Wei(sum(claimed.amount for claimed in self._told(self._send(call), Claimed)))
 
+    def fund_serving(self, amount: Wei) -> None:
+        """See Ledger."""
+        if self._serving is None:
+            raise Reverted("NoServingPool", "this network pays nobody for serving")
+        self.transfer(self._chain.serving_pool, amount)
+
+    def claim_served(self, round: Round, index: MemberIndex, leaves: tuple[LeafValue, ...]) -> Wei:
+        """See Ledger. Nothing is sent when nothing is left to draw."""
+        if self._serving is None:
+            return Wei(0)
+        kept = self._find_round(round)
+        call = self._serving.functions.claim(kept.settled.position, kept.record, index, _proof(leaves, index))
+        paid = Wei(self._rpc.call(call))
+        if paid:
+            before = self.get_claimed_served(index)
+            self._send(call)
+            paid = Wei(self.get_claimed_served(index) - before)
+        return paid
+
     def restart(self) -> None:
         """See Ledger."""
         self._send(self._federation.functions.restart())
@@ -336,7 +380,7 @@ class Web3Ledger:
     ) -> None:
         """See Ledger."""
         place = self._place(self._find_round(round).settled.position)
-        earlier = _proof(before, index) if index < len(before) else ((0, 0, 0), ())
+        earlier = _proof(before, index) if index < len(before) else ((0, 0, 0, 0), ())
         self._send(self._federation.functions.proveTransition(place, index, earlier, _proof(leaves, index)))
 
     def prove_equivocation(self, first: Submission, second: Submission) -> None:
@@ -485,7 +529,7 @@ class Web3Ledger:
             "Shown": lambda a: Shown(
                 a["number"],
                 a["account"],
-                LeafValue(a["leaf"]["cumulative"], a["leaf"]["reward"], a["leaf"]["contribution"]),
+                LeafValue(*(a["leaf"][name] for name in ("cumulative", "reward", "contribution", "served"))),
             ),
             "Closed": lambda a: Closed(a["number"]),
             "Slashed": lambda a: Slashed(a["index"], a["amount"]),
@@ -625,7 +669,10 @@ def deploy(rpc_url: str, private_key: bytes, params: FederationParams, supply: W
         params.rotation_s,
         params.restart_s,
     )
-    return ChainConfig(chain_id, rpc.deploy("Federation", (token, rules)), token)
+    federation = rpc.deploy("Federation", (token, rules))
+    per_epoch = params.serving_per_epoch
+    pool = rpc.deploy("ServingPool", (federation, token, per_epoch)) if per_epoch else ""
+    return ChainConfig(chain_id, federation, token, pool)
 
 
 _NO_RECORD = ((0, 0, 0, EMPTY_ROOT, EMPTY_ROOT, 0, 0, 0, 0, EMPTY_ROOT, EMPTY_ROOT), 0, 0)
@@ -652,7 +699,7 @@ def _record(told: Any) -> Any:
     return tuple(told["statement"][name] for name in _STATEMENT), told["absent"], told["acceptedAt"]
 
 
-def _params(values: Any) -> FederationParams:
+def _params(values: Any, serving_per_epoch: Wei) -> FederationParams:
     size, members_max, stake, bond, pool, rounds, window, response, unbonding, rotation, restart = values
     return FederationParams(
         committee_size=size,
@@ -666,13 +713,14 @@ def _params(values: Any) -> FederationParams:
         response_s=response,
         unbonding_s=unbonding,
         leaf_bond=Wei(bond),
+        serving_per_epoch=serving_per_epoch,
     )
 
 
 def _proof(leaves: tuple[LeafValue, ...], index: MemberIndex) -> Any:
     proof = make_proof(leaves, index)
     return (
-        (proof.leaf.cumulative_wei, proof.leaf.reward_wei, proof.leaf.contribution),
+        (proof.leaf.cumulative_wei, proof.leaf.reward_wei, proof.leaf.contribution, proof.leaf.served_wei),
         [_node(sibling) for sibling in proof.siblings],
     )
 

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from p2pfm.errors import Reject
-from p2pfm.messages import Receipt
-from p2pfm.types import PeerId
+from p2pfm.messages import SERVED_MAX, Receipt, Service
+from p2pfm.types import MemberIndex, PeerId
 
 ONE = 10**9
 """A whole pool in the integers of shares."""
@@ -50,6 +50,13 @@ def compute_shares(served: Served, stakes: Mapping[PeerId, int]) -> dict[PeerId,
         if gateway != replica and replica in stakes and asked.get(gateway, 0) > 0:
             votes.setdefault(replica, []).append((tokens * ONE // asked[gateway], stakes[gateway]))
     return {replica: _agree(given, total_stake) for replica, given in sorted(votes.items())}
+
+
+def list_services(shares: Mapping[PeerId, int], members: Mapping[PeerId, MemberIndex]) -> tuple[Service, ...]:
+    """`compute_shares` as a committee member reveals it: the SERVED_MAX largest, by registry index."""
+    due = [(share, members[replica]) for replica, share in shares.items() if share and replica in members]
+    largest = sorted(due, key=lambda entry: (-entry[0], entry[1]))[:SERVED_MAX]
+    return tuple(Service(member, share) for share, member in sorted(largest, key=lambda entry: entry[1]))
 
 
 def _agree(votes: list[tuple[int, int]], total_stake: int) -> int:

@@ -38,6 +38,8 @@ class FederationParams(msgspec.Struct, frozen=True):
     """From when a leaver can sign no more until its stake is free [s]; at least as long as any contest."""
     leaf_bond: Wei = Wei(10**18)
     """Who demands a leaf puts up so much; it goes to whoever shows it."""
+    serving_per_epoch: Wei = Wei(0)
+    """Most that a settlement epoch allots out of the serving pool; 0: this federation has none."""
 
     @property
     def contest_s(self) -> int:
@@ -238,6 +240,24 @@ class Ledger(Protocol):
         """What a member has drawn so far [wei]."""
         ...
 
+    def fund_serving(self, amount: Wei) -> None:
+        """A sponsor adds to the pool that pays for serving alone."""
+        ...
+
+    def claim_served(self, round: Round, index: MemberIndex, leaves: "tuple[LeafValue, ...]") -> Wei:
+        """Pay a member what it is owed for serving up to a final `round`, as far as its pool goes; returns what was
+        paid [wei].
+        """
+        ...
+
+    def get_claimed_served(self, index: MemberIndex) -> Wei:
+        """What a member has drawn for serving so far [wei]."""
+        ...
+
+    def get_serving_pool(self) -> Wei:
+        """Reward tokens in the serving pool, allotted or not [wei]."""
+        ...
+
     def get_balance(self, account: str) -> Wei:
         """Reward tokens an account holds [wei]."""
         ...
@@ -254,6 +274,8 @@ class LeafValue(msgspec.Struct, frozen=True):
     reward_wei: Wei
     contribution: int
     """Signed, accumulated over the epoch [nano-nats]."""
+    served_wei: Wei = Wei(0)
+    """All that it was ever allotted for serving, out of the serving pool: no part of `cumulative_wei`."""
 
 
 class Joined(msgspec.Struct, frozen=True, tag=True):

@@ -59,6 +59,9 @@ ROTATION_GAS_MAX = 15_500_000
 COMMITTEE_MAX = 256
 """Seats whose absence one word of calldata can tell."""
 
+SERVING_POOL = "serving pool"
+"""Stands for that contract's account."""
+
 BOUNTY_DIVISOR = 4
 """Whoever proves a fault gets this part of what is slashed; the rest goes to the pool. Far from all of it, or the
 guilty would contest themselves and lose nothing."""
@@ -158,6 +161,8 @@ class InMemoryLedger:
         self._claimed: dict[MemberIndex, int] = {}
         self._claimed_total = 0
         self._pool = 0
+        self._served: dict[MemberIndex, int] = {}
+        """Drawn out of the serving pool."""
 
     def as_account(self, account: str) -> "AccountLedger":
         """The Ledger as `account` sees it: it pays its stake from there."""
@@ -206,6 +211,14 @@ class InMemoryLedger:
     def get_pool(self) -> Wei:
         """Funded and not yet allotted [wei]."""
         return Wei(self._pool)
+
+    def get_serving_pool(self) -> Wei:
+        """What the serving pool holds [wei]."""
+        return Wei(self._balances.get(SERVING_POOL, 0))
+
+    def get_claimed_served(self, index: MemberIndex) -> Wei:
+        """What a member has drawn out of it [wei]."""
+        return Wei(self._served.get(index, 0))
 
     def get_held(self) -> Wei:
         """Tokens the federation itself holds: pool, stakes, bonds and what is allotted but not claimed [wei]."""
@@ -302,6 +315,10 @@ class InMemoryLedger:
         self._pool += amount
         self._tell(Funded(account, amount))
 
+    def fund_serving(self, account: str, amount: Wei) -> None:
+        """Move tokens into the serving pool."""
+        self._move(account, SERVING_POOL, self._validate_balance(account, amount))
+
     def submit_round(self, submission: Submission) -> None:
         """Accept a certified round; see `Federation.submitRound` for the rules, here in the same order."""
         self._validate_place(submission)
@@ -328,6 +345,23 @@ class InMemoryLedger:
         self._claimed_total += owed
         self._move(self.chain.federation, self._members[index].account, owed)
         self._tell(Claimed(index, round, Wei(owed)))
+        return Wei(owed)
+
+    def claim_served(self, round: Round, index: MemberIndex, proof: Proof) -> Wei:
+        """Pay for serving what the leaf at `index` says, less what was drawn, as far as the serving pool goes; see
+        `ServingPool.claim`.
+        """
+        position = self.find_position(round)
+        if not self._is_final(position):
+            raise Reverted("NotFinal")
+        self._validate_leaf(self._rounds[position].submission, index, proof)
+        drawn = self._served.get(index, 0)
+        owed = min(max(0, proof.leaf.served_wei - drawn), self.get_serving_pool())
+        num_epochs = (round + 1) // self.params.rounds_per_epoch
+        if sum(self._served.values()) + owed > self.params.serving_per_epoch * num_epochs:
+            raise Reverted("OverBudget")
+        self._served[index] = drawn + owed
+        self._move(SERVING_POOL, self._members[index].account, owed)
         return Wei(owed)
 
     def restart(self) -> None:
@@ -577,9 +611,12 @@ class InMemoryLedger:
         self._entries.append(Entry(len(self._entries) + 1, self._now_s(), "", what))
 
     def _pull(self, account: str, amount: Wei) -> None:
+        self._move(account, self.chain.federation, self._validate_balance(account, amount))
+
+    def _validate_balance(self, account: str, amount: Wei) -> Wei:
         if self._balances.get(account, 0) < amount:
             raise Reverted("ERC20InsufficientBalance")
-        self._move(account, self.chain.federation, amount)
+        return amount
 
     def _move(self, source: str, target: str, amount: int) -> None:
         self._balances[source] = self._balances.get(source, 0) - amount
@@ -644,6 +681,10 @@ class AccountLedger:
         """See Ledger."""
         self._ledger.fund(self._account, amount)
 
+    def fund_serving(self, amount: Wei) -> None:
+        """See Ledger."""
+        self._ledger.fund_serving(self._account, amount)
+
     def submit_round(self, submission: Submission) -> None:
         """See Ledger. A round that the chain holds already with this root is success: somebody was faster."""
         if is_settled(self._ledger.get_rounds(submission.round), submission):
@@ -654,6 +695,11 @@ class AccountLedger:
         """See Ledger."""
         self._ledger.find_position(round)  # the first thing that a ledger refuses
         return self._ledger.claim(round, index, make_proof(leaves, index))
+
+    def claim_served(self, round: Round, index: MemberIndex, leaves: tuple[LeafValue, ...]) -> Wei:
+        """See Ledger."""
+        self._ledger.find_position(round)
+        return self._ledger.claim_served(round, index, make_proof(leaves, index))
 
     def restart(self) -> None:
         """See Ledger."""
@@ -699,3 +745,11 @@ class AccountLedger:
     def get_pool(self) -> Wei:
         """See Ledger."""
         return self._ledger.get_pool()
+
+    def get_serving_pool(self) -> Wei:
+        """See Ledger."""
+        return self._ledger.get_serving_pool()
+
+    def get_claimed_served(self, index: MemberIndex) -> Wei:
+        """See Ledger."""
+        return self._ledger.get_claimed_served(index)

@@ -39,19 +39,21 @@ Levels = tuple[tuple[Node, ...], ...]
 
 
 def compute_leaf_node(leaf: LeafValue) -> Node:
-    """The node of one leaf; only a positive contribution enters the sums.
+    """The node of one leaf; only a positive contribution enters the sums, and nothing of what is for serving.
 
     Raises:
-        ValueError: a value does not fit its type on chain (uint128, uint128, int128).
+        ValueError: a value does not fit its type on chain (uint128, uint128, int128, uint128).
     """
-    if not 0 <= leaf.cumulative_wei <= AMOUNT_MAX or not 0 <= leaf.reward_wei <= AMOUNT_MAX:
-        raise ValueError(f"expected wei of 0 to 2**128 - 1, got {leaf.cumulative_wei} and {leaf.reward_wei}")
+    amounts = (leaf.cumulative_wei, leaf.reward_wei, leaf.served_wei)
+    if min(amounts) < 0 or max(amounts) > AMOUNT_MAX:
+        raise ValueError(f"expected wei of 0 to 2**128 - 1, got {', '.join(map(str, amounts))}")
     if not -(2**127) <= leaf.contribution < 2**127:
         raise ValueError(f"expected a contribution of at most 127 bits, got {leaf.contribution}")
     encoded = (
         leaf.cumulative_wei.to_bytes(32, "big")
         + leaf.reward_wei.to_bytes(32, "big")
         + leaf.contribution.to_bytes(32, "big", signed=True)
+        + leaf.served_wei.to_bytes(32, "big")
     )
     sums = Sums(leaf.cumulative_wei, leaf.reward_wei, max(0, leaf.contribution))
     return Node(Digest(_hash(_hash(encoded))), sums)

@@ -5,17 +5,25 @@ Knows no signature scheme, socket or clock.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from eth_hash.auto import keccak
 
 from p2pfm.config import ChainConfig
-from p2pfm.messages import Certificate, Leaf, Proposal, proposal_digest, wei_from_wire, wei_to_wire
+from p2pfm.messages import Certificate, Leaf, Proposal, ScoreReveal, proposal_digest, wei_from_wire, wei_to_wire
 from p2pfm.settlement import merkle
 from p2pfm.settlement.ledger import LeafValue, Submission, Sums
 from p2pfm.types import WEIGHT_ONE, Contribution, Digest, MemberIndex, Round, Wei, Weight
 
+Number = TypeVar("Number", bound=int)
+
 CONTRIBUTION_MAX = 2**60
 """An epoch's accumulated contribution saturates here: the wire's bound [nano-nats]."""
+
+NOBODY: Mapping[MemberIndex, Wei] = {}
+
+NOTHING = LeafValue(Wei(0), Wei(0), 0)
+"""Of a member that the tree before had no leaf for."""
 
 ROUND_TYPEHASH = keccak(
     b"Round(uint256 chainId,address federation,uint32 epoch,uint32 nonce,uint48 round,bytes32 prevRoot,bytes32 root,"
@@ -23,7 +31,7 @@ ROUND_TYPEHASH = keccak(
 )
 
 
-def compute_median(values: Sequence[Contribution]) -> Contribution:
+def compute_median(values: Sequence[Number]) -> Number:
     """The lower median: an element of `values`, the smaller of the middle two. Raises: ValueError if empty."""
     if not values:
         raise ValueError("expected at least one value")
@@ -66,6 +74,7 @@ def compute_leaves(
     pool: Wei,
     is_payout: bool,
     is_epoch_start: bool,
+    served: Mapping[MemberIndex, Wei] = NOBODY,
 ) -> tuple[LeafValue, ...]:
     """The next rewards tree's leaves, one a registered member, in registry order.
 
@@ -74,12 +83,15 @@ def compute_leaves(
     grows by it. The rewards never exceed `pool`, and fall short of it by less than one wei a member (or pay nothing
     when nobody's contribution is positive).
 
+    Args:
+        served: what each is given for serving (`compute_served`).
+
     Raises:
         ValueError: fewer members than before, or a contribution of somebody who is not registered.
     """
     if num_members < len(previous):
         raise ValueError(f"expected at least {len(previous)} members (a registry never shrinks), got {num_members}")
-    strangers = sorted(index for index in contributions if not 0 <= index < num_members)
+    strangers = sorted(index for index in {*contributions, *served} if not 0 <= index < num_members)
     if strangers:
         raise ValueError(f"expected registry indices below {num_members}, got {strangers}")
     totals: list[int] = []
@@ -91,9 +103,34 @@ def compute_leaves(
     leaves = []
     for position, total in enumerate(totals):
         reward = compute_reward(pool, total, divisor) if is_payout else 0
-        drawn = previous[position].cumulative_wei if position < len(previous) else 0
-        leaves.append(LeafValue(Wei(drawn + reward), Wei(reward), total))
+        before = previous[position] if position < len(previous) else NOTHING
+        given = served.get(MemberIndex(position), 0)
+        leaves.append(
+            LeafValue(Wei(before.cumulative_wei + reward), Wei(reward), total, Wei(before.served_wei + given))
+        )
     return tuple(leaves)
+
+
+def compute_served_epoch(round: Round, rounds_per_epoch: int) -> int | None:
+    """Whose receipts a round pays that ends a settlement epoch: the epoch before that one; None: there is none.
+
+    Receipts of the epoch that ends are still on their way.
+    """
+    epoch = (round + 1) // rounds_per_epoch - 2
+    return epoch if epoch >= 0 else None
+
+
+def compute_served(reveals: Sequence[ScoreReveal], pool: Wei) -> dict[MemberIndex, Wei]:
+    """What each member is given for serving: floor(pool * share), with the lower median of the shares revealed for it.
+
+    Whom half of the committee or fewer name gets nothing. Medians of vectors that differ may add up to more than a
+    whole: then they are cut down in proportion.
+    """
+    named = sorted({service.member for reveal in reveals for service in reveal.served})
+    by_member = [{service.member: service.share for service in reveal.served} for reveal in reveals]
+    shares = {member: compute_median([known.get(member, 0) for known in by_member]) for member in named}
+    whole = max(WEIGHT_ONE, sum(shares.values()))
+    return {member: Wei(pool * share // whole) for member, share in shares.items() if share}
 
 
 def compute_sums(leaves: Sequence[LeafValue]) -> Sums:
@@ -108,7 +145,12 @@ def compute_sums(leaves: Sequence[LeafValue]) -> Sums:
 def to_wire(leaves: Sequence[LeafValue]) -> tuple[Leaf, ...]:
     """The leaves as a proposal carries them."""
     return tuple(
-        Leaf(wei_to_wire(leaf.cumulative_wei), wei_to_wire(leaf.reward_wei), Contribution(leaf.contribution))
+        Leaf(
+            wei_to_wire(leaf.cumulative_wei),
+            wei_to_wire(leaf.reward_wei),
+            Contribution(leaf.contribution),
+            wei_to_wire(leaf.served_wei),
+        )
         for leaf in leaves
     )
 
@@ -116,7 +158,12 @@ def to_wire(leaves: Sequence[LeafValue]) -> tuple[Leaf, ...]:
 def from_wire(leaves: Sequence[Leaf]) -> tuple[LeafValue, ...]:
     """Inverse of `to_wire`."""
     return tuple(
-        LeafValue(wei_from_wire(leaf.cumulative_wei), wei_from_wire(leaf.reward_wei), leaf.contribution)
+        LeafValue(
+            wei_from_wire(leaf.cumulative_wei),
+            wei_from_wire(leaf.reward_wei),
+            leaf.contribution,
+            wei_from_wire(leaf.served_wei),
+        )
         for leaf in leaves
     )
 

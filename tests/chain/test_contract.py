@@ -225,7 +225,7 @@ def test_sums_that_come_round_to_the_announced_ones_prove_nothing(deployed: Depl
     digest = Digest(keccak(merkle._encode(node) * 2))
     world.settle(1, root=digest, sums=Sums(Wei(1000), Wei(1000), 2), num_leaves=2)
     world.advance(PARAMS.challenge_window_s)
-    proof = (half.cumulative_wei, half.reward_wei, half.contribution), [raw_node(node)]
+    proof = (half.cumulative_wei, half.reward_wei, half.contribution, 0), [raw_node(node)]
     claim = deployed.contract.functions.claim(0, deployed.record(0), 0, proof)
     assert deployed.revert_of(claim) == "BadProof"
 

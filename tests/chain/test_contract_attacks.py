@@ -594,8 +594,8 @@ def claim_for_an_index_beyond_the_tree(scene: Scene) -> Try:
 
 @attack("final_rounds", "BadProof")
 def claim_more_than_the_leaf_says(scene: Scene) -> Try:
-    (_, reward, contribution), siblings = raw_proof(scene.leaves, 1)
-    return claim(scene, proof=((101, reward, contribution), siblings))
+    (_, *rest), siblings = raw_proof(scene.leaves, 1)
+    return claim(scene, proof=((101, *rest), siblings))
 
 
 @attack("final_rounds", "BadProof")
@@ -606,14 +606,14 @@ def claim_with_an_inner_node_posing_as_a_leaf(scene: Scene) -> Try:
     return claim(
         scene,
         index=0,
-        proof=((sums.cumulative_wei, sums.reward_wei, sums.contribution), [raw_node(levels[1][1])]),
+        proof=((sums.cumulative_wei, sums.reward_wei, sums.contribution, 0), [raw_node(levels[1][1])]),
     )
 
 
 @attack("final_rounds", "BadProof")
 def claim_with_the_root_posing_as_a_leaf(scene: Scene) -> Try:
     sums = merkle.compute_root(scene.leaves).sums
-    return claim(scene, index=0, proof=((sums.cumulative_wei, sums.reward_wei, sums.contribution), []))
+    return claim(scene, index=0, proof=((sums.cumulative_wei, sums.reward_wei, sums.contribution, 0), []))
 
 
 @attack("final_rounds", "BadProof")
@@ -655,8 +655,8 @@ def frame_the_reward_of_a_negative_contribution(scene: Scene) -> Try:
 
 @attack("open_rounds", "BadProof")
 def frame_a_reward_with_a_leaf_of_ones_own(scene: Scene) -> Try:
-    (cumulative, _, contribution), siblings = raw_proof(scene.leaves, 0)
-    return scene.do.proveReward(scene.deployed.place(1), 0, ((cumulative, 0, contribution), siblings)), OUTSIDER
+    (cumulative, _, contribution, served), siblings = raw_proof(scene.leaves, 0)
+    return scene.do.proveReward(scene.deployed.place(1), 0, ((cumulative, 0, contribution, served), siblings)), OUTSIDER
 
 
 @attack("open_rounds", "UnknownRound")

@@ -27,6 +27,7 @@ from peer_bench import (
     settled_as,
 )
 
+from p2pfm.config import SettlementConfig
 from p2pfm.messages import (
     Certificate,
     IncludedUpdate,
@@ -34,7 +35,9 @@ from p2pfm.messages import (
     Score,
     ScoreCommit,
     ScoreReveal,
+    Service,
     SyncRequest,
+    compute_commitment,
 )
 from p2pfm.protocol.events import (
     Accuse,
@@ -71,7 +74,7 @@ from p2pfm.protocol.events import (
     Train,
     Trained,
 )
-from p2pfm.protocol.peer import EARLIER_MAX, FETCH_RETRY_MS, Peer
+from p2pfm.protocol.peer import EARLIER_MAX, FETCH_RETRY_MS, Peer, initial_durable
 from p2pfm.protocol.phases import Phase
 from p2pfm.protocol.round_state import EARLY_MAX
 from p2pfm.protocol.updates import FETCH_TRIES_MAX
@@ -1088,3 +1091,34 @@ def test_what_only_looked_void_is_taken_up_again_from_disk() -> None:
     assert only(bench.feed(SettledChanged(settled)), Rewind).root == settled.root
     bench.feed(Rewound(first, BASE))
     assert only(bench.feed(Fetched(NEW_BASE)), Adopt).base == NEW_BASE
+
+
+def test_a_round_that_ends_a_settlement_epoch_asks_what_replicas_are_due_and_reveals_it() -> None:
+    paying = SettlementConfig(rounds_per_epoch=1, serving_per_epoch_pfm=10)
+    for round, epoch in ((Round(0), None), (Round(1), 0)):  # before the second epoch nobody has shown receipts
+        bench = Bench()
+        bench.peer = Peer(bench.me, msgspec.structs.replace(CONFIG, settlement=paying), initial_durable(BASE))
+        bench.join()
+        bench.go(Phase.TRAIN, round)
+        bench.exchange(round)
+        ask = only(bench.go(Phase.SCORE, round), ScoreUpdates)
+        assert ask.served_epoch == epoch
+    services = (Service(MemberIndex(2), 7),)
+    bench.feed(Scored(Round(1), tuple(Contribution(1) for _ in ask.updates), SALT, served=services))
+    (reveal,) = said(bench.go(Phase.REVEAL, Round(1)), ScoreReveal)
+    assert reveal.served == services
+
+
+def test_a_reveal_of_impossible_services_is_blamed_and_one_of_strangers_is_not_counted() -> None:
+    """Else one member could reveal what voids every proposal that holds it."""
+    for named, is_blamed in (((2, 1), True), ((1, 77), False)):
+        bench = Bench()
+        bench.join()
+        services = tuple(Service(MemberIndex(member), 5) for member in named)
+        reveal = msgspec.structs.replace(reveal_of(1), served=services)
+        bench.exchange()
+        bench.go(Phase.SCORE)
+        bench.hear(1, ScoreCommit(Round(0), MemberIndex(1), compute_commitment(reveal)))
+        bench.go(Phase.REVEAL)
+        assert bool(every(bench.hear(1, reveal), Blame)) == is_blamed
+        assert MemberIndex(1) not in bench.peer.state.reveals

@@ -120,7 +120,7 @@ def test_the_page_names_every_tag_with_its_fields_in_order() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| (\w+: .*?) \|", PAGE, re.MULTILINE))
     structs = [item for item in vars(wire).values() if isinstance(item, type(wire.Wire)) and item is not wire.Wire]
     tagged = {item.__struct_config__.tag: list(item.__struct_fields__) for item in structs}
-    untagged = {"Envelope", "DeclaredPrivacy", "Score", "IncludedUpdate", "Leaf", "TokenLogprobs"}
+    untagged = {"Envelope", "DeclaredPrivacy", "Score", "Service", "IncludedUpdate", "Leaf", "TokenLogprobs"}
     assert {item.__name__ for item in structs if item.__struct_config__.tag is None} == untagged
     tagged.pop(None)
     assert {tag: re.findall(r"(?:^|, )(\w+): ", fields) for tag, fields in rows.items()} == tagged
@@ -346,8 +346,9 @@ def test_our_verifier_takes_the_proof_and_no_other_leaf(index: int) -> None:
         merkle.Node(Digest(node), Sums(Wei(parts[0]), Wei(parts[1]), parts[2]))
         for node, parts in map(read_node, SETTLEMENT["proofs"][index])
     ]
-    leaf = LeafValue(Wei(LEAVES[index][0]), Wei(LEAVES[index][1]), LEAVES[index][2])
-    richer = LeafValue(Wei(leaf.cumulative_wei + 1), leaf.reward_wei, leaf.contribution)
+    cumulative, reward, contribution, served = LEAVES[index]
+    leaf = LeafValue(Wei(cumulative), Wei(reward), contribution, Wei(served))
+    richer = LeafValue(Wei(cumulative), Wei(reward), contribution, Wei(served + 1))
     place = MemberIndex(index)
     assert merkle.verify(Digest(digest), root, len(LEAVES), place, leaf, siblings)
     assert not merkle.verify(Digest(digest), root, len(LEAVES), place, richer, siblings)

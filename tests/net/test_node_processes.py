@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ PROMPT = "The state of the union is"
 def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Localnet]:
     folder = tmp_path_factory.mktemp("net")
     roles = ("honest", "honest", "private", "free rider")
-    with localnet(folder, roles, PRESETS["tiny"], print, gateways=frozenset({GATEWAY})) as running:
+    with localnet(folder, roles, PRESETS["tiny"], print, gateways=frozenset(range(len(roles)))) as running:
         for node in running.nodes:
             running.wait_until_running(node)
         yield running
@@ -100,6 +101,28 @@ def test_two_rounds_certify_settle_and_pay_by_contribution(net: Localnet) -> Non
     assert not any(verify_rewards(net.ledger, fetch(net), net.network).values())
     served = fetch(net)(entry.base)
     assert served is not None, "the base that the chain names can be had from a node"
+
+
+def test_replicas_are_paid_for_what_other_peers_gateways_attest(net: Localnet) -> None:
+    """Out of the serving pool, by the median of what the committee's members saw; drawn without anybody's doing."""
+
+    def ask(node: LocalNode) -> None:
+        body = {"model": "tiny+base", "prompt": PROMPT, "max_tokens": 8, "temperature": 1}
+        httpx.post(f"{node.url}/v1/completions", json=body, timeout=30).raise_for_status()
+
+    def is_paid() -> bool:
+        with ThreadPoolExecutor(24) as pool:  # at once, or every gateway would ask the quickest replica alone
+            for answer in [pool.submit(ask, node) for node in net.nodes for _ in range(6)]:
+                answer.result()
+        return any(net.ledger.get_claimed_served(MemberIndex(index)) for index in range(len(net.nodes)))
+
+    before = net.ledger.get_serving_pool()
+    net.wait_until("a replica has drawn its pay", is_paid, 8 * ROUND_S)
+    drawn = sum(net.ledger.get_claimed_served(MemberIndex(index)) for index in range(len(net.nodes)))
+    assert net.ledger.get_serving_pool() >= before - drawn
+    settled_rounds = net.ledger.get_rounds(Round(0))
+    assert 0 < drawn <= net.network.serving_per_epoch() * len(settled_rounds)
+    assert not any(verify_rewards(net.ledger, fetch(net), net.network).values())
 
 
 def test_all_nodes_hold_the_same_certified_bases(net: Localnet) -> None:

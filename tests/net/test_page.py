@@ -37,7 +37,10 @@ def make_status(name: str = "tiny-net", stage: str = "running") -> dict[str, Any
             "notes": [{"round": 3, "text": name}],
             "updates": [{"peer": "door0", "contribution_nats": 0.0105}, {"peer": "one", "contribution_nats": -0.002}],
         }  # fmt: skip
-        status["rewards"] = {"allotted_wei": str(28 * 10**18), "claimed_wei": str(20 * 10**18)}
+        status["rewards"] = {
+            "allotted_wei": str(28 * 10**18), "claimed_wei": str(20 * 10**18),
+            "served_wei": str(3 * 10**18), "claimed_served_wei": "0",
+        }  # fmt: skip
         status["serving"] = {
             "versions": ["11"], "sessions": 1, "sessions_max": 4, "replicas": 2, "generated_tokens": 1234,
             "replaced_replicas": 1,

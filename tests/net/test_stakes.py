@@ -10,7 +10,7 @@ from nodes.stakes import describe_pool, describe_stake
 from p2pfm.config import WEI_PER_PFM, NetworkConfig, PhaseConfig
 from p2pfm.errors import OperatorError
 from p2pfm.runtime.node import validate_rules
-from p2pfm.types import Digest, Millis
+from p2pfm.types import Digest, Millis, Wei
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +60,8 @@ def test_a_node_refuses_a_contract_with_other_rules(world: World) -> None:
     scoring = msgspec.structs.replace(network.scoring, committee_size=params.committee_size)
     settlement = msgspec.structs.replace(network.settlement, rounds_per_epoch=params.rounds_per_epoch)
     fitting = msgspec.structs.replace(network, scoring=scoring, settlement=settlement)
-    pool = msgspec.structs.replace(params, pool_per_epoch=fitting.pool_per_epoch())
+    pool = msgspec.structs.replace(params, pool_per_epoch=fitting.pool_per_epoch(), serving_per_epoch=Wei(0))
     validate_rules(fitting, pool)
-    for changes in ({"committee_size": 5}, {"rounds_per_epoch": 3}, {"pool_per_epoch": 1}):
+    for changes in ({"committee_size": 5}, {"rounds_per_epoch": 3}, {"pool_per_epoch": 1}, {"serving_per_epoch": 1}):
         with pytest.raises(OperatorError, match=next(iter(changes))):
             validate_rules(fitting, msgspec.structs.replace(pool, **changes))

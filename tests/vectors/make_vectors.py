@@ -47,6 +47,7 @@ from p2pfm.messages import (
     Score,
     ScoreCommit,
     ScoreReveal,
+    Service,
     ServiceReport,
     ShardMessage,
     SyncReply,
@@ -119,7 +120,7 @@ def make_updates() -> dict[str, dict[str, np.ndarray[Any, np.dtype[np.float32]]]
 
 
 LEAVES = (
-    LeafValue(Wei(5 * 10**18), Wei(3 * 10**18), 700),
+    LeafValue(Wei(5 * 10**18), Wei(3 * 10**18), 700, Wei(2**127)),
     LeafValue(Wei(0), Wei(0), -(2**60)),
     LeafValue(Wei(2**64), Wei(1), 2**60),
     LeafValue(Wei(7), Wei(7), 0),
@@ -147,6 +148,7 @@ REVEALS = tuple(
             Score(compute_digest(b"first"), Contribution(-1 - member)),
             Score(compute_digest(b"second"), Contribution(10**12 + member)),
         ),
+        (Service(MemberIndex(1), 250_000_000 + member), Service(MemberIndex(4), 1)),
     )
     for member in (0, 2, 4)
 )
@@ -324,7 +326,9 @@ def make_settlement() -> dict[str, Any]:
     levels = merkle.build(LEAVES)
     key = bls.public_key(KEYS[0].bls_secret)
     return {
-        "leaves": [_decimal(leaf.cumulative_wei, leaf.reward_wei, leaf.contribution) for leaf in LEAVES],
+        "leaves": [
+            _decimal(leaf.cumulative_wei, leaf.reward_wei, leaf.contribution, leaf.served_wei) for leaf in LEAVES
+        ],
         "root": _node(levels[-1][0]),
         "proofs": [[_node(node) for node in merkle.prove(levels, MemberIndex(i))] for i in range(len(LEAVES))],
         "round": {

@@ -9,10 +9,12 @@ library RewardTree {
     /// @param cumulative all that the member was ever allotted [wei]
     /// @param reward allotted in this round [wei]
     /// @param contribution accumulated over the epoch, signed [nano-nats/token]
+    /// @param served all that the member was ever allotted out of the ServingPool, which alone reads it [wei]
     struct Leaf {
         uint128 cumulative;
         uint128 reward;
         int128 contribution;
+        uint128 served;
     }
 
     /// @param digest keccak256 of the children, or twice of a leaf; 0 for padding
@@ -49,7 +51,7 @@ library RewardTree {
     }
 
     function leafNode(Leaf calldata leaf) internal pure returns (Node memory) {
-        bytes32 inner = keccak256(abi.encode(leaf.cumulative, leaf.reward, leaf.contribution));
+        bytes32 inner = keccak256(abi.encode(leaf));
         return Node(keccak256(abi.encode(inner)), leaf.cumulative, leaf.reward, positive(leaf.contribution));
     }
 
