@@ -153,3 +153,11 @@ def move_cumulative(proposal: Proposal, amount: int, source: int, target: int) -
         value = from_wire([leaves[index]])[0].cumulative_wei + sign * amount
         leaves[index] = msgspec.structs.replace(leaves[index], cumulative_wei=wei_to_wire(Wei(value)))
     return with_root(msgspec.structs.replace(proposal, leaves=tuple(leaves)))
+
+
+def add_served(proposal: Proposal, amount: int, target: int) -> Proposal:
+    """A member was given something for serving that nobody revealed."""
+    leaves = list(proposal.leaves)
+    value = from_wire([leaves[target]])[0].served_wei + amount
+    leaves[target] = msgspec.structs.replace(leaves[target], served_wei=wei_to_wire(Wei(value)))
+    return with_root(msgspec.structs.replace(proposal, leaves=tuple(leaves)))

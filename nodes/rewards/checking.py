@@ -133,7 +133,12 @@ def _compare_content(
 
 def _describe_difference(computed: LeafValue, given: LeafValue) -> Iterator[str]:
     """Each value of a leaf that is not what the rules give."""
-    units = {"cumulative_wei": "sum [wei]", "reward_wei": "reward [wei]", "contribution": "contribution [nano-nats]"}
+    units = {
+        "cumulative_wei": "sum [wei]",
+        "reward_wei": "reward [wei]",
+        "contribution": "contribution [nano-nats]",
+        "served_wei": "sum for serving [wei]",
+    }
     for name, called in units.items():
         right, told = getattr(computed, name), getattr(given, name)
         if right != told:

@@ -58,7 +58,8 @@ def explain_refusal(error: Reverted) -> str:
 
 
 def claim_newest(ledger: Ledger, peer: PeerId, fetch: Fetch) -> Wei:
-    """Draw all that the newest final round owes `peer`, into the peer's account whoever asks; 0 if nothing is owed.
+    """Draw all that the newest final round owes `peer`, for learning and for serving, into the peer's account whoever
+    asks; 0 if nothing is owed.
 
     Raises:
         WorldError: no round is final yet, or nobody serves its data.
@@ -71,8 +72,12 @@ def claim_newest(ledger: Ledger, peer: PeerId, fetch: Fetch) -> Wei:
     leaves = from_wire(validate_reading(read_round(final[-1], fetch(final[-1].data_digest))).leaves)
     paid = 0
     for member in members:  # a peer that left and came back has two leaves
-        if member.index < len(leaves) and leaves[member.index].cumulative_wei > ledger.get_claimed(member.index):
+        if member.index >= len(leaves):
+            continue
+        if leaves[member.index].cumulative_wei > ledger.get_claimed(member.index):
             paid += ledger.claim(final[-1].round, member.index, leaves)
+        if leaves[member.index].served_wei > ledger.get_claimed_served(member.index):
+            paid += ledger.claim_served(final[-1].round, member.index, leaves)
     return Wei(paid)
 
 

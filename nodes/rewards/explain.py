@@ -87,6 +87,8 @@ class Explanation(msgspec.Struct, frozen=True):
     """As the leaf says."""
     cumulative_wei: Wei
     """Allotted to it up to this round."""
+    served_wei: Wei
+    """The same for serving, out of the serving pool."""
     root: Digest
     siblings: tuple[merkle.Node, ...]
     """From the leaf up."""
@@ -158,6 +160,7 @@ def explain(
         expected_wei=compute_reward(pool, leaf.contribution, total),
         reward_wei=leaf.reward_wei,
         cumulative_wei=leaf.cumulative_wei,
+        served_wei=leaf.served_wei,
         root=settled.root,
         siblings=siblings,
         is_proven=merkle.verify(settled.root, settled.sums, settled.num_leaves, member.index, leaf, siblings),

@@ -172,7 +172,8 @@ def _describe_reward(told: Explanation) -> str:
         )
     if told.reward_wei != told.expected_wei:
         text += f"\n[red]wrong[/]: the rule says {told.expected_wei} wei (p2pfm rewards challenge --round {told.round})"
-    return f"{text}\n{format_amount(told.cumulative_wei)} up to this round"
+    served = f", and {format_amount(told.served_wei)} for serving" if told.served_wei else ""
+    return f"{text}\n{format_amount(told.cumulative_wei)} up to this round{served}"
 
 
 def _describe_proof(told: Explanation) -> str:

@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 from ledger_worlds import ACCOUNTS, PARAMS, PEERS
-from rewards_world import MEASURED, POOL_WEI, Settled, move_cumulative, move_reward
+from rewards_world import MEASURED, POOL_WEI, Settled, add_served, move_cumulative, move_reward
 
 from nodes.rewards.contests import (
     claim_newest,
@@ -18,7 +18,7 @@ from nodes.rewards.reading import read_book
 from p2pfm.errors import OperatorError, Reject, Reverted, WorldError
 from p2pfm.messages import encode
 from p2pfm.settlement.faults import FaultKind
-from p2pfm.types import Digest, Round, Wei
+from p2pfm.types import Digest, MemberIndex, Round, Wei
 
 AUDITOR = 6
 """An account that is no member."""
@@ -40,6 +40,18 @@ def test_a_stranger_claims_and_the_member_is_paid(settled: Settled) -> None:
     after = [ledger.get_balance(account) for account in ACCOUNTS]
     assert [new - old for new, old in zip(after, before, strict=True)] == [0, paid, *[0] * (len(ACCOUNTS) - 2)]
     assert claim_newest(stranger, PEERS[1], settled.blobs.get) == 0
+
+
+def test_a_claim_draws_what_is_owed_for_serving_too(settled: Settled) -> None:
+    settled.world.any.fund_serving(Wei(100))
+    settled.settle(0)
+    settled.settle(1, lambda proposal: add_served(proposal, 60, target=1))
+    settled.finish()
+    ledger = settled.world.any
+    paid = [claim_newest(ledger, PEERS[index + 1], settled.blobs.get) for index in (0, 1)]
+    assert paid == [POOL_WEI * 100 // 280, 60]
+    assert ledger.get_claimed_served(MemberIndex(1)) == 60
+    assert claim_newest(ledger, PEERS[2], settled.blobs.get) == 0
 
 
 @pytest.mark.parametrize("member", [1, 3])

@@ -5,7 +5,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from ledger_worlds import PARAMS, PEERS
-from rewards_world import MEASURED, POOL_WEI, Settled, move_cumulative, move_reward
+from rewards_world import MEASURED, POOL_WEI, Settled, add_served, move_cumulative, move_reward
 
 from nodes.rewards import claim_newest, read_rewards, rows_to_json
 from nodes.rewards.plots import plot_rewards
@@ -67,6 +67,12 @@ def test_verify_finds_a_sum_that_moved(settled: Settled) -> None:
     settled.settle(2, lambda proposal: move_cumulative(proposal, 7, source=2, target=1))
     assert len(settled.findings()[Round(2)]) == 2
     assert settled.findings()[Round(1)] == []
+
+
+def test_verify_finds_pay_for_serving_that_nobody_revealed(settled: Settled) -> None:
+    settled.settle(3, lambda proposal: add_served(proposal, 9, target=2))
+    findings = settled.findings()[Round(3)]
+    assert findings == ["leaf of member 2: sum for serving [wei] should be 0, the proposal says 9"]
 
 
 def test_verify_finds_a_wrong_merge_weight(settled: Settled) -> None:
