@@ -62,11 +62,11 @@ def make_status_table(status: Mapping[str, Any]) -> Table:
         )
         table.add_row("receipts", _describe_receipts(serving["receipts"], status["peer"]))
         if rewards := status.get("rewards"):
-            told = {name: int(wei or 0) / 1e18 for name, wei in rewards.items()}
+            told = {name: "not known" if wei is None else f"{int(wei) / 1e18:.4f}" for name, wei in rewards.items()}
             table.add_row(
                 "allotted",
-                f"{told['allotted_wei']:.4f} PFM for learning ({told['claimed_wei']:.4f} drawn), "
-                f"{told['served_wei']:.4f} for serving ({told['claimed_served_wei']:.4f} drawn)",
+                f"{told['allotted_wei']} PFM for learning (drawn: {told['claimed_wei']}), "
+                f"{told['served_wei']} for serving (drawn: {told['claimed_served_wei']})",
             )
         table.add_row("notes", "\n".join(f"round {n['round']}: {n['text']}" for n in protocol["notes"][-5:]))
     return table

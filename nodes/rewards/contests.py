@@ -17,6 +17,7 @@ from nodes.rewards.reading import (
 from p2pfm.errors import OperatorError, Reverted, WorldError
 from p2pfm.settlement.faults import Fault, FaultKind, find_faults
 from p2pfm.settlement.ledger import Closed, Contested, Demand, Ledger, Slashed
+from p2pfm.settlement.proofs import claim_owed
 from p2pfm.settlement.rewards import from_wire
 from p2pfm.types import MemberIndex, PeerId, Round, Wei
 
@@ -70,15 +71,8 @@ def claim_newest(ledger: Ledger, peer: PeerId, fetch: Fetch) -> Wei:
     if not members or not final:
         raise WorldError("nothing to claim yet: " + ("no round is final" if members else "this peer is not registered"))
     leaves = from_wire(validate_reading(read_round(final[-1], fetch(final[-1].data_digest))).leaves)
-    paid = 0
-    for member in members:  # a peer that left and came back has two leaves
-        if member.index >= len(leaves):
-            continue
-        if leaves[member.index].cumulative_wei > ledger.get_claimed(member.index):
-            paid += ledger.claim(final[-1].round, member.index, leaves)
-        if leaves[member.index].served_wei > ledger.get_claimed_served(member.index):
-            paid += ledger.claim_served(final[-1].round, member.index, leaves)
-    return Wei(paid)
+    # a peer that left and came back has two leaves
+    return Wei(sum(sum(claim_owed(ledger, final[-1].round, member.index, leaves)) for member in members))
 
 
 def search_round(book: Book, reading: Reading) -> tuple[Fault, ...]:

@@ -16,8 +16,9 @@ from p2pfm.protocol.events import AnyEvent, RosterChanged, SettledChanged
 from p2pfm.protocol.membership import get_member, is_outdated_for
 from p2pfm.runtime.store import Store
 from p2pfm.settlement.ledger import Ledger, Roster, SettledRound
+from p2pfm.settlement.proofs import claim_owed
 from p2pfm.settlement.rewards import from_wire, make_submission
-from p2pfm.types import Digest, PeerId, Round, Wei
+from p2pfm.types import Digest, MemberIndex, PeerId, Round, Wei
 
 POLL_S = 2.0
 """How often the chain is read: a block or two."""
@@ -65,7 +66,7 @@ class Settler:
         self._auto_claim = auto_claim
         self.claimed: Wei | None = None
         """What this peer has drawn in all, as the chain told it last; None: not yet."""
-        self.claimed_served = Wei(0)
+        self.claimed_served: Wei | None = None
         """The same for serving."""
         self._claimed = Round(-1)
         self._data_round = Round(-1)
@@ -109,8 +110,7 @@ class Settler:
             await self._remember_bases()
             member = get_member(roster, self._me)
             if member is not None:
-                self.claimed = await trio.to_thread.run_sync(self._ledger.get_claimed, member.index)
-                self.claimed_served = await trio.to_thread.run_sync(self._ledger.get_claimed_served, member.index)
+                await self._read_claimed(member.index)
         if self.head is not None and (head is None or head.round < self.head.round):
             await self._queue_again(head)
         if head != self.head:  # before the roster: a peer that is behind, or whose round is void, must not train
@@ -126,6 +126,10 @@ class Settler:
             self._roster_since = trio.current_time()
             if roster.committee:  # before the first draw there is nothing that a peer could do
                 await self._emit(RosterChanged(roster))
+
+    async def _read_claimed(self, index: MemberIndex) -> None:
+        self.claimed = await trio.to_thread.run_sync(self._ledger.get_claimed, index)
+        self.claimed_served = await trio.to_thread.run_sync(self._ledger.get_claimed_served, index)
 
     async def _queue_again(self, head: SettledRound | None) -> None:
         """Rounds are gone from the chain: what was not voided stood in blocks that were replaced, and is owed again."""
@@ -215,15 +219,8 @@ class Settler:
         proposal = decode_message(data)
         assert isinstance(proposal, Proposal), "the blob under a data digest is a proposal"
         leaves = from_wire(proposal.leaves)
-        drawn = await trio.to_thread.run_sync(self._ledger.get_claimed, member.index)
-        # A newcomer has no leaf in rounds before it joined.
-        if member.index < len(leaves) and leaves[member.index].cumulative_wei > drawn:
-            paid = await trio.to_thread.run_sync(self._ledger.claim, final[-1].round, member.index, leaves)
-            self.claimed = Wei(drawn + paid)
-            log.info("claimed %.4f PFM", paid / WEI_PER_PFM)
-        if member.index < len(leaves) and leaves[member.index].served_wei > self.claimed_served:
-            paid = await trio.to_thread.run_sync(self._ledger.claim_served, final[-1].round, member.index, leaves)
-            self.claimed_served = await trio.to_thread.run_sync(self._ledger.get_claimed_served, member.index)
-            if paid:
-                log.info("claimed %.4f PFM for serving", paid / WEI_PER_PFM)
+        learned, served = await trio.to_thread.run_sync(claim_owed, self._ledger, final[-1].round, member.index, leaves)
+        if learned or served:
+            log.info("claimed %.4f PFM for learning, %.4f for serving", learned / WEI_PER_PFM, served / WEI_PER_PFM)
+            await self._read_claimed(member.index)
         self._claimed = final[-1].round

@@ -153,7 +153,7 @@ def _rewards_status(node: "Node") -> dict[str, str | None]:
         "allotted_wei": str(leaf.cumulative_wei),
         "claimed_wei": None if settler.claimed is None else str(settler.claimed),
         "served_wei": str(leaf.served_wei),
-        "claimed_served_wei": str(settler.claimed_served),
+        "claimed_served_wei": None if settler.claimed_served is None else str(settler.claimed_served),
     }
 
 

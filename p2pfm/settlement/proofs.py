@@ -10,7 +10,7 @@ import msgspec
 from p2pfm.errors import Reverted
 from p2pfm.settlement import merkle
 from p2pfm.settlement.ledger import Demand, LeafValue, Ledger, SettledRound, Submission
-from p2pfm.types import MemberIndex
+from p2pfm.types import MemberIndex, Round, Wei
 
 
 class Proof(msgspec.Struct, frozen=True):
@@ -46,3 +46,18 @@ def is_settled(rounds: Sequence[SettledRound], submission: Submission) -> bool:
         return False
     held = rounds[0]
     return (held.root, held.data_digest, held.base) == (submission.root, submission.data_digest, submission.base)
+
+
+def claim_owed(ledger: Ledger, round: Round, index: MemberIndex, leaves: tuple[LeafValue, ...]) -> tuple[Wei, Wei]:
+    """Draw what a final round's leaf owes a member: what was paid for learning, and for serving [wei].
+
+    Nothing is sent where nothing is owed: a newcomer has no leaf in rounds before it joined. Raises: Reverted.
+    """
+    if index >= len(leaves):
+        return Wei(0), Wei(0)
+    leaf, learned, served = leaves[index], Wei(0), Wei(0)
+    if leaf.cumulative_wei > ledger.get_claimed(index):
+        learned = ledger.claim(round, index, leaves)
+    if leaf.served_wei > ledger.get_claimed_served(index):
+        served = ledger.claim_served(round, index, leaves)
+    return learned, served

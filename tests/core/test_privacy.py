@@ -634,7 +634,7 @@ def test_the_status_screen_tells_the_nodes_own_epsilon_and_its_peers():
     cells = "\n".join(str(cell) for column in make_status_table(status).columns for cell in column.cells)
     assert "epsilon 3.2 of 8, at delta 1e-05" in cells
     assert "epoch 2: 36 tokens earned, 24 attested; of epoch 1 due 12.5% of what it allots" in cells
-    assert "2.0000 PFM for learning (0.0000 drawn), 1.0000 for serving (0.5000 drawn)" in cells
+    assert "2.0000 PFM for learning (drawn: not known), 1.0000 for serving (drawn: 0.5000)" in cells
     assert "abcdef ε 3.2 (δ 1e-05); of 2 merged updates" in cells
     status["privacy"]["epsilon"] = None
     cells = "\n".join(str(cell) for column in make_status_table(status).columns for cell in column.cells)

@@ -168,7 +168,7 @@ function rewardFacts() {
     h("dl", { class: "facts" },
       fact("Allotted so far", rewards ? coins(rewards.allotted_wei) : "\u2013"),
       fact("Claimed", claimed === null ? "\u2013" : coins(claimed)),
-      fact("For serving", ...(rewards ? [coins(rewards.served_wei), ", claimed ", coins(rewards.claimed_served_wei)] : ["\u2013"])),
+      fact("For serving", ...(rewards ? [coins(rewards.served_wei), ", claimed ", rewards.claimed_served_wei === null ? "\u2013" : coins(rewards.claimed_served_wei)] : ["\u2013"])),
       fact("Contributed last", mine ? `${contributions([mine.contribution_nats * 1e9]).write(mine.contribution_nats * 1e9)} millinats a token` : "no update was merged"),
       fact("Member", chain.member === null ? "not registered" : `#${chain.member} of ${count(chain.members)}`,
         chain.committee.includes(chain.member) ? " \u00B7 in the committee" : "")),
