@@ -5,13 +5,14 @@ validation: a wrong type, an unknown tag, a digest of another length or a messag
 Signatures are checked by the driver before the core hears of a message.
 """
 
+import itertools
 from functools import cached_property
 from typing import Annotated, TypeVar, get_args
 
 import msgspec
 
 from p2pfm.errors import Reject
-from p2pfm.types import Contribution, Digest, MemberIndex, PeerId, Round, Wei, Weight, compute_digest
+from p2pfm.types import WEIGHT_ONE, Contribution, Digest, MemberIndex, PeerId, Round, Wei, Weight, compute_digest
 
 SIGNING_DOMAIN = b"p2pfm/1 envelope"
 LIST_MAX = 4096
@@ -111,7 +112,7 @@ class Service(Wire, frozen=True):
     """[parts of a billion]."""
 
 
-class ScoreReveal(Wire, frozen=True, tag="reveal"):
+class ScoreReveal(Wire, frozen=True, tag="reveal", dict=True):
     """What the commitment was of; scores sorted by payload digest, services by member."""
 
     round: RoundNumber
@@ -120,6 +121,22 @@ class ScoreReveal(Wire, frozen=True, tag="reveal"):
     scores: Annotated[tuple[Score, ...], msgspec.Meta(max_length=LIST_MAX)]
     served: Annotated[tuple[Service, ...], msgspec.Meta(max_length=SERVED_MAX)] = ()
     """In rounds that end a settlement epoch."""
+
+    @cached_property
+    def commitment(self) -> Digest:
+        """The hash that a member gossips before its scores."""
+        return compute_digest(b"p2pfm/1 commit" + encode(self))
+
+    @cached_property
+    def disorder(self) -> str:
+        """Which rule of a vector's form it breaks; empty: none."""
+        if any(a.payload >= b.payload for a, b in itertools.pairwise(self.scores)):
+            return "scores are not sorted by payload digest, or one payload is scored twice"
+        if any(a.member >= b.member for a, b in itertools.pairwise(self.served)):
+            return "services are not sorted by member, or one member is named twice"
+        if sum(service.share for service in self.served) > WEIGHT_ONE:
+            return f"services add up to more than {WEIGHT_ONE} billionths"
+        return ""
 
 
 class IncludedUpdate(Wire, frozen=True):
@@ -525,11 +542,6 @@ def signed_bytes(network_id: Digest, author: PeerId, body: bytes) -> bytes:
     """What an envelope's Ed25519 signature covers: domain, network, author, body."""
     name = author.encode()
     return SIGNING_DOMAIN + network_id + len(name).to_bytes(2, "big") + name + body
-
-
-def compute_commitment(reveal: ScoreReveal) -> Digest:
-    """The hash that a member gossips before its scores."""
-    return compute_digest(b"p2pfm/1 commit" + encode(reveal))
 
 
 def proposal_digest(proposal: Proposal) -> Digest:

@@ -12,7 +12,7 @@ from p2pfm.messages import Announcement, Certificate, ShardMessage
 from p2pfm.protocol.events import Adopt, AnyAction, Blame, Persist, Publish, Serve, Sign
 from p2pfm.protocol.gossip import SLOTS_MAX
 from p2pfm.protocol.history import ROOTS_MAX
-from p2pfm.protocol.peer import LOSSES_MAX
+from p2pfm.protocol.peer import LOSSES_MAX, Peer
 from p2pfm.protocol.phases import Phase
 from p2pfm.protocol.round_state import EARLY_MAX
 from p2pfm.settlement.ledger import SettledRound
@@ -28,8 +28,8 @@ LIAR_KINDS: frozenset[AdversaryKind | None] = frozenset(
 """Kinds that break a rule which honest peers never break, and may be blamed for it."""
 
 
-WATCHED = frozenset({Adopt, Sign, Publish, Serve, Blame})
-"""Actions that can break a rule."""
+WATCHED = frozenset({Adopt, Sign, Publish, Blame})
+"""Actions that can break a rule, beside the frequent `Serve`."""
 
 
 class Violation(AssertionError):
@@ -84,7 +84,9 @@ class Checks:
         is_saved = False
         for action in actions:
             is_saved = is_saved or isinstance(action, Persist)
-            if type(action) in WATCHED:
+            if type(action) is Serve:
+                self._check_served(peer, action.digest, now_ms, host.me)
+            elif type(action) in WATCHED:
                 if isinstance(action, Sign):
                     self._require(is_saved, "what is signed is on disk before", now_ms, host.me)
                 self._check_action(host, now_ms, action)
@@ -137,13 +139,6 @@ class Checks:
                 round, payload = word.round, word.payload
                 announced = self._announced.setdefault((me, round), payload)
                 self._require(announced == payload, f"a peer announces one update in round {round}", now_ms, me)
-            case Serve(digest=digest):
-                is_secret = (
-                    digest == peer.durable.announced_payload
-                    and peer.durable.announced_round == peer.round
-                    and peer.phase == Phase.TRAIN
-                )
-                self._require(not is_secret, "a payload is served only after TRAIN", now_ms, me)
             case Blame(peer=blamed, reason=reason):
                 self.blamed.add(blamed)
                 self._require(
@@ -151,6 +146,13 @@ class Checks:
                 )
             case _:
                 pass
+
+    def _check_served(self, peer: Peer, digest: Digest, now_ms: Millis, me: PeerId) -> None:
+        durable = peer.durable
+        is_secret = (
+            digest == durable.announced_payload and durable.announced_round == peer.round and peer.phase == Phase.TRAIN
+        )
+        self._require(not is_secret, "a payload is served only after TRAIN", now_ms, me)
 
     def _check_bounds(self, host: Host, now_ms: Millis) -> None:
         peer = host.peer

@@ -42,11 +42,15 @@ class Clocks:
 
     def tell(self, index: int, true_ms: int) -> Millis:
         """What a host's clock shows at the true time; it never goes back."""
-        drift_ms = (true_ms - self._start_ms) * self._drifts_ppb[index] // BILLION
-        return Millis(true_ms + self._offsets_ms[index] + drift_ms)
+        local_ms, drift_ppb = true_ms + self._offsets_ms[index], self._drifts_ppb[index]
+        if drift_ppb:
+            local_ms += (true_ms - self._start_ms) * drift_ppb // BILLION
+        return Millis(local_ms)
 
     def to_true(self, index: int, local_ms: int) -> Millis:
         """The first true time at which a host's clock shows `local_ms` or more."""
+        if not self._drifts_ppb[index]:
+            return Millis(local_ms - self._offsets_ms[index])
         elapsed_ms = local_ms - self._offsets_ms[index] - self._start_ms
         true_ms = self._start_ms + elapsed_ms * BILLION // (BILLION + self._drifts_ppb[index])
         # The quotient is right to a millisecond: the clock's own rounding comes on top.

@@ -50,7 +50,3 @@ class Host:
     """Gossip that it hears beside what everybody does."""
     num_bytes_sent: int = 0
     num_bytes_received: int = 0
-
-    def gives(self, digest: Digest) -> bool:
-        """Whether it gives a blob to whoever asks."""
-        return digest in self.served and digest in self.disk.held

@@ -249,6 +249,13 @@ class Network:
         self._up, self._down = up[self._link_of], down[self._link_of]  # (num_hosts,) [bytes/ms]
         self._up_free_us = np.zeros(num_hosts, np.int64)
         self._down_free_us = np.zeros(num_hosts, np.int64)
+        # The same as plain lists, for what is drawn singly: indexing an array costs more than the draw.
+        self._places: list[int] = self._region_of.tolist()
+        self._cables: list[int] = self._link_of.tolist()
+        self._lows: list[list[int]] = self._low_ms.tolist()
+        self._spans: list[list[int]] = self._span_ms.tolist()
+        self._rates: list[list[int]] = self._rate.tolist()
+        self._losses: list[list[int]] = self._loss.tolist()
         self._samples_seed = self._rng.getrandbits(64)
         self._samples: dict[tuple[int, int], Ints] = {}
 
@@ -304,16 +311,16 @@ class Network:
         latency_ms = self._draw_latency(source, target, now_ms)
         if latency_ms is None:
             return None
-        return latency_ms + num_bytes // int(self._rate[self._link_of[source], self._link_of[target]])
+        return latency_ms + num_bytes // self._rates[self._cables[source]][self._cables[target]]
 
     def _draw_latency(self, source: int, target: int, now_ms: Millis) -> int | None:
         bits = self._rng.getrandbits(64)
-        if self._is_lossy and (bits & LOW_BITS) < self._loss[self._link_of[source], self._link_of[target]]:
+        if self._is_lossy and (bits & LOW_BITS) < self._losses[self._cables[source]][self._cables[target]]:
             return None
         if self._sides and self.is_cut(source, target, now_ms):
             return None
-        pair = self._region_of[source], self._region_of[target]
-        return int(self._low_ms[pair]) + ((bits >> 32) * int(self._span_ms[pair]) >> 32)
+        near, far = self._places[source], self._places[target]
+        return self._lows[near][far] + ((bits >> 32) * self._spans[near][far] >> 32)
 
     def draw_delays(
         self, source: int, targets: Sequence[int] | Ints, num_bytes: int, now_ms: Millis

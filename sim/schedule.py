@@ -1,4 +1,4 @@
-"""Virtual time: a heap of what happens next. Knows no peer, message or network.
+"""Virtual time: what happens next. Knows no peer, message or network.
 
 Two things due in one millisecond happen in the order in which they were scheduled, so a run depends on nothing but its
 seed.
@@ -15,14 +15,20 @@ class Schedule:
 
     def __init__(self, start_ms: Millis) -> None:
         self.now_ms = start_ms
-        self._num_scheduled = 0
-        self._heap: list[tuple[int, int, Callable[[], None]]] = []
+        self._due: dict[int, list[Callable[[], None]]] = {}
+        """By moment: what happens then, in the order in which it was scheduled."""
+        self._moments: list[int] = []
+        """A heap of the keys of `_due`: thousands of hosts share most milliseconds."""
 
     def at(self, when_ms: int, happen: Callable[[], None]) -> None:
         """Let something happen at a moment; never in the past."""
         assert when_ms >= self.now_ms, "what is scheduled lies ahead"
-        self._num_scheduled += 1
-        heapq.heappush(self._heap, (when_ms, self._num_scheduled, happen))
+        due = self._due.get(when_ms)
+        if due is not None:
+            due.append(happen)
+            return
+        self._due[when_ms] = [happen]
+        heapq.heappush(self._moments, when_ms)
 
     def after(self, delay_ms: int, happen: Callable[[], None]) -> None:
         """Let something happen in `delay_ms` [ms]."""
@@ -30,11 +36,13 @@ class Schedule:
 
     def run(self, until_ms: Millis) -> None:
         """Let happen all that is due up to and including `until_ms`; then that is the time."""
-        while self._heap and self._heap[0][0] <= until_ms:
-            when_ms, _, happen = heapq.heappop(self._heap)
+        while self._moments and self._moments[0] <= until_ms:
+            when_ms = heapq.heappop(self._moments)
             self.now_ms = Millis(when_ms)
-            happen()
+            for happen in self._due[when_ms]:  # what happens now may schedule more for now
+                happen()
+            del self._due[when_ms]
         self.now_ms = until_ms
 
     def __len__(self) -> int:
-        return len(self._heap)
+        return sum(map(len, self._due.values()))

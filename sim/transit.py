@@ -56,6 +56,7 @@ Pull = tuple[Fetch, int]
 """A blob that is wanted, and which of its providers is asked."""
 
 Step = Callable[[Host, AnyEvent], None]
+StepAll = Callable[[Host, Sequence[AnyEvent]], None]
 Deliver = Callable[[Iterable[int], AnyEvent], None]
 
 
@@ -72,9 +73,10 @@ class Transit:
         chain: Chain,
         workshop: Workshop,
         step: Step,
+        step_all: StepAll,
         deliver: Deliver,
     ) -> None:
-        """Args: step: lets an event reach one running host now; deliver: the same of several."""
+        """Args: step: lets an event reach one running host now; step_all: several events; deliver: several hosts."""
         self._config = config
         self._schedule = schedule
         self._network = network
@@ -85,6 +87,7 @@ class Transit:
         self._chain = chain
         self._workshop = workshop
         self._step = step
+        self._step_all = step_all
         self._deliver = deliver
         self._network_id = config.network_id()
         self._listeners: dict[str, list[int]] = {}
@@ -192,13 +195,10 @@ class Transit:
         if host.life != life or host.peer is None:
             return
         host.num_bytes_received += num_bytes
-        for envelope in reply.envelopes:
-            message = decode_message(envelope.body, self._config.limits.message_bytes_max)
-            if host.life == life and host.peer is not None:
-                self._step(host, Received(envelope, message))
+        bytes_max = self._config.limits.message_bytes_max
+        told: list[AnyEvent] = [Received(each, decode_message(each.body, bytes_max)) for each in reply.envelopes]
         is_good = reply.head is not None and self._chain.verify_certificate(reply.head)
-        if host.life == life and host.peer is not None:
-            self._step(host, SyncAnswered(target.me, reply.head if is_good else None))
+        self._step_all(host, [*told, SyncAnswered(target.me, reply.head if is_good else None)])
 
     # --- blobs
 
@@ -233,12 +233,12 @@ class Transit:
         refused: list[Pull] = []
         silent: list[Pull] = []
         for pull in pulls:
-            action, _ = pull
-            target = self._ask(pull)
+            action, target = pull[0], self._ask(pull)
             if target.peer is None:
                 silent.append(pull)
                 continue
-            size = len(target.disk.get(action.digest)) if target.gives(action.digest) else 0
+            digest = action.digest
+            size = len(target.disk.read(digest)) if digest in target.served and digest in target.disk.held else 0
             if not 0 < size <= action.bytes_max:
                 refused.append(pull)
                 continue
@@ -256,17 +256,19 @@ class Transit:
 
     def _take(self, host: Host, life: int, pulls: list[Pull]) -> None:
         """Blobs have come."""
+        if host.life != life or host.peer is None:
+            return
+        told: list[AnyEvent] = []
         for action, _ in pulls:
-            if host.life != life or host.peer is None:
-                return
             data = host.disk.read(action.digest)
             host.num_bytes_received += len(data)
             is_valid, maker = self._workshop.validate(action.kind, action.digest, data)
             if is_valid:
                 host.disk.held.add(action.digest)
-                self._step(host, Fetched(action.digest, maker))
+                told.append(Fetched(action.digest, maker))
             else:
-                self._step(host, FetchFailed(action.digest, is_malformed=True))
+                told.append(FetchFailed(action.digest, is_malformed=True))
+        self._step_all(host, told)
 
     def _give_up(self, host: Host, life: int, pulls: list[Pull]) -> None:
         """Nobody answered: the next ones are asked when that is certain."""
@@ -278,7 +280,7 @@ class Transit:
     def _ask(self, pull: Pull) -> Host:
         """Who is asked: the first provider twice, since its blob may not be public at the first time."""
         action, attempt = pull
-        return self._by_peer[action.providers[max(0, attempt - 1)]]
+        return self._by_peer[action.providers[attempt - 1 if attempt else 0]]
 
     def _gather(
         self,

@@ -164,6 +164,7 @@ class World:
             self.chain,
             self.workshop,
             self._step,
+            self._step_all,
             self._deliver,
         )
         self._neighbours = self._connect()
@@ -331,16 +332,32 @@ class World:
                     self._act(host, local_ms, event, actions)
 
     def _step(self, host: Host, event: AnyEvent) -> None:
+        """Let an event reach a host now."""
         heard = event if host.filter is None else host.filter.hear(event)
-        if host.peer is None or heard is None:
+        if heard is not None:
+            self._handle(host, (heard,))
+
+    def _step_all(self, host: Host, events: Sequence[AnyEvent]) -> None:
+        """The same of several that come at one moment: what an honest host does about them is carried out together."""
+        if host.filter is None:
+            self._handle(host, events)
+        else:
+            for event in events:
+                self._step(host, event)
+
+    def _handle(self, host: Host, events: Sequence[AnyEvent]) -> None:
+        if host.peer is None:
             return
-        self.num_steps += 1
+        self.num_steps += len(events)
         local_ms = self.clocks.tell(host.index, self.schedule.now_ms)
-        actions = host.peer.handle(heard, local_ms)
-        if host.logs:
-            host.logs[-1] += encode_record(local_ms, heard, actions)
+        actions: list[AnyAction] = []
+        for event in events:
+            done = host.peer.handle(event, local_ms)
+            if host.logs:
+                host.logs[-1] += encode_record(local_ms, event, done)
+            actions = actions + done if actions else done
         if actions or host.filter is not None:
-            self._act(host, local_ms, heard, actions)
+            self._act(host, local_ms, events[-1], actions)
 
     def _act(self, host: Host, local_ms: Millis, event: AnyEvent, actions: list[AnyAction]) -> None:
         told = [_name(action) for action in actions if type(action) not in UNTOLD]
@@ -358,7 +375,9 @@ class World:
                     self._kill(host)
                     return
                 host.actions_left -= 1
-            if isinstance(action, Fetch):
+            if isinstance(action, Serve):
+                host.served.add(action.digest)
+            elif isinstance(action, Fetch):
                 fetches.append(action)
             elif isinstance(action, Publish):
                 self.transit.publish(host, deeds[position] if deeds else Deed(action))
@@ -372,8 +391,6 @@ class World:
         match action:
             case SetTimer(at_ms=at_ms):
                 self._set_timer(host, at_ms)
-            case Serve(digest=digest):
-                host.served.add(digest)
             case AskSync(peer=peer, request=request):
                 self.transit.ask_sync(host, peer, request)
             case AnswerSync(token=token, reply=reply):
@@ -399,8 +416,8 @@ class World:
                 self._work(host, times.sign_ms, partial(self._sign, host, action))
             case Aggregate():
                 self._work(host, times.aggregate_ms, partial(self._aggregate, action))
-            case Publish() | Fetch():
-                raise AssertionError("carried out together, above")
+            case Serve() | Publish() | Fetch():
+                raise AssertionError("carried out above")
             case Listen(topics=topics):
                 self.transit.listen(host, topics)
             case Accuse():

@@ -18,7 +18,6 @@ from p2pfm.messages import (
     ScoreReveal,
     ShardMessage,
     Word,
-    compute_commitment,
 )
 from p2pfm.protocol.committee import (
     are_members,
@@ -29,8 +28,7 @@ from p2pfm.protocol.committee import (
     shard_message,
     validate_proposal,
     validate_reveals,
-    validate_scores,
-    validate_services,
+    validate_vector,
 )
 from p2pfm.protocol.events import (
     Accuse,
@@ -141,7 +139,8 @@ class Ballot:
         if number not in self._mates:
             me, mates = self.standing.me, self.dealt.names[number]
             start = self.standing.number % len(mates)
-            self._mates[number] = tuple(peer for peer in mates[start:] + mates[:start] if peer != me)[:HOLDERS_MAX]
+            first = (mates[start:] + mates[:start])[: HOLDERS_MAX + 1]
+            self._mates[number] = tuple(peer for peer in first if peer != me)[:HOLDERS_MAX]
         return self._mates[number]
 
     def _proposed(self) -> frozenset[Digest]:
@@ -230,7 +229,7 @@ class Ballot:
             tuple(sorted(scores, key=lambda score: score.payload)),
             event.served,
         )
-        return [self.say(ScoreCommit(state.round, index, compute_commitment(state.my_reveal)))]
+        return [self.say(ScoreCommit(state.round, index, state.my_reveal.commitment))]
 
     # --- ATTEST
 
@@ -307,22 +306,27 @@ class Ballot:
                 state.failure = f"the proposal does not hold here: {error}"
                 return []
             state.is_proposal_valid = True
-        elif state.phase != Phase.ATTEST and state.proposal.draft_digest in state.merging:
+        elif state.proposal.draft_digest in state.merging and not self._is_to_attest():
             return self._aggregate() if state.phase == Phase.MERGE else []
         actions = self.fetch_missing() + self._merge(state.proposal)
         return actions + (self._aggregate() if state.phase == Phase.MERGE else [])
 
+    def _is_to_attest(self) -> bool:
+        """Whether this member can sign a proposal now, and has not in this round."""
+        state, durable = self.state, self.standing.durable
+        signed_round = durable.signed_round if self.shard is None else durable.signed_shard_round
+        return state.phase == Phase.ATTEST and signed_round < state.round and self.get_my_index() is not None
+
     def _attest(self, new_base: Digest) -> list[AnyAction]:
-        state, index, standing = self.state, self.get_my_index(), self.standing
+        state, standing = self.state, self.standing
         assert state.proposal is not None, "called for a received proposal"
         if new_base != state.proposal.new_base:
             state.failure = "the proposed base is not the merge of the proposed updates"
             proposer = get_peer(state.roster, state.proposal.proposer) if state.roster else None
             return [Blame(proposer, state.failure)] if proposer else []
-        signed = "signed_round" if self.shard is None else "signed_shard_round"
-        if index is None or state.phase != Phase.ATTEST or getattr(standing.durable, signed) >= state.round:
+        if not self._is_to_attest():
             return []
-        durable = standing.save(**{signed: state.round})
+        durable = standing.save(**{"signed_round" if self.shard is None else "signed_shard_round": state.round})
         return [Persist(durable), Sign(state.round, self._sign_as(state.proposal))]
 
     def is_of(self, message: Digest) -> bool:
@@ -404,7 +408,7 @@ class Ballot:
             is_needed = message.payload in self._proposed()
         elif isinstance(message, ScoreCommit):
             reveals = state.proposal.reveals if state.proposal else ()
-            is_needed = any(compute_commitment(reveal) == message.commitment for reveal in reveals)
+            is_needed = any(reveal.commitment == message.commitment for reveal in reveals)
         else:
             return [*actions, *self._keep_rival(author, message)] if is_second else []
         if not is_second and not is_needed:
@@ -509,12 +513,11 @@ class Ballot:
 
     def _on_reveal(self, message: ScoreReveal) -> bool:
         assert self.state.roster is not None, "checked where messages come in"
-        validate_scores(message.scores, len(message.scores))
-        validate_services(message.served)
+        validate_vector(message, len(message.scores))
         roster = self.state.roster
         if len(message.scores) > len(roster.members) or not are_members(message.served, roster):
             return False  # it may know a newer registry
-        if compute_commitment(message) not in self.state.commitments.get(message.member, ()):
+        if message.commitment not in self.state.commitments.get(message.member, ()):
             return False
         self.state.reveals[message.member] = message
         return True

@@ -3,10 +3,8 @@
 A proposal has one right content for given reveals, head and roster; everyone recomputes it with `draft_proposal`.
 """
 
-import itertools
-import operator
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 from p2pfm.config import ChainConfig, NetworkConfig
 from p2pfm.errors import Reject
@@ -15,10 +13,8 @@ from p2pfm.messages import (
     Announcement,
     IncludedUpdate,
     Proposal,
-    Score,
     ScoreReveal,
     Service,
-    compute_commitment,
 )
 from p2pfm.protocol.events import Merge, Weighted
 from p2pfm.protocol.membership import compute_ranks, get_member
@@ -35,11 +31,16 @@ from p2pfm.settlement.rewards import (
     to_wire,
 )
 from p2pfm.settlement.sampling import compute_quorum
-from p2pfm.types import WEIGHT_ONE, Contribution, Digest, MemberIndex, Round, Weight, compute_digest
+from p2pfm.types import Contribution, Digest, MemberIndex, Round, Weight, compute_digest
 
 MERGE_CAP = 2
 """An update was measured at its share of the step; merged alone at the whole step it overshoots (demonstration, one
 update in a round: held-out loss 3.50 to 3.97). With a third of the peers silent or worthless the cap does not bind."""
+
+ONCE_MAX = 8
+"""Results kept a roster, the newest: what one round's committee computes."""
+
+T = TypeVar("T")
 
 SHARD_DOMAIN = b"p2pfm/1 shard"
 """A shard's certificates are worth nothing on chain, and cannot be taken for what is."""
@@ -65,14 +66,19 @@ def draft_proposal(
         announcements: by payload digest; an update nobody here saw announced raises `Reject`.
     """
     included = _get_included(roster, reveals, announcements)
-    measured = {member.index: contribution for member, _, contribution in included}
-    leaves = _compute_next_leaves(config, roster, previous, round, measured, reveals)
-    shares = compute_shares_of(roster, config.stake_cap())
-    weights = compute_merge_weights(
-        [leaves[member.index].contribution for member, *_ in included],
-        [shares[member.peer] for member, *_ in included],
-    )
-    return _make_proposal(roster, previous, round, base, reveals, _to_updates(included, weights), leaves)
+
+    def make() -> Proposal:
+        measured = {member.index: contribution for member, _, contribution in included}
+        leaves = _compute_next_leaves(config, roster, previous, round, measured, reveals)
+        shares = compute_shares_of(roster, config.stake_cap())
+        weights = compute_merge_weights(
+            [leaves[member.index].contribution for member, *_ in included],
+            [shares[member.peer] for member, *_ in included],
+        )
+        return _make_proposal(roster, previous, round, base, reveals, _to_updates(included, weights), leaves)
+
+    members = tuple(member.index for member, *_ in included)
+    return _once(roster, (config, previous, *reveals), ("draft", round, base, members), make)
 
 
 def draft_shard_proposal(
@@ -91,14 +97,19 @@ def draft_shard_proposal(
     `num_shards`: it is scaled back before this round's contribution is added to it.
     """
     included = _get_included(shard, reveals, announcements)
-    so_far = previous.leaves if previous and not _is_epoch_start(previous) else ()
-    sums = [
-        (so_far[member.index].contribution if member.index < len(so_far) else 0) * num_shards + contribution
-        for member, _, contribution in included
-    ]
-    shares = compute_shares_of(shard, config.stake_cap())
-    weights = compute_merge_weights(sums, [shares[member.peer] for member, *_ in included])
-    return _make_proposal(shard, None, round, base, reveals, _to_updates(included, weights), ())
+
+    def make() -> Proposal:
+        so_far = previous.leaves if previous and not _is_epoch_start(previous) else ()
+        sums = [
+            (so_far[member.index].contribution if member.index < len(so_far) else 0) * num_shards + contribution
+            for member, _, contribution in included
+        ]
+        shares = compute_shares_of(shard, config.stake_cap())
+        weights = compute_merge_weights(sums, [shares[member.peer] for member, *_ in included])
+        return _make_proposal(shard, None, round, base, reveals, _to_updates(included, weights), ())
+
+    members = tuple(member.index for member, *_ in included)
+    return _once(shard, (config, previous, *reveals), ("shard draft", num_shards, round, base, members), make)
 
 
 def draft_top_proposal(
@@ -119,27 +130,36 @@ def draft_top_proposal(
         certified: by payload digest: the shard's number and what its certificate certifies.
     """
     reveals = tuple(sorted(reveals, key=lambda reveal: reveal.member))
-    contributions: dict[MemberIndex, Contribution] = {}
     included: list[tuple[int, Proposal, Contribution]] = []
-    for payload, contribution in _compute_medians(reveals):
+    for payload, contribution in _compute_medians(roster, reveals):
         if payload not in certified:
             raise Reject(f"a shard's update {payload.hex()[:10]} was scored, but its certificate is not known here")
         number, proposal = certified[payload]
         if any(number == other for other, *_ in included):
             continue  # two certificates of one shard: the lower digest stands
         included.append((number, proposal, contribution))
-        contributions |= compute_split(contribution, proposal)
-    leaves = _compute_next_leaves(config, roster, previous, round, contributions, reveals)
-    shares = compute_shard_shares(dealt, compute_shares_of(roster, config.stake_cap()))
-    weights = compute_merge_weights(
-        [sum(leaves[member.index].contribution for member in dealt.shards[number].members) for number, *_ in included],
-        [shares[number] for number, *_ in included],
-    )
-    updates = tuple(
-        IncludedUpdate(get_shard_name(number), MemberIndex(number), proposal.new_base, contribution, weight)
-        for (number, proposal, contribution), weight in zip(included, weights, strict=True)
-    )
-    return _make_proposal(roster, previous, round, base, reveals, updates, leaves)
+
+    def make() -> Proposal:
+        contributions: dict[MemberIndex, Contribution] = {}
+        for _, proposal, contribution in included:
+            contributions |= compute_split(contribution, proposal)
+        leaves = _compute_next_leaves(config, roster, previous, round, contributions, reveals)
+        shares = compute_shard_shares(dealt, compute_shares_of(roster, config.stake_cap()))
+        weights = compute_merge_weights(
+            [
+                sum(leaves[member.index].contribution for member in dealt.shards[number].members)
+                for number, *_ in included
+            ],
+            [shares[number] for number, *_ in included],
+        )
+        updates = tuple(
+            IncludedUpdate(get_shard_name(number), MemberIndex(number), proposal.new_base, contribution, weight)
+            for (number, proposal, contribution), weight in zip(included, weights, strict=True)
+        )
+        return _make_proposal(roster, previous, round, base, reveals, updates, leaves)
+
+    numbers, proposals = tuple(number for number, *_ in included), (proposal for _, proposal, _ in included)
+    return _once(roster, (config, dealt, previous, *reveals, *proposals), ("top draft", round, base, numbers), make)
 
 
 def compute_split(contribution: Contribution, shard: Proposal) -> dict[MemberIndex, Contribution]:
@@ -164,44 +184,41 @@ def shard_message(chain: ChainConfig, shard: int, proposal: Proposal) -> Digest:
     return compute_digest(SHARD_DOMAIN + words + proposal.digest)
 
 
-def _compute_medians(reveals: Sequence[ScoreReveal]) -> tuple[tuple[Digest, Contribution], ...]:
+def _once(roster: Roster, same: tuple[object, ...], words: tuple[object, ...], make: Callable[[], T]) -> T:
+    """What `make` gave for the very same objects and equal words under this roster before, else what it gives now.
+
+    A simulation of thousands is thousands of peers that recompute one proposal from the same objects.
+    """
+    known: dict[tuple[object, ...], tuple[object, T]] = roster.__dict__.setdefault("_once", {})
+    key = (*words, *map(id, same))
+    if key not in known:
+        if len(known) >= ONCE_MAX:
+            del known[next(iter(known))]
+        known[key] = (same, make())  # kept alive, so that their ids stay theirs
+    return known[key][1]
+
+
+def _compute_medians(roster: Roster, reveals: Sequence[ScoreReveal]) -> tuple[tuple[Digest, Contribution], ...]:
     """Every payload that more than half of the reveals scored, sorted, with the lower median of its scores."""
-    return _compute_medians_once(_Same(tuple(reveals)))
 
+    def make() -> tuple[tuple[Digest, Contribution], ...]:
+        readings: dict[Digest, list[Contribution]] = {}
+        for reveal in reveals:
+            for score in reveal.scores:
+                readings.setdefault(score.payload, []).append(score.contribution)
+        return tuple(
+            (payload, compute_median(readings[payload]))
+            for payload in sorted(payload for payload, values in readings.items() if 2 * len(values) > len(reveals))
+        )
 
-class _Same:
-    """The very same objects: recomputing a proposal is most of a round's work in a simulation of thousands."""
-
-    def __init__(self, reveals: tuple[ScoreReveal, ...]) -> None:
-        self.reveals = reveals
-
-    def __hash__(self) -> int:
-        return hash(tuple(map(id, self.reveals)))
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Same) or len(self.reveals) != len(other.reveals):
-            return False
-        return all(map(operator.is_, self.reveals, other.reveals))
-
-
-@lru_cache(maxsize=256)
-def _compute_medians_once(same: _Same) -> tuple[tuple[Digest, Contribution], ...]:
-    reveals = same.reveals
-    readings: dict[Digest, list[Contribution]] = {}
-    for reveal in reveals:
-        for score in reveal.scores:
-            readings.setdefault(score.payload, []).append(score.contribution)
-    return tuple(
-        (payload, compute_median(readings[payload]))
-        for payload in sorted(payload for payload, values in readings.items() if 2 * len(values) > len(reveals))
-    )
+    return _once(roster, tuple(reveals), ("medians",), make)
 
 
 def _get_included(
     roster: Roster, reveals: Sequence[ScoreReveal], announcements: Mapping[Digest, Announcement]
 ) -> list[tuple[Member, Digest, Contribution]]:
     included = []
-    for payload, contribution in _compute_medians(reveals):
+    for payload, contribution in _compute_medians(roster, reveals):
         announcement = announcements.get(payload)
         if announcement is None:
             raise Reject(f"update {payload.hex()[:10]} was scored, but its announcement is not known here")
@@ -260,10 +277,12 @@ def merge_request(draft: Proposal) -> Merge | None:
 
     Updates of weight 0 are part of it: all of them were clipped to their median norm when they were measured.
     """
-    updates = tuple(Weighted(update.payload, update.weight) for update in draft.updates)
-    if not any(update.weight for update in updates):
-        return None
-    return Merge(request=draft.draft_digest, base=draft.base, updates=updates)
+    known: dict[str, Merge | None] = draft.__dict__  # the same for all peers of a process
+    if "_merge" not in known:
+        updates = tuple(Weighted(update.payload, update.weight) for update in draft.updates)
+        is_changed = any(update.weight for update in updates)
+        known["_merge"] = Merge(draft.draft_digest, draft.base, updates) if is_changed else None
+    return known["_merge"]
 
 
 def validate_reveals(
@@ -291,13 +310,12 @@ def validate_reveals(
         if reveal.round != round or reveal.member not in roster.committee or reveal.member in seen:
             raise Reject(f"reveal of member {reveal.member} is of another round, no committee member's, or twice there")
         seen.add(reveal.member)
-        commitment = compute_commitment(reveal)
+        commitment = reveal.commitment
         if commitment not in commitments.get(reveal.member, ()):
             if commitment not in late.get(reveal.member, ()):
                 raise Reject(f"reveal of member {reveal.member} does not match a commitment known here")
             num_late += 1
-        validate_scores(reveal.scores, len(roster.members))
-        validate_services(reveal.served)
+        validate_vector(reveal, len(roster.members))
         if not are_members(reveal.served, roster):
             raise Reject(f"reveal of member {reveal.member} names a replica that is no member")
     needed = compute_quorum(len(roster.committee))
@@ -307,23 +325,16 @@ def validate_reveals(
         raise Reject(f"{num_late} of {len(seen)} members committed here only after vectors were public")
 
 
-def validate_scores(scores: Sequence[Score], num_members: int) -> None:
-    """Sorted by payload, none twice, at most one a member (or a few could swell a proposal over its limit).
+def validate_vector(reveal: ScoreReveal, num_members: int) -> None:
+    """Scores sorted by payload, none twice, at most one a member (or a few could swell a proposal over its limit);
+    services sorted by member, none twice, together at most a whole.
 
     Raises: Reject.
     """
-    if len(scores) > num_members:
-        raise Reject(f"scores {len(scores)} updates, but there are {num_members} members")
-    if any(a.payload >= b.payload for a, b in itertools.pairwise(scores)):
-        raise Reject("scores are not sorted by payload digest, or one payload is scored twice")
-
-
-def validate_services(served: Sequence[Service]) -> None:
-    """Sorted by member, none twice, together at most a whole. Raises: Reject."""
-    if any(a.member >= b.member for a, b in itertools.pairwise(served)):
-        raise Reject("services are not sorted by member, or one member is named twice")
-    if sum(service.share for service in served) > WEIGHT_ONE:
-        raise Reject(f"services add up to more than {WEIGHT_ONE} billionths")
+    if len(reveal.scores) > num_members:
+        raise Reject(f"scores {len(reveal.scores)} updates, but there are {num_members} members")
+    if reveal.disorder:
+        raise Reject(reveal.disorder)
 
 
 def are_members(served: Sequence[Service], roster: Roster) -> bool:
@@ -337,9 +348,12 @@ def validate_proposal(proposal: Proposal, expected: Proposal) -> None:
     Raises:
         Reject: names the first field that differs.
     """
+    if proposal.__dict__.get("_expected") is expected:
+        return  # compared by another peer of this process
     for name in Proposal.__struct_fields__:
         if name != "new_base" and getattr(proposal, name) != getattr(expected, name):
             raise Reject(f"proposal of round {proposal.round}: field {name!r} differs from what its reveals give here")
+    proposal.__dict__["_expected"] = expected
 
 
 def _compute_next_leaves(

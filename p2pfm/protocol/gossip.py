@@ -18,7 +18,8 @@ class RoundLog:
     """A slot for each (kind, author): a second, different message in a slot is equivocation."""
 
     def __init__(self) -> None:
-        self._slots: dict[tuple[type[Message], PeerId], tuple[Digest, ...]] = {}
+        self._first: dict[type[Message], dict[PeerId, Digest]] = {}
+        self._second: dict[tuple[type[Message], PeerId], Digest] = {}
         self._envelopes: dict[Digest, Envelope] = {}
         self._sorted: tuple[Digest, ...] | None = ()
 
@@ -27,15 +28,25 @@ class RoundLog:
 
     def get(self, kind: type[Message], author: PeerId) -> tuple[Digest, ...]:
         """Digests of what an author said of this kind, the first first."""
-        return self._slots.get((kind, author), ())
+        said = self._first.get(kind)
+        first = said.get(author) if said else None
+        if first is None:
+            return ()
+        second = self._second.get((kind, author)) if self._second else None
+        return (first,) if second is None else (first, second)
 
     def add(self, kind: type[Message], envelope: Envelope) -> bool:
         """Keep a message; False: the author's slot for this kind is full."""
-        held = self.get(kind, envelope.author)
-        if len(held) >= SLOTS_MAX:
+        author, digest = envelope.author, envelope.digest
+        said = self._first.get(kind)
+        if said is None:
+            said = self._first[kind] = {}
+        if author not in said:
+            said[author] = digest
+        elif (kind, author) not in self._second:
+            self._second[(kind, author)] = digest
+        else:
             return False
-        digest = envelope.digest
-        self._slots[(kind, envelope.author)] = (*held, digest)
         self._envelopes[digest] = envelope
         self._sorted = None
         return True

@@ -117,6 +117,8 @@ class Peer(Standing):
         """The round among peers: this peer's shard's, or a small network's only one."""
         self.top = self.leaf
         """The round among shards; in a small network the same."""
+        self.ballots: tuple[Ballot, ...] = (self.leaf,)
+        """The rounds that this peer takes part in now: one, or a shard's and the one above it."""
         self._topics: tuple[str, ...] = ()
         self._phase_ends_ms = Millis(-(2**63))
         self._next_sync_ms = Millis(0)
@@ -139,11 +141,6 @@ class Peer(Standing):
     def phase(self) -> Phase:
         """The phase this peer is in."""
         return self.leaf.state.phase
-
-    @property
-    def ballots(self) -> tuple[Ballot, ...]:
-        """The rounds that this peer takes part in now: one, or a shard's and the one above it."""
-        return (self.leaf,) if self.top is self.leaf else (self.leaf, self.top)
 
     def handle(self, event: AnyEvent, now_ms: Millis) -> list[AnyAction]:
         """What to do about `event`: first whatever the clock made due, then the event itself."""
@@ -178,7 +175,7 @@ class Peer(Standing):
             self._next_sync_ms = Millis(now_ms + SYNC_MS)
             actions += self._ask_sync()
         due_ms = min(self._phase_ends_ms, self._next_sync_ms)
-        if any(ballot.state.updates.resting for ballot in self.ballots):
+        if self.leaf.state.updates.resting or self.top.state.updates.resting:
             if now_ms >= self._next_retry_ms:
                 actions += self._retry(now_ms)
             due_ms = min(due_ms, self._next_retry_ms)
@@ -208,11 +205,13 @@ class Peer(Standing):
         dealt = deal(self.config, roster, round) if roster else None
         if dealt is None or roster is None:
             self.leaf = self.top = self.make_ballot(self, RoundState(round, Phase.TRAIN, saw_train, roster))
+            self.ballots = (self.leaf,)
             return self._listen()
         shard = dealt.shard_of.get(self.me, NO_SHARD)
         members = Roster(roster.epoch, roster.nonce, (), ()) if shard == NO_SHARD else dealt.shards[shard]
         self.leaf = self.make_ballot(self, RoundState(round, Phase.TRAIN, saw_train, members), dealt, shard)
         self.top = self.make_ballot(self, RoundState(round, Phase.TRAIN, saw_train, roster), dealt)
+        self.ballots = (self.leaf, self.top)
         return self._listen()
 
     def _listen(self) -> list[AnyAction]:

@@ -4,7 +4,7 @@ Knows no committee, clock or store. A payload names its maker in its first bytes
 is paid for announcing another's digest.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from p2pfm.errors import Reject
@@ -40,8 +40,10 @@ class Updates:
     """Payloads that nobody gave just now: to be asked for again in a while."""
     under_way: set[Digest] = field(default_factory=set)
     """Payloads whose answer is awaited."""
+    _first: dict[Digest, Announcement] = field(default_factory=dict)
+    """By payload: what was heard of it first."""
     _authors: dict[Digest, set[PeerId]] = field(default_factory=dict)
-    """Who announced a payload."""
+    """Of payloads that more than one announced: all who did."""
 
     def add(self, announcement: Announcement, *, is_late: bool) -> None:
         """Remember what an author announced; `is_late`: when payloads were public already."""
@@ -50,15 +52,19 @@ class Updates:
             self.late[(announcement.payload, author)] = announcement
         else:
             self.announcements[author] = announcement
-        self._authors.setdefault(announcement.payload, set()).add(author)
+        first = self._first.setdefault(announcement.payload, announcement)
+        if first.peer != author:
+            self._authors.setdefault(announcement.payload, {first.peer}).add(author)
 
     def hold(self, digest: Digest, maker: PeerId) -> None:
         """A payload is in the store."""
         self.under_way.discard(digest)
         self.makers[digest] = maker
 
-    def by_payload(self) -> dict[Digest, Announcement]:
+    def by_payload(self) -> Mapping[Digest, Announcement]:
         """Announcements by payload. Of two with one payload the maker's stands; before it is here, the lower id's."""
+        if not self._authors:
+            return self._first
         known = sorted([*self.late.values(), *self.announcements.values()], key=lambda a: a.peer, reverse=True)
         found = {announcement.payload: announcement for announcement in known}
         found.update({a.payload: a for a in known if self.makers.get(a.payload) == a.peer})
@@ -106,15 +112,16 @@ class Updates:
             Reject: nobody who announced it made it (a copy of a copy).
         """
         self.under_way.discard(digest)
-        authors = self._authors[digest]
         if maker is None:
             self.bad.add(digest)
             raise Reject("announced what is no payload")
         self.makers[digest] = maker  # its maker's own announcement may be yet to come
+        first = self._first[digest].peer
+        if maker == first and not self._authors:
+            return []
+        authors = self._authors.get(digest, {first})
         if maker not in authors:
             raise Reject("announced a payload that another peer made")
-        if len(authors) == 1:
-            return []
         return [Blame(peer, "announced a payload that another peer made") for peer in sorted(authors - {maker})]
 
     def on_failed(self, digest: Digest, *, is_malformed: bool) -> PeerId:

@@ -13,7 +13,6 @@ from p2pfm.messages import (
     Score,
     ScoreCommit,
     ScoreReveal,
-    compute_commitment,
     encode,
 )
 from p2pfm.protocol.committee import NO_DIGEST, draft_proposal
@@ -111,7 +110,7 @@ def reveal_of(member: int, round: Round = ROUND, values: tuple[int, ...] = (10, 
 
 
 def commit_of(reveal: ScoreReveal) -> ScoreCommit:
-    return ScoreCommit(reveal.round, reveal.member, compute_commitment(reveal))
+    return ScoreCommit(reveal.round, reveal.member, reveal.commitment)
 
 
 def only(actions: list[AnyAction], kind: type[A]) -> A:

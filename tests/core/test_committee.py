@@ -6,8 +6,8 @@ from peer_bench import BASE, CONFIG, NAMES, ROSTER, announcement_of, payload_of,
 
 from p2pfm.config import SettlementConfig
 from p2pfm.errors import Reject
-from p2pfm.messages import Proposal, Service, compute_commitment
-from p2pfm.protocol.committee import MERGE_CAP, draft_proposal, validate_reveals, validate_services
+from p2pfm.messages import Proposal, Service
+from p2pfm.protocol.committee import MERGE_CAP, draft_proposal, validate_reveals, validate_vector
 from p2pfm.settlement.rewards import from_wire
 from p2pfm.types import WEIGHT_ONE, MemberIndex, PeerId, Round
 
@@ -97,7 +97,7 @@ def test_a_replica_that_is_no_member_makes_a_proposal_void() -> None:
             ROSTER,
             [reveal := msgspec.structs.replace(reveal_of(0), served=(Service(MemberIndex(77), 5),))],
             Round(0),
-            {MemberIndex(0): (compute_commitment(reveal),)},
+            {MemberIndex(0): (reveal.commitment,)},
             {},
         )
 
@@ -111,5 +111,6 @@ def test_a_replica_that_is_no_member_makes_a_proposal_void() -> None:
     ],
 )
 def test_a_reveal_of_impossible_services_is_refused(said: tuple[tuple[int, int], ...], reason: str) -> None:
+    served = tuple(Service(MemberIndex(member), share) for member, share in said)
     with pytest.raises(Reject, match=reason):
-        validate_services([Service(MemberIndex(member), share) for member, share in said])
+        validate_vector(msgspec.structs.replace(reveal_of(0), served=served), 4)

@@ -37,7 +37,6 @@ from p2pfm.messages import (
     ScoreReveal,
     Service,
     SyncRequest,
-    compute_commitment,
 )
 from p2pfm.protocol.events import (
     Accuse,
@@ -1118,7 +1117,7 @@ def test_a_reveal_of_impossible_services_is_blamed_and_one_of_strangers_is_not_c
         reveal = msgspec.structs.replace(reveal_of(1), served=services)
         bench.exchange()
         bench.go(Phase.SCORE)
-        bench.hear(1, ScoreCommit(Round(0), MemberIndex(1), compute_commitment(reveal)))
+        bench.hear(1, ScoreCommit(Round(0), MemberIndex(1), reveal.commitment))
         bench.go(Phase.REVEAL)
         assert bool(every(bench.hear(1, reveal), Blame)) == is_blamed
         assert MemberIndex(1) not in bench.peer.state.reveals

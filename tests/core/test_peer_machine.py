@@ -17,7 +17,6 @@ from p2pfm.messages import (
     ScoreCommit,
     ScoreReveal,
     SyncRequest,
-    compute_commitment,
 )
 from p2pfm.protocol.events import (
     Aggregate,
@@ -153,14 +152,14 @@ class PeerMachine(RuleBasedStateMachine):
         self, author: PeerId, member: MemberIndex, ahead: int, payload: Digest, value: Contribution
     ) -> None:
         reveal = ScoreReveal(self.round(ahead), member, bytes(32), (Score(payload, value),))
-        self.feed(seal(author, ScoreCommit(reveal.round, member, compute_commitment(reveal))))
+        self.feed(seal(author, ScoreCommit(reveal.round, member, reveal.commitment)))
         self.feed(seal(author, reveal))
 
     @rule(member=st.integers(1, 3), is_committed=st.booleans())
     def hear_good_vector(self, member: int, is_committed: bool) -> None:
         reveal = reveal_of(member, self.round(0))
         if is_committed:
-            commitment = compute_commitment(reveal)
+            commitment = reveal.commitment
             self.feed(seal(NAMES[member], ScoreCommit(reveal.round, MemberIndex(member), commitment)))
         self.feed(seal(NAMES[member], reveal))
 

@@ -50,7 +50,6 @@ from p2pfm.messages import (
     Vouch,
     VouchReply,
     Wire,
-    compute_commitment,
     decode_envelope,
     decode_message,
     decode_reply,
@@ -263,7 +262,7 @@ def test_wei_comes_back_as_it_went(amount: int) -> None:
 
 @given(reveals, reveals)
 def test_two_vectors_have_one_commitment_only_if_they_are_one(left: ScoreReveal, right: ScoreReveal) -> None:
-    assert (compute_commitment(left) == compute_commitment(right)) == (left == right)
+    assert (left.commitment == right.commitment) == (left == right)
 
 
 @given(proposals, proposals)

@@ -57,7 +57,6 @@ from p2pfm.messages import (
     Vouch,
     VouchReply,
     Wire,
-    compute_commitment,
     encode,
     proposal_digest,
     signed_bytes,
@@ -198,7 +197,7 @@ KEPT = KeepStream(compute_digest(b"nonce"), CLAIMED, b"{}")
 MESSAGES: dict[str, Wire] = {
     "announcement": ANNOUNCEMENT,
     "announcement_private": msgspec.structs.replace(ANNOUNCEMENT, privacy=DeclaredPrivacy(2_500_000, 10_000_000)),
-    "commit": ScoreCommit(Round(41), MemberIndex(0), compute_commitment(REVEALS[0])),
+    "commit": ScoreCommit(Round(41), MemberIndex(0), REVEALS[0].commitment),
     "reveal": REVEALS[0],
     "proposal": PROPOSAL,
     "attestation": ATTESTATION,
@@ -315,7 +314,7 @@ def make_hashes() -> dict[str, Any]:
             "signature": to_plain(ENVELOPE.signature),
             "digest": to_plain(compute_digest(body)),
         },
-        "commitment": to_plain(compute_commitment(REVEALS[0])),
+        "commitment": to_plain(REVEALS[0].commitment),
         "proposal_digest": to_plain(proposal_digest(PROPOSAL)),
         "draft_digest": to_plain(PROPOSAL.draft_digest),
     }
