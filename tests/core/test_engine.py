@@ -110,7 +110,7 @@ def test_blocks_of_a_prompt_depend_on_nothing_that_comes_after_them(prompt: list
     blocks, longer = split_prompt(tuple(prompt), ends), split_prompt((*prompt, *more), ends)
     assert [token for block in blocks for token in block] == prompt
     assert all(0 < len(block) <= BLOCK_TOKENS_MAX for block in blocks)
-    assert longer[: len(blocks) - 1] == blocks[:-1]
+    assert longer[: max(len(blocks) - 1, 0)] == blocks[:-1]
 
 
 def test_greedy_text_is_that_of_plain_generate(engine: Engine) -> None:

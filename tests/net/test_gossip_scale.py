@@ -52,6 +52,7 @@ async def feed(victim: Libp2pTransport, forwarder: Libp2pTransport, **fields: An
 
 
 @pytest.mark.slow
+@pytest.mark.alone  # 992 connections in one process: beside other tests it only measures how little is left for it
 def test_every_message_reaches_every_host_of_a_process() -> None:
     """bench/gossip.py does so with 1,000 messages."""
     num_hosts, num_messages = 32, 50
