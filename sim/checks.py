@@ -74,7 +74,8 @@ class Checks:
         """
         peer = host.peer
         assert peer is not None, "only a running peer takes steps"
-        position = (peer.round, peer.phase)
+        state = peer.leaf.state
+        position = (state.round, state.phase)
         before = self._positions.get(host.me)
         if position != before:
             if before is not None and position < before:

@@ -198,9 +198,9 @@ class RayWorkshop:
         """See Workshop."""
         return self._inner.evaluate(disk, action)
 
-    def validate(self, kind: str, digest: Digest, data: bytes) -> tuple[bool, PeerId | None]:
+    def validate(self, kind: str, digest: Digest, disk: Disk) -> tuple[bool, PeerId | None]:
         """See Workshop."""
-        return self._inner.validate(kind, digest, data)
+        return self._inner.validate(kind, digest, disk)
 
     def make_empty_payload(self, maker: PeerId) -> bytes:
         """See Workshop."""
