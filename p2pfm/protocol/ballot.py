@@ -67,6 +67,7 @@ from p2pfm.settlement.rewards import compute_served_epoch, is_payout_round, prop
 from p2pfm.settlement.sampling import compute_quorum
 from p2pfm.types import Contribution, Digest, MemberIndex, PeerId, Round
 
+
 class Ballot:
     """A round's committee as one of its peers sees it: all that it heard, and what to do about it."""
 
