@@ -185,10 +185,13 @@ class Transit:
     def answer_sync(self, token: int, reply: SyncReply) -> None:
         """The answer goes back to whoever asked."""
         host, life, target = self._askers.pop(token)
-        num_bytes = len(encode(reply)) if reply.envelopes or reply.head else REQUEST_BYTES
+        if not reply.envelopes and not reply.head:  # what tells nothing changes nothing
+            target.num_bytes_sent += REQUEST_BYTES
+            return
+        num_bytes = len(encode(reply))
         target.num_bytes_sent += num_bytes
         delay_ms = self._network.draw_delay(target.index, host.index, num_bytes, self._schedule.now_ms)
-        if delay_ms is not None and (reply.envelopes or reply.head):  # what tells nothing changes nothing
+        if delay_ms is not None:
             self._schedule.after(delay_ms, partial(self._take_sync, host, life, target, reply, num_bytes))
 
     def _take_sync(self, host: Host, life: int, target: Host, reply: SyncReply, num_bytes: int) -> None:
