@@ -8,28 +8,36 @@ from pathlib import Path
 
 import httpx
 import msgspec
+import numpy as np
+import openai
 import pytest
 import trio
 import trio.testing
 from llama_server import running_llama, write_gguf
 from prometheus_client import CollectorRegistry
-from serving_world import QUICK, TINY, V1, Memory, make_adapter
+from serving_world import QUICK, TINY, V1, Memory, make_adapter, no_blobs
 
 from nodes.transformer import make_models
-from p2pfm.config import AdapterConfig, ServingConfig, parse_node_config
-from p2pfm.errors import OperatorError
-from p2pfm.lora.user_adapter import BACKBONE_VERSION
+from p2pfm.config import AdapterConfig, HttpConfig, ServingConfig, parse_node_config
+from p2pfm.errors import OperatorError, PeerUnreachable
+from p2pfm.lora.user_adapter import BACKBONE_VERSION, encode_adapter
 from p2pfm.messages import GenerateRequest
+from p2pfm.runtime.adapter_folder import AdapterFolder
 from p2pfm.runtime.batcher import Batcher
 from p2pfm.runtime.engine import Engine
 from p2pfm.runtime.gateway import Gateway, Tokens
+from p2pfm.runtime.http_api import NO_KEYS, HttpApi
+from p2pfm.runtime.http_server import serve_http
+from p2pfm.runtime.model_names import ModelNames
+from p2pfm.runtime.openai_wire import ApiError
 from p2pfm.runtime.text import TextCodec
 from p2pfm.runtime.upstream import Upstream
 from p2pfm.runtime.upstream_adapters import VllmAdapters
 from p2pfm.runtime.upstream_check import connect_upstream
+from p2pfm.runtime.user_adapters import UserAdapters
 from p2pfm.serving.recheck import compute_gap
 from p2pfm.serving.session import UnknownVersion
-from p2pfm.types import Millis, PeerId
+from p2pfm.types import Digest, Millis, PeerId, compute_digest
 
 SLOTS = 4
 NODE = f"""
@@ -301,18 +309,84 @@ def test_another_replica_goes_on_where_a_killed_server_stopped(codec, engine, tm
     assert (got[-1].replica, got[-1].num_replaced, got[-1].finish) == ("other", 1, "length")
 
 
-def test_its_node_sends_a_base_and_users_adapters_elsewhere(url, codec, engine, tmp_path) -> None:
+def test_its_node_sends_a_base_elsewhere_and_says_what_it_has(url, codec, engine, tmp_path) -> None:
     engine.add_version(V1, make_adapter(engine.shapes, 1))
 
     async def main() -> None:
         memory = Memory()
         home = make_gateway("home", await connect(url, codec, engine, tmp_path), codec, memory)
-        other = make_gateway("other", Batcher(engine), codec, memory)
-        home.on_presence(other.local, other.presence())
         await home.adopt(V1, make_adapter(engine.shapes, 1))
         assert home.presence().versions == (BACKBONE_VERSION,)
+        names = ModelNames("tiny", home)
+        assert list(names.names()) == ["tiny"]
+        with pytest.raises(ApiError, match=r"'tiny\+base' does not exist. Models served now: tiny"):
+            await names.resolve("tiny+base")
+        assert [chunk.finish async for chunk in home.serve(ask(codec, version=V1))] == ["unknown_version"]
+        other = make_gateway("other", Batcher(engine), codec, memory)
+        home.on_presence(other.local, other.presence())
         makers = [new.replica async for new in home.complete(ask(codec, num_tokens=5, version=V1))]
         assert set(makers) == {"other"}
-        assert [chunk.finish async for chunk in home.serve(ask(codec, version=V1))] == ["unknown_version"]
 
     trio.run(main)
+
+
+def test_openais_client_gets_our_own_engines_answers(url, codec, engine, tmp_path) -> None:
+    prompt = codec.encode("My fellow citizens")
+    whole = codec.decode(run(engine, ask(codec, num_tokens=30)))
+    stop = whole[20:24]
+
+    def check(port: int) -> None:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=30)
+        answer = client.completions.create(model="tiny", prompt=list(prompt), max_tokens=30, temperature=0)
+        assert (answer.choices[0].text, answer.choices[0].finish_reason) == (whole, "length")
+        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(prompt), 30)
+        short = client.completions.create(model="tiny", prompt=list(prompt), max_tokens=30, temperature=0, stop=stop)
+        assert (short.choices[0].text, short.choices[0].finish_reason) == (whole[: whole.index(stop)], "stop")
+        told = {"model": "tiny", "prompt": list(prompt), "max_tokens": 30, "temperature": 0.8, "seed": 5}
+        pieces = list(client.completions.create(**told, stream=True, stream_options={"include_usage": True}))
+        seeded = run(engine, ask(codec, num_tokens=30, temperature_milli=800, seed=5))
+        assert "".join(piece.choices[0].text for piece in pieces if piece.choices) == codec.decode(seeded)
+        assert pieces[-1].usage.completion_tokens == 30
+
+    async def main() -> None:
+        home = make_gateway("home", await connect(url, codec, engine, tmp_path), codec, Memory())
+        clock = lambda: Millis(int(trio.current_time() * 1000))  # noqa: E731
+        api = HttpApi(home, codec, "tiny", CollectorRegistry(), dict, clock, no_blobs, HttpConfig(), NO_KEYS)
+        await home.adopt(V1, make_adapter(engine.shapes, 1))
+        async with trio.open_nursery() as nursery:
+            port = await nursery.start(serve_http, api.app(), "127.0.0.1", 0, HttpConfig())
+            await trio.to_thread.run_sync(check, port)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def test_a_users_adapter_is_served_elsewhere(url, codec, engine, tmp_path) -> None:
+    rng = np.random.default_rng(5)
+    sizes = {name: size for name, size in engine.lora_sizes().items() if name.endswith("v_proj")}
+    factors = {
+        name: (rng.normal(0, 0.2, (3, fan_in)).astype(np.float32), rng.normal(0, 0.2, (fan_out, 3)).astype(np.float32))
+        for name, (fan_out, fan_in) in sizes.items()
+    }
+    blob = encode_adapter("tiny", factors)
+    request = ask(codec, num_tokens=12, version=compute_digest(blob))
+
+    async def fetch(digest: Digest, asker: PeerId | None, bytes_max: int) -> bytes:
+        raise PeerUnreachable("both have it")
+
+    async def main() -> list[Tokens]:
+        memory, batcher = Memory(), Batcher(engine)
+        home = make_gateway("home", await connect(url, codec, engine, tmp_path), codec, memory)
+        other = make_gateway("other", batcher, codec, memory)
+        for gateway, own in ((home, None), (other, batcher)):
+            folder = AdapterFolder(tmp_path / gateway.local, 1 << 30)
+            folder.put(blob)
+            gateway.adapters = UserAdapters("tiny", ServingConfig(), folder, own, fetch)
+        home.on_presence(other.local, other.presence())
+        assert [chunk.finish async for chunk in home.serve(request)] == ["unknown_version"]
+        return [new async for new in home.complete(request)]
+
+    got = trio.run(main)
+    assert {new.replica for new in got} == {"other"}
+    assert {new.num_replaced for new in got} == {0}, "who declines has not failed"
+    assert len(tuple(token for new in got for token in new.tokens)) == 12
