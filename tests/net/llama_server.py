@@ -5,12 +5,14 @@ Where that fails, whoever needs it is skipped.
 """
 
 import json
+import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -57,11 +59,14 @@ NAMES = {
 def find_package() -> Path:
     """Where the package lies; skips the test where it cannot be had."""
     folder = get_cache_dir().parent / "tests" / PACKAGE.replace("==", "-")
-    if not (folder / "xllamacpp").is_dir():
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as fresh:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary", ":all:"]
         try:
             run = subprocess.run(
-                [*command, "--target", str(folder), PACKAGE],
+                [*command, "--target", f"{fresh}/package", PACKAGE],
                 capture_output=True,
                 text=True,
                 timeout=INSTALL_S,
@@ -71,6 +76,8 @@ def find_package() -> Path:
             pytest.skip(f"no llama.cpp server: {PACKAGE} was not installed within {INSTALL_S} s")
         if run.returncode:
             pytest.skip(f"no llama.cpp server: {PACKAGE} cannot be installed: {run.stderr.strip()[-200:]}")
+        with suppress(OSError):  # another process of the tests was faster
+            os.rename(f"{fresh}/package", folder)
     return folder
 
 
