@@ -28,8 +28,9 @@ BACKBONE = Path(__file__).parents[2] / "tests" / "fixtures" / "tiny-llama"
 
 TRAINING = TrainingConfig(steps=5, batch=4, tokens_max=48, learning_rate=5e-3)
 
-NUM_TOPICS = 10
-"""The largest of the corpus; peer k has topic k modulo this, and shares it with the others that have."""
+TOPICS_MAX = 10
+"""The largest of the corpus, which has fewer today; peer k of p has topic k modulo their number, and shares it with the
+others that have it."""
 
 NUM_TEST, NUM_PROBE, NUM_WORK = 6, 6, 4
 """Prompts of each topic held out for reports, declared as the probe, and public for proofs of computation."""
@@ -38,7 +39,7 @@ DRAWN = 3
 """Probe samples of each topic that an evaluator draws."""
 
 SAMPLES_MIN = 8
-"""A peer has at least so many; those that share a small topic may share samples."""
+"""A peer has at least so many, or all of a topic that has fewer; those that share a small topic may share samples."""
 
 
 class LoraLab:
@@ -63,7 +64,7 @@ class LoraLab:
         rng = np.random.default_rng([seed, 21])
         parts: dict[str, dict[str, list[Sample]]] = {"test": {}, "probe": {}, "work": {}, "train": {}}
         cuts = (0, NUM_TEST, NUM_TEST + NUM_PROBE, NUM_TEST + NUM_PROBE + NUM_WORK, None)
-        for topic in sorted(topics, key=lambda topic: (-len(topics[topic]), topic))[:NUM_TOPICS]:
+        for topic in sorted(topics, key=lambda topic: (-len(topics[topic]), topic))[:TOPICS_MAX]:
             order = [topics[topic][i] for i in rng.permutation(len(topics[topic]))]
             for part, start, end in zip(parts.values(), cuts, cuts[1:], strict=False):
                 part[topic] = order[start:end]
@@ -75,16 +76,18 @@ class LoraLab:
         self.probe = {topic: encode(part) for topic, part in parts["probe"].items()}
         self.work = encode([sample for part in parts["work"].values() for sample in part])
         train = [encode(part) for part in parts["train"].values()]
-        self.data = [self._deal(train[index % NUM_TOPICS], index, num_peers) for index in range(num_peers)]
+        self.data = [self._deal(train, index, num_peers) for index in range(num_peers)]
         self.learners = [LoraLearner(self, index) for index in range(num_peers)]
         self._base: Tensors | None = None
         self._round = Round(-1)
         self._ready: dict[int, Training] = {}
 
-    def _deal(self, topic: Sequence[Encoded], index: int, num_peers: int) -> tuple[Encoded, ...]:
+    def _deal(self, topics: Sequence[Sequence[Encoded]], index: int, num_peers: int) -> tuple[Encoded, ...]:
         """A peer's part of its topic."""
-        sharers = len(range(index % NUM_TOPICS, num_peers, NUM_TOPICS))
-        own = tuple(topic[index // NUM_TOPICS :: sharers])
+        turn, number = divmod(index, len(topics))
+        topic = topics[number]
+        num_sharers = len(range(number, num_peers, len(topics)))
+        own = tuple(topic[turn::num_sharers])
         rest = [sample for sample in topic if sample not in own]
         Random(f"{self.seed} lora {index}").shuffle(rest)
         return (*own, *rest[: max(0, SAMPLES_MIN - len(own))])
