@@ -193,6 +193,23 @@ def test_options_change_the_scenario(tmp_path: Path) -> None:
     assert len(report.rounds) == 1
 
 
+def test_a_trace_lies_beside_its_scenario_or_is_set_for_one_run(tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_text("peer,up_from_ms,up_to_ms\n0,0,70000\n")
+    file = tmp_path / "mine.toml"
+    file.write_text('num_peers = 4\nnum_rounds = 2\n[churn]\ntrace_file = "mine.csv"\n')
+    told = sim("run", file, "--out", tmp_path / "out")
+    assert told.exit_code == 0, told.output
+    report = load_report(tmp_path / "out")
+    assert report.scenario.churn.trace == ((0, 0, 70_000),)
+    assert report.num_crashes == 1
+    shares = ("--set", "churn.trace_file=residential", "--set", "churn.trace_share=0.5")
+    told = sim("run", "--peers", 6, "--rounds", 1, *shares, "--json")
+    assert told.exit_code == 0, told.output
+    assert len(msgspec.json.decode(told.stdout, type=SimReport).scenario.churn.trace) > 64
+    told = sim("run", "small", "--set", "churn.trace_file=nowhere.csv")
+    assert (told.exit_code, "nowhere.csv: expected a CSV file" in told.output) == (2, True)
+
+
 def test_the_command_of_a_violation_runs() -> None:
     command = shlex.split(replay_command(Scenario(seed=5, num_peers=3, num_rounds=1)))
     assert command[:2] == ["p2pfm", "sim"]

@@ -7,9 +7,9 @@ from functools import cache
 import pytest
 
 from p2pfm.errors import ConfigError
-from p2pfm.types import NANO, Round, compute_digest
+from p2pfm.types import NANO, Millis, Round, compute_digest
 from sim.checks import Violation
-from sim.churn import ChurnModel
+from sim.churn import ChurnModel, UpTime
 from sim.host import Host
 from sim.learners.convex import Problem
 from sim.network import NetworkModel, Partition
@@ -74,6 +74,25 @@ def test_crashes_do_not_stop_the_network() -> None:
     assert world.num_crashes >= 20
     assert len(certified(world)) >= 4
     assert world.chain.get_head() is not None
+
+
+def test_who_follows_a_trace_is_down_between_its_sessions() -> None:
+    round_ms = 60_000
+    trace = (UpTime(0, 0, 70_000), UpTime(0, 130_000, 400_000), UpTime(1, 90_000, 400_000))
+    world = World(Scenario(seed=8, num_peers=8, num_rounds=4, churn=ChurnModel(trace=trace)))
+    up: dict[int, list[bool]] = {}
+    for moment in (1_000, 80_000, 100_000, 140_000):
+        world.schedule.at(
+            Millis(world.config.genesis_ms + moment),
+            lambda at=moment: up.setdefault(at // round_ms, []).extend(
+                host.peer is not None for host in world.hosts[:3]
+            ),
+        )
+    world.run()
+    assert up == {0: [True, False, True], 1: [False, False, True, False, True, True], 2: [True, True, True]}
+    assert [host.life for host in world.hosts[:3]] == [2, 1, 1]
+    assert len(certified(world)) >= 3
+    assert len(bases(world)) == 1
 
 
 def test_restarted_peers_end_on_the_same_base() -> None:
