@@ -1,13 +1,15 @@
 """`p2pfm sim`: run simulated networks, sweep, compare and report on them, or replay a node's event log.
 
 The door for people; knows no rule. Exit codes, as everywhere in p2pfm: 0 done; 2 a scenario or file that cannot work; 3
-an invariant was violated, or a replay differs; 130 interrupted: what was done until then is reported.
+an invariant was violated, code of ours broke down, or a replay differs; 130 interrupted: what was done until then is
+reported.
 """
 
 import itertools
 import sys
 import time
 import tomllib
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -21,6 +23,7 @@ from rich.table import Table
 
 from p2pfm.errors import ConfigError, OperatorError
 from p2pfm.types import Round
+from sim.breakdowns import Breakdown, telling_breakdowns
 from sim.checks import Violation
 from sim.compare import compare as compare_reports
 from sim.compare import compute_figures, compute_spreads, format_spread, render_comparison
@@ -34,7 +37,7 @@ from sim.ray_engine import spread
 from sim.recorder import Recorder
 from sim.replay import ReplayReport, replay_path
 from sim.report import SimReport, make_report, open_world, render
-from sim.results import load_report, load_reports, save_report
+from sim.results import load_report, load_reports, save_report, validate_folder
 from sim.scenarios import Scenario
 from sim.tables import Row, TableFormat, validate_format, write_table
 from sim.world import World
@@ -108,15 +111,19 @@ def run(
             load_scenario(scenario or source or DEFAULT),
             {key: value for key, value in changes.items() if value is not None} | _parse_settings(settings),
         )
+        for folder in (out, logs):
+            if folder is not None:
+                validate_folder(folder)
         if logs is not None:
             chosen = msgspec.structs.replace(chosen, keep_logs=tuple(range(chosen.num_peers)))
         report = _simulate(chosen, screen, logs, engine)
-        page = None if out is None else save_report(report, out, format)
     if json:
         _write_json(report)
     else:
         screen.print(render(report))
-    if page is not None:
+    if out is not None:
+        with _refusals(screen):
+            page = save_report(report, out, format)
         screen.print(f"results in {out}, to be looked at: {page}", highlight=False, soft_wrap=True)
     if not report.is_complete:
         raise typer.Exit(EXIT_INTERRUPTED)
@@ -158,6 +165,8 @@ def sweep(
     screen = Console(stderr=json)
     with _refusals(screen):
         validate_format(format)
+        if out is not None:
+            validate_folder(out)
         plan = _plan_sweep(sources, _parse_seeds(seeds), _parse_choices(settings))
         done = _sweep([item for _, item in plan], engine, screen)
         runs = [(plan[index][0], report) for index, report in sorted(done.items())]
@@ -230,6 +239,7 @@ def hunt(
         _refusals(screen),
         Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress,
     ):
+        validate_folder(out)
         task, started_s = progress.add_task("hunt", total=minutes * 60, what="no run yet"), time.monotonic()
 
         def on_run(number: int, scenario: Scenario, failure: Failure | None) -> None:
@@ -276,7 +286,11 @@ def _simulate(scenario: Scenario, screen: Console, logs: Path | None, engine: En
     screen.print(f"seed {scenario.seed}", highlight=False)
     estimate = validate_memory(scenario, get_free_bytes())
     screen.print(describe(estimate), highlight=False, style="dim")
-    with spread(scenario) if engine == "ray" else nullcontext() as workshop, open_world(scenario, workshop) as world:
+    with (
+        telling_breakdowns(scenario),
+        spread(scenario) if engine == "ray" else nullcontext() as workshop,
+        open_world(scenario, workshop) as world,
+    ):
         return _watch(world, estimate.cpu_s, screen, logs)
 
 
@@ -437,7 +451,12 @@ def _refusals(screen: Console) -> Iterator[None]:
         yield
     except OperatorError as error:
         _fail(screen, str(error), EXIT_UNUSABLE)
+    except MemoryError:
+        _fail(screen, "out of memory: run fewer peers, or fewer runs at a time", EXIT_UNUSABLE)
     except Violation as error:
+        if isinstance(error, Breakdown):  # where it came from is what its finder needs
+            lines = traceback.format_exception(error.__cause__ or error)
+            screen.print("".join(lines), style="dim", highlight=False, markup=False, soft_wrap=True)
         _fail(screen, str(error), EXIT_VIOLATED)
     except KeyboardInterrupt:
         _fail(screen, "interrupted", EXIT_INTERRUPTED)

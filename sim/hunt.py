@@ -6,7 +6,6 @@ many of them are run depends on the clock, so what one found is found again.
 
 import re
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
@@ -17,6 +16,7 @@ import msgspec
 from p2pfm.config import PhaseConfig
 from p2pfm.errors import ConfigError
 from p2pfm.types import Millis
+from sim.breakdowns import Breakdown, telling_breakdowns
 from sim.checks import Violation, replay_command
 from sim.churn import ChurnModel
 from sim.clocks import ClockModel
@@ -151,24 +151,22 @@ def find_failure(scenario: Scenario, *, is_repeated: bool = False) -> Failure | 
     """
     world = World(scenario)
     try:
-        world.run()
-        check_end(world)
-        for host in world.hosts:
-            for log in host.logs:
-                difference = replay(bytes(log)).difference
-                assert difference is None, f"the log of {host.me} replays differently: {difference}"
-        if is_repeated:
-            again = World(scenario)
-            again.run()
-            assert again.trace_digest() == world.trace_digest(), "one seed, two traces"
+        with telling_breakdowns(scenario, world.tell_moment):
+            world.run()
+            check_end(world)
+            for host in world.hosts:
+                for log in host.logs:
+                    difference = replay(bytes(log)).difference
+                    _require(difference is None, "a log replays to the same actions", world, (host.me, difference))
+            if is_repeated:
+                again = World(scenario)
+                again.run()
+                _require(again.trace_digest() == world.trace_digest(), "one seed gives one trace", world, ())
+    except Breakdown as error:
+        return Failure(error.kind, str(error))
     except Violation as error:
         rule = str(error).partition("violated: ")[2].partition(". Replay: ")[0]
         return Failure(_strip_numbers(rule), str(error))
-    except Exception as error:  # noqa: BLE001 (whatever a world raises is a bug of ours, and what is looked for)
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{type(error).__name__} in {frame.name} of {Path(frame.filename).name}"
-        told = f"seed {scenario.seed}, step {world.checks.num_steps}: {where}, line {frame.lineno}: {error}"
-        return Failure(where, f"{told}. Replay: {replay_command(scenario)}")
     return None
 
 
@@ -294,7 +292,7 @@ def _draw_adversaries(rng: Random, num_peers: int, committee_size: int) -> tuple
 
 def _draw_outage(rng: Random, length_ms: int) -> Outage:
     start_ms = rng.randrange(length_ms)
-    return Outage(start_ms, start_ms + rng.randrange(length_ms))
+    return Outage(start_ms, start_ms + rng.randint(1, length_ms))
 
 
 def _draw_work(rng: Random) -> WorkTimes:

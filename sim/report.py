@@ -13,6 +13,7 @@ from rich.text import Text
 
 from p2pfm.config import WEI_PER_PFM
 from p2pfm.types import NANO, PeerId
+from sim.breakdowns import telling_breakdowns
 from sim.recorder import HONEST, Record, Recorder
 from sim.scenarios import Scenario
 from sim.workshop import Workshop
@@ -120,10 +121,10 @@ def run_scenario(scenario: Scenario, on_world: Callable[[World], None] | None = 
 
     Raises:
         ConfigError: a scenario that cannot run.
-        Violation: an invariant does not hold.
+        Violation: an invariant does not hold; a Breakdown, if code of ours raised.
     """
     started_s = time.process_time()
-    with open_world(scenario) as world:
+    with telling_breakdowns(scenario), open_world(scenario) as world:
         recorder = Recorder(world)
         if on_world:
             on_world(world)
