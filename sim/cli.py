@@ -6,6 +6,7 @@ reported.
 """
 
 import itertools
+import shlex
 import sys
 import time
 import tomllib
@@ -29,7 +30,7 @@ from sim.compare import compare as compare_reports
 from sim.compare import compute_figures, compute_spreads, format_spread, render_comparison
 from sim.engine import Engine, run_sweep
 from sim.estimate import compute_estimate, describe, get_free_bytes, validate_memory
-from sim.hunt import Failure
+from sim.hunt import Failure, find_failure
 from sim.hunt import hunt as run_hunt
 from sim.library import change_scenario, list_names, load_scenario
 from sim.progress import RunProgress
@@ -38,7 +39,7 @@ from sim.recorder import Recorder
 from sim.replay import ReplayReport, replay_path
 from sim.report import SimReport, make_report, open_world, render
 from sim.results import load_report, load_reports, save_report, validate_folder
-from sim.scenarios import Scenario
+from sim.scenarios import Scenario, validate_scenario
 from sim.tables import Row, TableFormat, validate_format, write_table
 from sim.world import World
 
@@ -229,10 +230,16 @@ def hunt(
     minutes: Annotated[float, typer.Option(min=0, help="How long to look [min].")] = 10.0,
     seed: Annotated[int, typer.Option(min=0, help="The scenarios are drawn from this.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder where each finding is saved.")] = Path("found"),
+    again: Annotated[
+        str, typer.Option(metavar="SCENARIO", help="Only run this one, with all that a hunt asserts: a finding's file.")
+    ] = "",
     json: Json = False,
 ) -> None:
     """Run random scenarios until time is up; what fails is made small, saved, and told with a command for it."""
     screen = Console(stderr=json)
+    if again:
+        _run_again(again, screen, json)
+        return
     screen.print(f"seed {seed}", highlight=False)
     columns = (TextColumn("{task.fields[what]}"), BarColumn(), TimeRemainingColumn())
     with (
@@ -254,6 +261,7 @@ def hunt(
         _write_json(found)
     for finding in found:
         screen.print(f"{finding.failure.kind}: {finding.command}", highlight=False, markup=False, soft_wrap=True)
+        screen.print(f"    or: p2pfm sim hunt --again {shlex.quote(finding.path)}", highlight=False, soft_wrap=True)
     screen.print(f"{len(found)} findings" if found else "nothing found", highlight=False)
     if found:
         raise typer.Exit(EXIT_VIOLATED)
@@ -279,6 +287,20 @@ def replay(
 
 
 # --- one run
+
+
+def _run_again(source: str, screen: Console, json: bool) -> None:
+    """What a hunt found: the same run, twice, with all that a hunt asserts."""
+    with _refusals(screen):
+        scenario = load_scenario(source)
+        validate_scenario(scenario)
+        screen.print(f"seed {scenario.seed}", highlight=False)
+        failure = find_failure(scenario, is_repeated=True)
+    if json:
+        _write_json(failure)
+    if failure is not None:
+        _fail(screen, failure.text, EXIT_VIOLATED)
+    screen.print("nothing is wrong with it (any more)", highlight=False)
 
 
 def _simulate(scenario: Scenario, screen: Console, logs: Path | None, engine: Engine) -> SimReport:

@@ -17,7 +17,7 @@ from p2pfm.config import PhaseConfig
 from p2pfm.errors import ConfigError
 from p2pfm.types import Millis
 from sim.breakdowns import Breakdown, telling_breakdowns
-from sim.checks import Violation, replay_command
+from sim.checks import Violation, quote_scenario
 from sim.churn import ChurnModel
 from sim.clocks import ClockModel
 from sim.network import Gossip, LinkClass, NetworkModel, Partition
@@ -42,6 +42,9 @@ ROUNDS_MAX = 5
 
 SIGNER_KINDS: frozenset[AdversaryKind] = frozenset({"split_votes", "overpayer"})
 """Who signs what no honest member would: a third of a committee of these may break what a certificate promises."""
+
+STEPS_MAX = 10_000
+"""For each peer and round; most take 40 to 200: more is a run that does not end."""
 
 TROUBLE = 0.4
 """The chance of each kind of trouble (loss, crashes, partitions ...): half of all scenarios have two or three."""
@@ -150,6 +153,7 @@ def find_failure(scenario: Scenario, *, is_repeated: bool = False) -> Failure | 
         ConfigError: a scenario that cannot run.
     """
     world = World(scenario)
+    world.checks.steps_max = STEPS_MAX * scenario.num_peers * scenario.num_rounds
     try:
         with telling_breakdowns(scenario, world.tell_moment):
             world.run()
@@ -168,6 +172,11 @@ def find_failure(scenario: Scenario, *, is_repeated: bool = False) -> Failure | 
         rule = str(error).partition("violated: ")[2].partition(". Replay: ")[0]
         return Failure(_strip_numbers(rule), str(error))
     return None
+
+
+def again_command(scenario: Scenario) -> str:
+    """What a person types to see what a hunt found: what it asserts beyond each step is asserted again."""
+    return f"p2pfm sim hunt --again {quote_scenario(scenario)}"
 
 
 def check_end(world: World) -> None:
@@ -198,7 +207,7 @@ def _require(is_true: bool, rule: str, world: World, who: Sequence[object]) -> N
     if not is_true:
         raise Violation(
             f"seed {world.scenario.seed}, step {world.checks.num_steps}, at the end, {', '.join(map(str, who))}: "
-            f"violated: {rule}. Replay: {replay_command(world.scenario)}"
+            f"violated: {rule}. Replay: {again_command(world.scenario)}"
         )
 
 
@@ -330,7 +339,7 @@ def shrink(scenario: Scenario, failure: Failure, *, is_repeated: bool = False) -
         same = find_failure(simpler, is_repeated=is_repeated)
         if same is not None and same.kind == failure.kind:
             smallest, failure, candidates = simpler, same, _simplify(simpler)
-    return Finding(failure, smallest, scenario, replay_command(smallest), num_runs)
+    return Finding(failure, smallest, scenario, again_command(smallest), num_runs)
 
 
 def _simplify(scenario: Scenario) -> Iterator[Scenario]:

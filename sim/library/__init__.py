@@ -31,7 +31,7 @@ def list_names() -> tuple[str, ...]:
 
 
 def load_scenario(name: str) -> Scenario:
-    """A shipped scenario by its name, a TOML file by its path, or inline JSON.
+    """A shipped scenario by its name, a TOML or JSON file by its path, or inline JSON; of a hunt's file the scenario.
 
     Raises:
         ConfigError: not there, not readable, or it holds what a scenario does not.
@@ -45,13 +45,14 @@ def load_scenario(name: str) -> Scenario:
         near = get_close_matches(name, list_names(), 1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ConfigError(
-            f"no scenario {name!r}: {hint}expected the path of a TOML file, or one of {', '.join(list_names())}"
+            f"no scenario {name!r}: {hint}expected the path of a TOML or JSON file, or one of {', '.join(list_names())}"
         )
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: expected a text file, got {error}") from error
-    return parse_toml(text, str(path), path.parent)
+    parse = parse_json if path.suffix == ".json" else parse_toml
+    return parse(text, str(path), path.parent)
 
 
 def parse_toml(text: str, name: str = "scenario", folder: Path = Path()) -> Scenario:
@@ -67,8 +68,8 @@ def parse_toml(text: str, name: str = "scenario", folder: Path = Path()) -> Scen
     return convert_scenario(raw, name, folder)
 
 
-def parse_json(text: str, name: str = "scenario") -> Scenario:
-    """A scenario from JSON, as a violation prints it.
+def parse_json(text: str, name: str = "scenario", folder: Path = Path()) -> Scenario:
+    """A scenario from JSON, as a violation prints it or as a hunt saved it; see `parse_toml`.
 
     Raises:
         ConfigError: see `parse_toml`.
@@ -77,7 +78,9 @@ def parse_json(text: str, name: str = "scenario") -> Scenario:
         raw = msgspec.json.decode(text)
     except msgspec.DecodeError as error:
         raise ConfigError(f"{name}: expected JSON, got a fault: {error}") from error
-    return convert_scenario(raw, name)
+    if isinstance(raw, dict) and "scenario" in raw:  # a sim.hunt.Seed
+        raw = raw["scenario"]
+    return convert_scenario(raw, name, folder)
 
 
 def dump_toml(scenario: Scenario) -> str:

@@ -1,10 +1,16 @@
 """The hunt finds what is broken on purpose and makes it small; what it found once stays mended."""
 
+import shlex
+from collections.abc import Callable
+from hashlib import sha256
+from itertools import count
 from pathlib import Path
 from random import Random
+from secrets import token_bytes
 
 import msgspec
 import pytest
+from typer.testing import CliRunner, Result
 
 from p2pfm.errors import ConfigError
 from p2pfm.messages import Announcement, Certificate, Proposal, Word
@@ -14,6 +20,7 @@ from p2pfm.protocol.events import (
     AnyAction,
     AnyEvent,
     Blame,
+    Note,
     Publish,
     Received,
     Serve,
@@ -21,7 +28,8 @@ from p2pfm.protocol.events import (
     Trained,
 )
 from p2pfm.protocol.peer import Peer
-from p2pfm.types import Digest, Millis, PeerId
+from p2pfm.types import Digest, Millis, PeerId, Round
+from sim.cli import app
 from sim.hunt import Failure, Finding, draw_scenario, find_failure, hunt, load, save, shrink
 from sim.scenarios import Scenario
 
@@ -47,7 +55,7 @@ def test_a_core_that_serves_in_train_is_found_with_one_peer_and_one_round(monkey
     assert found.failure.kind == "a payload is served only after TRAIN"
     assert (found.scenario.num_peers, found.scenario.num_rounds) == (1, 1)
     assert found.drawn.num_peers > 1
-    assert found.command.startswith("p2pfm sim run ")
+    assert found.command.startswith("p2pfm sim hunt --again ")
     assert f"seed {found.scenario.seed}, step " in found.failure.text
 
 
@@ -171,6 +179,64 @@ def test_a_file_that_is_no_seed_is_refused(tmp_path: Path) -> None:
     path.write_text('{"kind": 1}')
     with pytest.raises(ConfigError, match=r"broken\.json"):
         load(path)
+
+
+def sim(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def break_quiet(monkeypatch: pytest.MonkeyPatch) -> Scenario:
+    monkeypatch.setattr(Ballot, "_aggregate", lambda self: [])
+    return Scenario(num_peers=4, num_rounds=2, committee_size=3)
+
+
+def break_replay(monkeypatch: pytest.MonkeyPatch) -> Scenario:
+    counts = count()  # a core that is not a function of its events
+    handle = Peer.handle
+
+    def forget(self: Peer, event: AnyEvent, now_ms: Millis) -> list[AnyAction]:
+        actions = handle(self, event, now_ms)
+        return [*actions, Note(Round(0), "odd")] if next(counts) % 7 == 0 and isinstance(event, Received) else actions
+
+    monkeypatch.setattr(Peer, "handle", forget)
+    return Scenario(num_peers=4, num_rounds=1, keep_logs=(0, 1, 2, 3), adversaries=("silent",))
+
+
+def break_trace(monkeypatch: pytest.MonkeyPatch) -> Scenario:
+    monkeypatch.setattr("sim.world.sha256", lambda: sha256(token_bytes(8)))
+    return Scenario(num_peers=3, num_rounds=1, adversaries=("silent",))
+
+
+@pytest.mark.parametrize(
+    ("plant", "kind"),
+    [
+        (break_quiet, "a quiet network certifies every round"),
+        (break_replay, "a log replays to the same actions"),
+        (break_trace, "one seed gives one trace"),
+    ],
+)
+def test_the_command_of_a_finding_shows_it_again(
+    plant: Callable[[pytest.MonkeyPatch], Scenario], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenario = plant(monkeypatch)
+    failure = find_failure(scenario, is_repeated=True)
+    assert failure is not None
+    assert failure.kind == kind
+    command = failure.text.partition("Replay: ")[2]
+    path = save(Finding(failure, scenario, scenario, command, 0), tmp_path).path
+    for again in (sim(*shlex.split(command)[2:]), sim("hunt", "--again", path)):
+        assert again.exit_code == 3, again.output
+        assert f"violated: {kind}" in again.output
+    monkeypatch.undo()
+    assert sim("hunt", "--again", path).exit_code == 0
+    assert sim("run", path).exit_code == 0
+
+
+def test_a_run_that_does_not_end_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sim.hunt.STEPS_MAX", 5)
+    failure = find_failure(Scenario(num_peers=4, num_rounds=1))
+    assert failure is not None
+    assert failure.kind == "a run ends within # steps"
 
 
 @pytest.mark.parametrize("path", SEEDS, ids=lambda path: path.stem)
