@@ -15,9 +15,11 @@ from pathlib import Path
 import msgspec
 import pytest
 from test_sim_engine import SCENARIOS, get_findings
+from typer.testing import CliRunner
 
 from nodes.homes import get_free_port
 from p2pfm.errors import ConfigError, OperatorError
+from sim.cli import app
 from sim.engine import run_sweep
 from sim.ray_engine import open_ray, spread
 from sim.report import run_scenario
@@ -99,8 +101,10 @@ def test_a_sweep_on_two_machines_gives_the_reports_of_one_process(cluster: str) 
     assert [get_findings(report) for report in reports] == [get_findings(report) for report in alone]
 
 
-def test_one_runs_training_on_two_machines_leaves_the_same_trace(cluster: str) -> None:
-    """Adversaries that remember, and a crowd that comes and goes, among them."""
+def test_one_runs_training_on_two_machines_leaves_the_same_trace(
+    cluster: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Adversaries that remember, and a crowd that comes and goes, among them; and Ray does not talk in between."""
     scenario = Scenario(num_peers=9, num_rounds=3, adversaries=("replay", "copycat", "alie"), seed=11)
     alone = World(scenario)
     alone.run()
@@ -110,6 +114,7 @@ def test_one_runs_training_on_two_machines_leaves_the_same_trace(cluster: str) -
         assert len(set(workshop.get_machines())) == 2
     assert world.trace_digest() == alone.trace_digest()
     assert {host.durable.base for host in world.hosts} == {host.durable.base for host in alone.hosts}
+    assert "".join(capfd.readouterr()) == ""
 
 
 def test_what_fails_on_the_cluster_is_the_error_itself_and_says_which_run_it_was(cluster: str) -> None:
@@ -123,6 +128,19 @@ def test_without_a_cluster_at_the_address_a_person_is_told(cluster: str, monkeyp
     monkeypatch.setenv("RAY_ADDRESS", "nonsense")
     with pytest.raises(OperatorError, match="no Ray cluster at 'nonsense'"), open_ray():
         pass
+
+
+@pytest.mark.parametrize("command", ["run", "sweep"])
+def test_a_real_evm_is_refused_before_ray_starts(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start_ray() -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("sim.ray_engine.open_ray", start_ray)
+    told = CliRunner().invoke(app, [command, "small", "--set", "ledger=evm", "--engine", "ray"])
+    assert told.exit_code == 2, told.output
+    assert "a real EVM runs in this process only: take ledger memory, or --engine local" in " ".join(
+        told.output.split()
+    )
 
 
 def test_what_only_one_process_can_do_is_not_spread() -> None:
