@@ -60,7 +60,9 @@ Source = Annotated[
     str, typer.Argument(metavar="[SCENARIO]", help="A shipped scenario (`p2pfm sim list`), a TOML file, or JSON.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON.")]
-Format = Annotated[TableFormat, typer.Option("--format", help="Of the tables: csv, or parquet (needs pyarrow).")]
+Format = Annotated[
+    TableFormat, typer.Option("--format", help="Of the tables: csv, or parquet (with the extra p2pfm[sim]).")
+]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Another value of a key, as in network.loss=0.1; repeat for more."),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from p2pfm.config import WEI_PER_PFM
+from p2pfm.errors import OperatorError
 from p2pfm.types import NANO
 from sim.churn import ChurnModel
 from sim.compare import compare, compute_figures, compute_spreads, format_spread
@@ -20,7 +21,7 @@ from sim.page.plots import compute_ticks, format_value
 from sim.recorder import Recorder, compute_gini
 from sim.report import SimReport, compute_kinds_report, make_report
 from sim.scenarios import Scenario
-from sim.tables import make_round_rows, write_table
+from sim.tables import make_round_rows, validate_format, write_table
 from sim.world import World
 
 
@@ -103,13 +104,19 @@ def test_a_run_compared_with_itself_is_alike() -> None:
 
 
 def test_parquet_holds_what_csv_holds(tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow: pip install 'p2pfm[sim]'")
     _, report = troubled()
     rows = make_round_rows(report)
     read = parquet.read_table(write_table(rows, tmp_path / "rounds", "parquet")).to_pylist()
     assert read == [dict(row) for row in rows]
     with write_table(rows, tmp_path / "rounds", "csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(read)
+
+
+def test_parquet_without_pyarrow_is_refused_with_the_extra_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sim.tables.find_spec", lambda name: None)
+    with pytest.raises(OperatorError, match=r"pip install 'p2pfm\[sim\]'"):
+        validate_format("parquet")
 
 
 @pytest.mark.parametrize(
