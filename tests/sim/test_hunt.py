@@ -7,6 +7,7 @@ from itertools import count
 from pathlib import Path
 from random import Random
 from secrets import token_bytes
+from typing import get_args
 
 import msgspec
 import pytest
@@ -29,9 +30,10 @@ from p2pfm.protocol.events import (
 )
 from p2pfm.protocol.peer import Peer
 from p2pfm.types import Digest, Millis, PeerId, Round
+from sim.churn import ChurnModel
 from sim.cli import app
 from sim.hunt import Failure, Finding, draw_scenario, find_failure, hunt, load, save, shrink
-from sim.scenarios import Scenario
+from sim.scenarios import AdversaryKind, Scenario
 
 SEEDS = sorted((Path(__file__).parent / "seeds").glob("*.json"))
 
@@ -138,6 +140,22 @@ def test_one_seed_draws_the_same_scenarios() -> None:
     drawn = [[draw_scenario(rng) for _ in range(50)] for rng in (Random("7 hunt"), Random("7 hunt"))]
     assert drawn[0] == drawn[1]
     assert len({scenario.num_peers for scenario in drawn[0]}) > 10
+
+
+def test_a_hunt_draws_all_that_a_scenario_can_say() -> None:
+    """But for what is slow: transformers and a real EVM; and titles and batches, which change nothing."""
+    rng = Random("8 hunt")
+    drawn = [draw_scenario(rng) for _ in range(1_500)]
+    plain = Scenario()
+    for name in set(plain.__struct_fields__) - {"title", "ledger"}:
+        assert any(getattr(scenario, name) != getattr(plain, name) for scenario in drawn), name
+    assert {scenario.learner.kind for scenario in drawn} >= {"digests", "convex"}
+    assert {kind for scenario in drawn for kind in scenario.adversaries} == set(get_args(AdversaryKind))
+    for name in set(ChurnModel.__struct_fields__) - {"trace_file"}:
+        assert len({str(getattr(scenario.churn, name)) for scenario in drawn}) > 1, name
+    cuts = [cut for scenario in drawn for cut in scenario.network.partitions]
+    for name in ("num_hosts", "share", "hosts", "regions", "bridges"):
+        assert any(getattr(cut, name) for cut in cuts), name
 
 
 def test_a_hunt_runs_what_it_draws_until_it_is_told_to_stop() -> None:
