@@ -58,6 +58,7 @@ def compute_figures(report: SimReport) -> dict[str, float]:
             figures["reward, honest, PFM"] = kind.reward_pfm
         else:
             figures[f"gain over honest, {kind.kind}, PFM"] = kind.gain_pfm
+            figures[f"together, {kind.kind}, PFM"] = kind.together_pfm
     figures["stakes slashed"] = sum(item.num_slashed for item in rounds)
     if any(item.gas is not None for item in rounds):
         figures["gas a round"] = fmean(item.gas or 0 for item in rounds)

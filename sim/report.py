@@ -202,7 +202,9 @@ def compute_kinds_report(report: SimReport) -> tuple[KindReport, ...]:
 
 
 def render(report: SimReport) -> RenderableType:
-    """Two tables, rounds and peers by kind, and the totals."""
+    """Two tables, rounds and peers by kind, and the totals; a sentence where no round has ended."""
+    if not report.rounds:
+        return Text(f"no round of {report.scenario.num_rounds} has ended: {report.num_steps} steps so far")
     return Group(_render_rounds(report), _render_kinds(report), _render_totals(report))
 
 
@@ -235,8 +237,9 @@ def _cut(rounds: Sequence[RoundReport]) -> list[RoundReport | None]:
 
 def _render_kinds(report: SimReport) -> Table:
     table = Table(title="Peers", title_justify="left")
-    for name in ("kind", "peers", "reward", "together", "slashed", "gain over honest", "blamed"):
-        table.add_column(name, justify="left" if name == "kind" else "right", no_wrap=True)
+    for name in ("kind", "peers", "reward", "together", "slashed", "gain over\nhonest", "blamed"):
+        # Where a screen is narrow, a kind's name is broken, and no number cut.
+        table.add_column(name, justify="left" if name == "kind" else "right", no_wrap=name != "kind")
     for kind in compute_kinds_report(report):
         table.add_row(
             kind.kind,

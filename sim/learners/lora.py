@@ -10,6 +10,7 @@ from random import Random
 
 import numpy as np
 import torch
+from transformers.utils import logging as transformers_logging
 
 from p2pfm.config import NetworkConfig, TrainingConfig
 from p2pfm.errors import ConfigError
@@ -50,6 +51,7 @@ class LoraLab:
         if not BACKBONE.is_dir():
             raise ConfigError(f"learner lora: its backbone is a file of the source tree: expected it in {BACKBONE}")
         torch.set_num_threads(1)
+        transformers_logging.disable_progress_bar()  # of a model that loads in no time
         self.seed = seed
         self.training = training
         backbone, tokenizer = load_backbone(BACKBONE, torch.float32)

@@ -38,7 +38,7 @@ from sim.scenarios import LearnerModel, Scenario, validate_scenario
 
 PROMISED = {
     *("small", "honest_1000", "churn_2000", "attackers_40", "partition_heal", "free_riders", "sybils"),
-    *("digests_10000", "lora_50"),
+    *("digests_10000", "lora_50", "sybils_whole"),
 }
 
 

@@ -3,12 +3,15 @@
 import csv
 import re
 from functools import cache
+from io import StringIO
 from itertools import combinations
 from math import sqrt
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
+from rich.console import Console
 
 from p2pfm.config import WEI_PER_PFM
 from p2pfm.errors import OperatorError
@@ -16,10 +19,10 @@ from p2pfm.types import NANO
 from sim.churn import ChurnModel
 from sim.compare import compare, compute_figures, compute_spreads, format_spread
 from sim.network import NetworkModel
-from sim.page import FOLDER
+from sim.page import FOLDER, make_plots, render_page
 from sim.page.plots import compute_ticks, format_value
 from sim.recorder import Recorder, compute_gini
-from sim.report import SimReport, compute_kinds_report, make_report
+from sim.report import SimReport, compute_kinds_report, make_report, render
 from sim.scenarios import Scenario
 from sim.tables import make_round_rows, validate_format, write_table
 from sim.world import World
@@ -35,6 +38,12 @@ def troubled() -> tuple[World, SimReport]:
     recorder = Recorder(world)
     world.run(recorder.on_round)
     return world, make_report(world, recorder, 1.0)
+
+
+def show(report: SimReport) -> str:
+    screen = Console(file=StringIO(), width=80)
+    screen.print(render(report))
+    return screen.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_a_recorded_run_is_the_run() -> None:
@@ -79,6 +88,41 @@ def test_a_void_round_has_its_reasons() -> None:
     report = make_report(world, recorder, 1.0)
     assert [item.is_certified for item in report.rounds] == [False, False]
     assert all(item.void_reasons for item in report.rounds)
+
+
+def test_the_page_has_every_plot_that_was_promised() -> None:
+    _, report = troubled()
+    keys = ["loss", "certified", "bytes", "rewards", "gini", "availability", "work"]
+    assert [plot.key for plot in make_plots(report)] == keys
+    rounds = tuple(msgspec.structs.replace(item, gas=100 + item.round) for item in report.rounds)
+    *_, gas = make_plots(msgspec.structs.replace(report, rounds=rounds))
+    assert (gas.key, list(gas.series[0].values)) == ("gas", [100, 101, 102, 103])
+    first, *others = (series.name for series in make_plots(report)[3].series)
+    assert (first, set(others)) == ("honest", {"zero", "sign_flip"})
+    page = render_page(report)
+    assert re.findall(r'<div class="card" id="(\w+)"', page) == keys
+
+
+def test_a_run_without_a_whole_round_is_told_in_a_sentence() -> None:
+    world = World(Scenario(num_peers=2, num_rounds=6))
+    report = make_report(world, Recorder(world), 0.1, is_complete=False)
+    assert show(report).strip() == "no round of 6 has ended: 0 steps so far"
+    assert "No round has ended" in render_page(report)
+
+
+def test_no_number_is_cut_on_a_screen_of_80_columns() -> None:
+    _, report = troubled()
+    names = {"sign_flip": "noisy_replay", "zero": "split_votes", "honest": "honest"}
+    peers = tuple(msgspec.structs.replace(peer, kind=names[peer.kind]) for peer in report.peers)
+    shown = show(msgspec.structs.replace(report, peers=peers))
+    assert "blamed" in shown
+    assert "…" not in shown
+
+
+def test_a_comparison_has_what_all_of_a_kind_draw_together() -> None:
+    world, report = troubled()
+    rewards = world.chain.get_claimed()
+    assert compute_figures(report)["together, zero, PFM"] == pytest.approx(rewards[0] / WEI_PER_PFM)
 
 
 def test_gini_of_known_amounts() -> None:
