@@ -80,7 +80,7 @@ class SimReport(msgspec.Struct, frozen=True):
     is_complete: bool
     """False: interrupted; the figures are of the rounds so far."""
     trace: str
-    """SHA-256 over every step (hex): equal for equal scenarios, on every machine."""
+    """SHA-256 over every step (hex): equal for equal scenarios, wherever the learner's sums are."""
     optimum_loss_nats: float | None
     """The least loss that anything reaches; None: not known."""
     num_steps: int

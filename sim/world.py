@@ -1,7 +1,7 @@
 """A world of peers in virtual time: the simulator's driver. It drives the very `Peer` that the node runs.
 
 Knows every part of a simulation and no rule of the protocol. All randomness comes from the scenario's seed, so a run is
-the same to the last byte on every machine; its trace digest proves it.
+the same to the last byte wherever its learner's sums are; its trace digest proves it.
 """
 
 import gc
