@@ -101,11 +101,18 @@ def test_a_sweep_on_two_machines_gives_the_reports_of_one_process(cluster: str) 
     assert [get_findings(report) for report in reports] == [get_findings(report) for report in alone]
 
 
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        Scenario(num_peers=9, num_rounds=3, adversaries=("replay", "copycat", "alie"), seed=11),
+        Scenario(num_peers=6, num_rounds=2, adversaries=("backdoor",), learner=LearnerModel("mlp")),
+    ],
+    ids=["convex", "mlp"],
+)
 def test_one_runs_training_on_two_machines_leaves_the_same_trace(
-    cluster: str, capfd: pytest.CaptureFixture[str]
+    cluster: str, scenario: Scenario, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Adversaries that remember, and a crowd that comes and goes, among them; and Ray does not talk in between."""
-    scenario = Scenario(num_peers=9, num_rounds=3, adversaries=("replay", "copycat", "alie"), seed=11)
     alone = World(scenario)
     alone.run()
     with spread(scenario) as workshop:
