@@ -233,7 +233,7 @@ def _validate_times(scenario: Scenario) -> None:
     for key, (low, high) in msgspec.structs.asdict(scenario.work).items():
         if not 0 <= low <= high:
             raise ConfigError(
-                f"scenario work.{key}: expected the least time and then the greatest, got [{low}, {high}]"
+                f"scenario work.{key}: expected the least time, 0 or more, and then the greatest, got [{low}, {high}]"
             )
     for number, outage in enumerate(scenario.outages):
         if not 0 <= outage.start_ms < outage.end_ms:

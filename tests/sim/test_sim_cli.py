@@ -133,7 +133,10 @@ def test_impossible_parameters_are_refused_before_a_run(changes: dict[str, objec
             "no more than the 8 peers, got 3 by name and 6 by adversary_shares: add peers or take fewer",
         ),
         ({"keep_logs": [8]}, "expected numbers of peers, 0 to 7, got 8"),
-        ({"work.train_ms": [9, 3]}, "work.train_ms: expected the least time and then the greatest, got [9, 3]"),
+        (
+            {"work.train_ms": [9, 3]},
+            "work.train_ms: expected the least time, 0 or more, and then the greatest, got [9, 3]",
+        ),
         (
             {"outages": [{"start_ms": 9, "end_ms": 3}]},
             "outages[0]: expected a start_ms of 0 or more and a later end_ms",
