@@ -143,17 +143,13 @@ class Chain:
             self.ledger.register(account, peer, signatures.bls_key(peer), possession, stake)
         self._rosters: dict[int, Roster] = {}
         self._verified: dict[tuple[Digest, bytes, tuple[MemberIndex, ...]], bool] = {}
-        self.rotate()
+        self.ledger.rotate()
+        self.read_roster()
 
     @property
     def roster(self) -> Roster:
         """Registry and committee now."""
         return self._rosters[max(self._rosters)]
-
-    def rotate(self) -> None:
-        """Draw the next committee."""
-        self.ledger.rotate()
-        self.read_roster()
 
     def read_roster(self) -> Roster:
         """The registry and committee as they are on chain now."""
@@ -166,14 +162,18 @@ class Chain:
         """The newest round that the chain has taken."""
         return self.ledger.get_head()
 
+    def is_down(self) -> bool:
+        """Whether it cannot be reached now."""
+        elapsed = self._clock() - self._network.genesis_ms
+        return any(outage.start_ms <= elapsed < outage.end_ms for outage in self._scenario.outages)
+
     def submit(self, certificate: Certificate) -> bool:
         """Bring a certified round on chain; False: it is there already, or a later one is.
 
         Raises:
             ChainError: the chain is down, or (Reverted) refuses.
         """
-        elapsed = self._clock() - self._network.genesis_ms
-        if any(outage.start_ms <= elapsed < outage.end_ms for outage in self._scenario.outages):
+        if self.is_down():
             raise ChainError("the chain cannot be reached: its outage is part of the scenario")
         head = self.get_head()
         if head is not None and head.round >= certificate.proposal.round:

@@ -55,6 +55,7 @@ from p2pfm.protocol.log import encode_header, encode_record
 from p2pfm.protocol.membership import is_outdated_for
 from p2pfm.protocol.peer import Peer, initial_durable
 from p2pfm.protocol.phases import compute_round_start
+from p2pfm.settlement.rotation import Rotation
 from p2pfm.types import Digest, Millis, PeerId, Round
 from sim.adversaries.filters import Deed, Honest
 from sim.breakdowns import telling_breakdowns
@@ -86,6 +87,9 @@ RETRY_MS = 2_000
 
 COOL_DOWN_MS = 15_000
 """After the last round: time for laggards to catch up and for the last root to be settled [ms]."""
+
+ROTATES_AT = 4
+"""The next committee is drawn when this part of TRAIN is over: a quarter."""
 
 NOTICE_MS = 300
 """A peer's coming or going is noticed by its neighbours after this [ms]."""
@@ -168,6 +172,7 @@ class World:
             self._step_all,
             self._deliver,
         )
+        self._rotation = Rotation(scenario.committee_size, scenario.rounds_per_epoch)
         self._neighbours = self._connect()
         self._noticing: set[int] = set()
 
@@ -196,6 +201,7 @@ class World:
             end_ms = compute_round_start(self.config, Round(number + 1))
             for departure in self.churn.plan(start_ms, end_ms):
                 self.schedule.at(max(departure.when_ms, self.schedule.now_ms), partial(self._depart, departure))
+            self.schedule.at(start_ms + self.config.phases.train_ms // ROTATES_AT, partial(self._rotate, Round(number)))
             self.schedule.run(Millis(end_ms - 1))
             self._drop_old_blobs()
             if on_round:
@@ -523,6 +529,18 @@ class World:
         if is_new:
             self.checks.after_settlement(self.chain, certificate, self.schedule.now_ms)
             self.tell_chain()
+
+    def _rotate(self, now: Round) -> None:
+        """One of those who are up draws the next committee, when that is due; nobody waits for a turn here."""
+        up = [host for host in self.hosts if host.peer is not None]
+        self._rotation.on_chain(self.chain.roster, self.chain.get_head(), now)
+        has_unsettled = any(host.unsettled for host in up)
+        if not up or self.chain.is_down():
+            return
+        if self._rotation.is_due(self.chain.roster, now, is_training=True, has_unsettled=has_unsettled):
+            self.chain.ledger.rotate()
+            self.tell_chain()
+            self._rotation.on_chain(self.chain.roster, self.chain.get_head(), now)
 
     def _accuse(self, host: Host, evidence: Accuse) -> None:
         """All who saw it bring it; the first is heard."""

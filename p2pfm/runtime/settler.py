@@ -14,11 +14,14 @@ from p2pfm.errors import ChainError, Reverted
 from p2pfm.messages import Certificate, Proposal, decode_message
 from p2pfm.protocol.events import AnyEvent, RosterChanged, SettledChanged
 from p2pfm.protocol.membership import get_member, is_outdated_for
+from p2pfm.protocol.phases import Phase, compute_position
+from p2pfm.runtime.clock import now_ms
 from p2pfm.runtime.store import Store
 from p2pfm.settlement.ledger import Ledger, Roster, SettledRound
 from p2pfm.settlement.proofs import claim_owed
 from p2pfm.settlement.rewards import from_wire, make_submission
-from p2pfm.types import Digest, MemberIndex, PeerId, Round, Wei
+from p2pfm.settlement.rotation import Rotation, is_turn
+from p2pfm.types import Digest, MemberIndex, Millis, PeerId, Round, Wei
 
 POLL_S = 2.0
 """How often the chain is read: a block or two."""
@@ -49,6 +52,7 @@ class Settler:
         store: Store,
         emit: Callable[[AnyEvent], Awaitable[None]],
         auto_claim: bool,
+        now_ms: Callable[[], Millis] = now_ms,
     ) -> None:
         self.roster: Roster | None = None
         self.head: SettledRound | None = None
@@ -70,8 +74,10 @@ class Settler:
         """The same for serving."""
         self._claimed = Round(-1)
         self._data_round = Round(-1)
-        self._roster_since = 0.0
-        self._rotated_epoch = 0
+        self._now_ms = now_ms
+        self._rotation = Rotation(config.scoring.committee_size, config.settlement.rounds_per_epoch)
+        self._due_since: float | None = None
+        """Since when a draw is seen to be due."""
         self._due: dict[Round, tuple[float, int]] = {}
 
     async def run(self) -> None:
@@ -103,6 +109,7 @@ class Settler:
         # In this order: a head that is older than the roster could look void although it is not.
         roster = await trio.to_thread.run_sync(self._ledger.get_roster)
         head = await trio.to_thread.run_sync(self._ledger.get_head)
+        self._rotation.on_chain(roster, head, compute_position(self._config, self._now_ms()).round)
         if head is not None and head != self.head:
             rounds = await trio.to_thread.run_sync(self._ledger.get_rounds, Round(self._data_round + 1))
             self.data_digests |= {settled.data_digest for settled in rounds}
@@ -117,13 +124,9 @@ class Settler:
             self.head = head
             await self._emit(SettledChanged(head))
         if roster != self.roster:
-            if self.roster is None or roster.epoch > self.roster.epoch:
-                # Whoever drew: one draw an epoch is enough, and a second would outdate the round that is under way.
-                self._rotated_epoch = self._get_epoch()
             if self.roster and get_member(self.roster, self._me) and not get_member(roster, self._me):
                 log.warning("this node is no active member any more: it is leaving, or was slashed (p2pfm stake show)")
-            self.roster = roster
-            self._roster_since = trio.current_time()
+            self.roster, self._due_since = roster, None
             if roster.committee:  # before the first draw there is nothing that a peer could do
                 await self._emit(RosterChanged(roster))
 
@@ -146,38 +149,32 @@ class Settler:
         self.bases = {settled.base for settled in (*final[-1:], *open_rounds)}
 
     async def _rotate(self) -> None:
-        """Draw the next committee when newcomers have no seat although there is room, and once an epoch.
-
-        Everyone may; the members take turns by rank, so that one transaction is enough.
-        """
+        """Draw the next committee, when that is due and this peer's turn (`settlement.rotation`)."""
         roster = self.roster
         member = get_member(roster, self._me) if roster else None
         if roster is None or member is None:
             return
-        size = self._config.scoring.committee_size
-        has_room = len(roster.committee) < min(size, sum(m.active for m in roster.members))
-        epoch = self._get_epoch()
-        staked = tuple(m.index for m in roster.members if m.active)
-        is_broken = not set(roster.committee) <= set(staked)  # somebody was slashed, or leaves
-        is_due = has_room or is_broken or (len(roster.members) > size and epoch > self._rotated_epoch)
-        ranks = tuple(index for index in roster.committee if index in staked) or staked
-        rank = ranks.index(member.index) if member.index in ranks else len(ranks) + member.index
-        quiet_s = trio.current_time() - self._roster_since
-        if not is_due or quiet_s < ROTATE_AFTER_S + rank * RANK_DELAY_S:
+        position = compute_position(self._config, self._now_ms())
+        has_unsettled = bool(await trio.to_thread.run_sync(self._store.get_settlements))
+        is_training = position.phase == Phase.TRAIN
+        if not self._rotation.is_due(roster, position.round, is_training=is_training, has_unsettled=has_unsettled):
+            self._due_since = None
             return
-        self._rotated_epoch = epoch
+        if self._due_since is None:
+            self._due_since = trio.current_time()
+        waited_s = trio.current_time() - self._due_since - ROTATE_AFTER_S
+        turn = position.round + int(waited_s // RANK_DELAY_S)  # TRAIN may be too short for more than one turn
+        if waited_s < 0 or not is_turn(roster, member.index, turn):
+            return
+        self._rotation.on_tried(position.round)
+        self._due_since = None
         try:
             await trio.to_thread.run_sync(self._ledger.rotate)
         except Reverted as error:  # too early, or somebody was faster: settlement does not wait for it
             log.debug("rotation: %s", error)
-            self._roster_since = trio.current_time()
             return
         log.info("drew the next committee")
         await self._follow()
-
-    def _get_epoch(self) -> int:
-        """The settlement period of the newest round on chain."""
-        return self.head.round // self._config.settlement.rounds_per_epoch if self.head else 0
 
     async def _settle(self) -> None:
         """Submit what is due, in the order of rounds: each root links to the one before."""

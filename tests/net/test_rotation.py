@@ -16,6 +16,7 @@ from p2pfm.types import Millis
 
 QUIET_S = 3600
 """Longer than any member's turn takes to come."""
+IN_TRAIN_MS = Millis(1)
 NUM_MEMBERS = PARAMS.committee_size + 1
 
 
@@ -37,7 +38,8 @@ def test_one_draw_an_epoch_is_enough_however_many_members_could(tmp_path: Path) 
 
     def make_settler(stack: ExitStack, member: int, name: str) -> Settler:
         store = stack.enter_context(Store(tmp_path / name))
-        return Settler(PEERS[member], config, world.ledgers[member], store, emit, auto_claim=False)
+        ledger = world.ledgers[member]
+        return Settler(PEERS[member], config, ledger, store, emit, auto_claim=False, now_ms=lambda: IN_TRAIN_MS)
 
     async def everybody_looks(settlers: list[Settler]) -> None:
         await trio.sleep(QUIET_S)

@@ -347,3 +347,17 @@ def test_a_violation_names_seed_step_peers_and_the_command_that_replays_it() -> 
 def test_an_impossible_scenario_is_refused(field: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(field))):
         run(Scenario(**field))  # type: ignore[arg-type]
+
+
+def test_a_committee_that_cannot_certify_is_replaced() -> None:
+    """Four of twelve say nothing as evaluators, three of four seats must sign: two of the first draw are theirs."""
+    for seed in range(20):
+        scenario = Scenario(seed=seed, num_peers=12, committee_size=4, num_rounds=8, adversaries=("silent",) * 4)
+        world = World(scenario)
+        if sum(index < 4 for index in world.chain.roster.committee) == 2:
+            break
+    world.run()
+    certificates = world.checks.certificates
+    assert Round(0) not in certificates
+    assert len(certificates) >= 2
+    assert world.chain.roster.epoch >= 3, "and every committee has its epoch"

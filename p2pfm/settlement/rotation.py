@@ -1,0 +1,66 @@
+"""When the next committee is to be drawn, and whose turn that is: one rule for nodes and simulated worlds.
+
+Anyone may draw, so what matters is that one does: once an epoch, while a round's TRAIN runs (then all have read of it
+before the next round begins, which keeps the roster that it began with), and when a committee certifies nothing any
+more. Knows no clock and no chain; who looks tells what it saw.
+"""
+
+from p2pfm.settlement.ledger import Roster, SettledRound
+from p2pfm.types import MemberIndex, Round
+
+
+class Rotation:
+    """What one observer of the chain knows of its draws."""
+
+    def __init__(self, committee_size: int, rounds_per_epoch: int) -> None:
+        self._committee_size = committee_size
+        self._rounds_per_epoch = rounds_per_epoch
+        self._roster_epoch = -1
+        self._head_round = -1
+        self._drawn_for = 0
+        """The settlement epoch in which the committee was drawn, as far as is known here."""
+        self._moved_in = 0
+        """The round in which the chain told anything new last."""
+
+    def on_chain(self, roster: Roster, head: SettledRound | None, now: Round) -> None:
+        """What the chain says in round `now`."""
+        head_round = head.round if head else -1
+        if roster.epoch > self._roster_epoch:
+            # Whoever drew: one draw an epoch is enough, and a second would outdate the round that is under way.
+            self._drawn_for = self._get_epoch(head_round)
+        if (roster.epoch, head_round) != (self._roster_epoch, self._head_round):
+            self._moved_in = now
+        self._roster_epoch, self._head_round = roster.epoch, head_round
+
+    def on_tried(self, now: Round) -> None:
+        """It was this observer's turn, whatever came of it."""
+        self._drawn_for, self._moved_in = self._get_epoch(self._head_round), now
+
+    def is_due(self, roster: Roster, now: Round, *, is_training: bool, has_unsettled: bool) -> bool:
+        """Whether the next committee is to be drawn.
+
+        Args:
+            now: the round by the clock; is_training: it is in TRAIN.
+            has_unsettled: certificates wait for the chain: the committee works, and a draw would outdate them.
+        """
+        active = {member.index for member in roster.members if member.active}
+        has_room = len(roster.committee) < min(self._committee_size, len(active))
+        if has_room or not active.issuperset(roster.committee):  # newcomers; somebody was slashed, or leaves
+            return True
+        if not is_training or len(roster.members) <= self._committee_size:
+            return False
+        is_stuck = now - self._moved_in > self._rounds_per_epoch and not has_unsettled
+        return is_stuck or self._get_epoch(self._head_round) > self._drawn_for
+
+    def _get_epoch(self, head_round: int) -> int:
+        return max(head_round, 0) // self._rounds_per_epoch
+
+
+def is_turn(roster: Roster, member: MemberIndex, turn: int) -> bool:
+    """Whether the `turn`-th chance to draw is this member's: the committee's in its order, then everybody's, and so on,
+    so that no two draw at once and a dead one costs one turn.
+    """
+    active = tuple(one.index for one in roster.members if one.active)
+    seated = tuple(index for index in roster.committee if index in active)
+    order = (*seated, *(index for index in active if index not in seated))
+    return order[turn % len(order)] == member
