@@ -531,13 +531,13 @@ class World:
             self.tell_chain()
 
     def _rotate(self, now: Round) -> None:
-        """One of those who are up draws the next committee, when that is due; nobody waits for a turn here."""
+        """One of those who are up draws the next committee, where that is due; nobody waits for a turn here."""
         up = [host for host in self.hosts if host.peer is not None]
         self._rotation.on_chain(self.chain.roster, self.chain.get_head(), now)
         has_unsettled = any(host.unsettled for host in up)
         if not up or self.chain.is_down():
             return
-        if self._rotation.is_due(self.chain.roster, now, is_training=True, has_unsettled=has_unsettled):
+        if self._rotation.is_due(self.chain.roster, now, has_unsettled=has_unsettled):
             self.chain.ledger.rotate()
             self.tell_chain()
             self._rotation.on_chain(self.chain.roster, self.chain.get_head(), now)

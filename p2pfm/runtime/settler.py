@@ -14,7 +14,7 @@ from p2pfm.errors import ChainError, Reverted
 from p2pfm.messages import Certificate, Proposal, decode_message
 from p2pfm.protocol.events import AnyEvent, RosterChanged, SettledChanged
 from p2pfm.protocol.membership import get_member, is_outdated_for
-from p2pfm.protocol.phases import Phase, compute_position
+from p2pfm.protocol.phases import compute_position, compute_round_start
 from p2pfm.runtime.clock import now_ms
 from p2pfm.runtime.store import Store
 from p2pfm.settlement.ledger import Ledger, Roster, SettledRound
@@ -109,7 +109,7 @@ class Settler:
         # In this order: a head that is older than the roster could look void although it is not.
         roster = await trio.to_thread.run_sync(self._ledger.get_roster)
         head = await trio.to_thread.run_sync(self._ledger.get_head)
-        self._rotation.on_chain(roster, head, compute_position(self._config, self._now_ms()).round)
+        self._rotation.on_chain(roster, head, self._get_round())
         if head is not None and head != self.head:
             rounds = await trio.to_thread.run_sync(self._ledger.get_rounds, Round(self._data_round + 1))
             self.data_digests |= {settled.data_digest for settled in rounds}
@@ -154,19 +154,21 @@ class Settler:
         member = get_member(roster, self._me) if roster else None
         if roster is None or member is None:
             return
-        position = compute_position(self._config, self._now_ms())
+        round = self._get_round()
+        start_ms, end_ms = (compute_round_start(self._config, Round(number)) for number in (round, round + 1))
+        is_early = self._now_ms() < (start_ms + end_ms) // 2
         has_unsettled = bool(await trio.to_thread.run_sync(self._store.get_settlements))
-        is_training = position.phase == Phase.TRAIN
-        if not self._rotation.is_due(roster, position.round, is_training=is_training, has_unsettled=has_unsettled):
+        if not self._rotation.is_due(roster, round, has_unsettled=has_unsettled):
             self._due_since = None
             return
         if self._due_since is None:
             self._due_since = trio.current_time()
         waited_s = trio.current_time() - self._due_since - ROTATE_AFTER_S
-        turn = position.round + int(waited_s // RANK_DELAY_S)  # TRAIN may be too short for more than one turn
-        if waited_s < 0 or not is_turn(roster, member.index, turn):
+        turn = round + int(waited_s // RANK_DELAY_S)  # half a round may be too short for more than one turn
+        is_time = self._rotation.may_draw(roster, is_early=is_early)
+        if waited_s < 0 or not is_time or not is_turn(roster, member.index, turn):
             return
-        self._rotation.on_tried(position.round)
+        self._rotation.on_tried(round)
         self._due_since = None
         try:
             await trio.to_thread.run_sync(self._ledger.rotate)
@@ -175,6 +177,10 @@ class Settler:
             return
         log.info("drew the next committee")
         await self._follow()
+
+    def _get_round(self) -> Round:
+        """By the clock."""
+        return compute_position(self._config, self._now_ms()).round
 
     async def _settle(self) -> None:
         """Submit what is due, in the order of rounds: each root links to the one before."""

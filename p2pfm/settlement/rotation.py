@@ -1,6 +1,6 @@
 """When the next committee is to be drawn, and whose turn that is: one rule for nodes and simulated worlds.
 
-Anyone may draw, so what matters is that one does: once an epoch, while a round's TRAIN runs (then all have read of it
+Anyone may draw, so what matters is that one does: once an epoch, in a round's first half (then all have read of it
 before the next round begins, which keeps the roster that it began with), and when a committee certifies nothing any
 more. Knows no clock and no chain; who looks tells what it saw.
 """
@@ -36,21 +36,29 @@ class Rotation:
         """It was this observer's turn, whatever came of it."""
         self._drawn_for, self._moved_in = self._get_epoch(self._head_round), now
 
-    def is_due(self, roster: Roster, now: Round, *, is_training: bool, has_unsettled: bool) -> bool:
-        """Whether the next committee is to be drawn.
+    def is_due(self, roster: Roster, now: Round, *, has_unsettled: bool) -> bool:
+        """Whether the next committee is to be drawn as soon as it may be (`may_draw`).
 
         Args:
-            now: the round by the clock; is_training: it is in TRAIN.
+            now: the round by the clock.
             has_unsettled: certificates wait for the chain: the committee works, and a draw would outdate them.
         """
-        active = {member.index for member in roster.members if member.active}
-        has_room = len(roster.committee) < min(self._committee_size, len(active))
-        if has_room or not active.issuperset(roster.committee):  # newcomers; somebody was slashed, or leaves
+        if self.has_gap(roster):
             return True
-        if not is_training or len(roster.members) <= self._committee_size:
+        if len(roster.members) <= self._committee_size:
             return False
         is_stuck = now - self._moved_in > self._rounds_per_epoch and not has_unsettled
         return is_stuck or self._get_epoch(self._head_round) > self._drawn_for
+
+    def may_draw(self, roster: Roster, *, is_early: bool) -> bool:
+        """Whether now is the time for it: in a round's first half, and at any time where a seat is empty."""
+        return is_early or self.has_gap(roster)
+
+    def has_gap(self, roster: Roster) -> bool:
+        """Whether there is room for newcomers, or somebody on the committee was slashed, or leaves."""
+        active = {member.index for member in roster.members if member.active}
+        has_room = len(roster.committee) < min(self._committee_size, len(active))
+        return has_room or not active.issuperset(roster.committee)
 
     def _get_epoch(self, head_round: int) -> int:
         return max(head_round, 0) // self._rounds_per_epoch

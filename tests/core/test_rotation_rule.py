@@ -15,18 +15,18 @@ EPOCH = 2
 ZERO = Digest(bytes(32))
 
 
-def look(rotation: Rotation, head: int | None, now: int, roster: Roster = ROSTER, **changes: bool) -> bool:
+def look(
+    rotation: Rotation, head: int | None, now: int, roster: Roster = ROSTER, *, has_unsettled: bool = False
+) -> bool:
     rotation.on_chain(roster, None if head is None else settled_as(head, ZERO), Round(now))
-    said = {"is_training": True, "has_unsettled": False} | changes
-    return rotation.is_due(roster, Round(now), **said)
+    return rotation.is_due(roster, Round(now), has_unsettled=has_unsettled)
 
 
-def test_a_committee_is_drawn_once_an_epoch_and_in_train_only() -> None:
+def test_a_committee_is_drawn_once_an_epoch() -> None:
     assert len(ROSTER.members) > SEATS
     rotation = Rotation(SEATS, EPOCH)
     assert not look(rotation, None, 0)
     assert not look(rotation, 1, 2), "its epoch is not over before the next one has a round on chain"
-    assert not look(rotation, 2, 3, is_training=False)
     assert look(rotation, 2, 3)
     drawn = msgspec.structs.replace(ROSTER, epoch=ROSTER.epoch + 1)
     assert not look(rotation, 2, 3, roster=drawn), "whoever drew, one draw is enough"
@@ -49,14 +49,17 @@ def test_a_committee_that_certifies_nothing_for_longer_than_an_epoch_is_replaced
     assert not look(rotation, 0, 1 + EPOCH)
     assert look(rotation, 0, 2 + EPOCH)
     assert not look(rotation, 0, 2 + EPOCH, has_unsettled=True), "it works, and the chain is to blame"
-    assert not look(rotation, 0, 2 + EPOCH, is_training=False)
     rotation.on_tried(Round(2 + EPOCH))
     assert not look(rotation, 0, 3 + EPOCH)
 
 
-def test_newcomers_and_gaps_do_not_wait() -> None:
+def test_only_newcomers_and_gaps_do_not_wait_for_a_round() -> None:
     for committee in ((), SEATED[:2], (*SEATED[:2], MemberIndex(99))):
-        assert look(Rotation(SEATS, EPOCH), None, 0, make_roster(committee=committee), is_training=False)
+        rotation, roster = Rotation(SEATS, EPOCH), make_roster(committee=committee)
+        assert look(rotation, None, 0, roster)
+        assert rotation.may_draw(roster, is_early=False)
+    assert not rotation.may_draw(ROSTER, is_early=False)
+    assert rotation.may_draw(ROSTER, is_early=True)
 
 
 def test_a_committee_of_all_members_is_never_drawn_anew() -> None:
