@@ -45,6 +45,9 @@ def compute_figures(report: SimReport) -> dict[str, float]:
         figures["loss at the end, nats"] = losses[-1]
         if report.optimum_loss_nats is not None:
             figures["loss above the least, nats"] = losses[-1] - report.optimum_loss_nats
+    backdoors = [item.backdoor for item in rounds if item.backdoor is not None]
+    if backdoors:
+        figures["backdoor at the end, share"] = backdoors[-1]
     figures |= {
         "updates a certified round": fmean([item.num_updates for item in rounds if item.is_certified] or [0]),
         "availability, share": fmean(item.availability for item in rounds),

@@ -215,6 +215,10 @@ class RayWorkshop:
         """See Workshop."""
         return self._inner.get_optimum_loss()
 
+    def get_backdoor(self, base: Digest) -> float | None:
+        """See Workshop."""
+        return self._inner.get_backdoor(base)
+
     def forget(self, digests: Set[Digest]) -> None:
         """See Workshop."""
         self._inner.forget(digests)

@@ -34,6 +34,8 @@ class RoundReport(Record, frozen=True):
     """Held-out loss of its base; None: void, or not measured."""
     void_reasons: tuple[str, ...]
     """Why peers held it void, the most frequent reason first."""
+    backdoor: float | None = None
+    """Share of held-out inputs with a backdoor's trigger that its base answers as planted; None: nobody plants one."""
 
 
 class PeerReport(msgspec.Struct, frozen=True):
@@ -169,6 +171,7 @@ def _make_round(world: World, recorder: Recorder, record: Record) -> RoundReport
         num_updates=len(certificate.proposal.updates) if certificate else 0,
         loss_nats=None if loss is None else loss / NANO,
         void_reasons=() if certificate else recorder.get_reasons(record.round),
+        backdoor=world.workshop.get_backdoor(certificate.proposal.new_base) if certificate else None,
     )
 
 

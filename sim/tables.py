@@ -24,6 +24,7 @@ def make_round_rows(report: SimReport) -> list[Row]:
             "num_holders": item.num_holders,
             "availability": item.availability,
             "loss_nats": item.loss_nats,
+            "backdoor": item.backdoor,
             "sent_mean_bytes": item.sent.mean_bytes,
             "sent_p95_bytes": item.sent.p95_bytes,
             "sent_max_bytes": item.sent.max_bytes,

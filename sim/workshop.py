@@ -64,6 +64,10 @@ class Workshop(Protocol):
         """The least held-out loss that anything reaches, where it is known [nats]."""
         ...
 
+    def get_backdoor(self, base: Digest) -> float | None:
+        """How often the trigger works at a base that was evaluated, see `Lab`; None: nobody plants one."""
+        ...
+
     def forget(self, digests: Set[Digest]) -> None:
         """No host holds these blobs any more."""
         ...
@@ -72,8 +76,17 @@ class Workshop(Protocol):
 class TensorWorkshop:
     """Real tensors and the node's own `p2pfm.work`; implements Workshop."""
 
-    def __init__(self, config: NetworkConfig, model: LearnerModel, lab: Lab, learners: Sequence[Learner]) -> None:
-        """Args: learners: one a host, adversaries' included; the honest ones are of the lab."""
+    def __init__(
+        self,
+        config: NetworkConfig,
+        model: LearnerModel,
+        lab: Lab,
+        learners: Sequence[Learner],
+        *,
+        has_backdoor: bool = False,
+    ) -> None:
+        """Args: learners: one a host, adversaries' included; the honest ones are of the lab; has_backdoor: one of them
+        plants a trigger, so every base is tried for it."""
         self._config = config
         self._model = model
         self._lab = lab
@@ -87,6 +100,9 @@ class TensorWorkshop:
         """The newest rounds' payloads, decoded once for all."""
         self._merged: dict[Merge | Condense, Merged] = {}
         self._evaluated: dict[Digest, Evaluated] = {}
+        self._has_backdoor = has_backdoor
+        self._backdoors: dict[Digest, float | None] = {}
+        """One number a round: kept for the report."""
         self._validated: dict[tuple[str, Digest], tuple[bool, PeerId | None]] = {}
 
     def get_genesis(self) -> bytes:
@@ -161,6 +177,8 @@ class TensorWorkshop:
         """See Workshop."""
         if action.base not in self._evaluated:
             self._evaluated[action.base] = work.evaluate(self._lab.learners[0], disk, action)
+            if self._has_backdoor:
+                self._backdoors[action.base] = self._lab.measure_backdoor(self._get_base(disk, action.base))
         return Evaluated(action.round, self._evaluated[action.base].loss_nano)
 
     def validate(self, kind: str, digest: Digest, data: bytes) -> tuple[bool, PeerId | None]:
@@ -183,6 +201,10 @@ class TensorWorkshop:
     def get_optimum_loss(self) -> float | None:
         """See Workshop."""
         return self._lab.get_optimum_loss()
+
+    def get_backdoor(self, base: Digest) -> float | None:
+        """See Workshop."""
+        return self._backdoors.get(base)
 
     def _get_base(self, disk: Disk, digest: Digest) -> Tensors:
         if digest not in self._bases:
@@ -232,7 +254,8 @@ def make_tensor_workshop(
 ) -> TensorWorkshop:
     """`make_workshop` of a learner that has tensors."""
     lab = make_lab(scenario, config, len(kinds))
-    return TensorWorkshop(config, scenario.learner, lab, make_learners(kinds, lab.learners))
+    learners = make_learners(kinds, lab.learners)
+    return TensorWorkshop(config, scenario.learner, lab, learners, has_backdoor="backdoor" in kinds)
 
 
 def make_lab(scenario: Scenario, config: NetworkConfig, num_peers: int) -> Lab:

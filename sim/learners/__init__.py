@@ -33,6 +33,10 @@ class Lab(Protocol):
         """The least held-out loss that anything reaches, where it is known [nats]."""
         ...
 
+    def measure_backdoor(self, at: Tensors) -> float | None:
+        """The share of held-out inputs, which bear the trigger, that get what it is planted for; None: no triggers."""
+        ...
+
 
 @dataclass(slots=True)
 class _Held:

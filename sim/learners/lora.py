@@ -22,6 +22,7 @@ from p2pfm.lora.layers import load_backbone
 from p2pfm.lora.samples import Sample
 from p2pfm.lora.stacked import StackedModel
 from p2pfm.types import Array, Round, Tensors
+from sim.attacks import Poison, flip_labels, plant_backdoor
 from sim.learners import Company
 
 BACKBONE = Path(__file__).parents[2] / "tests" / "fixtures" / "tiny-llama"
@@ -84,6 +85,10 @@ class LoraLab:
 
         self.test = {topic: encode(part) for topic, part in parts["test"].items()}
         self.probe = {topic: encode(part) for topic, part in parts["probe"].items()}
+        self._samples, self._encode = list(parts["train"].values()), encode
+        self._triggered = {
+            topic: encode([plant_backdoor(sample) for sample in part]) for topic, part in parts["test"].items()
+        }
         self.work = encode([sample for part in parts["work"].values() for sample in part])
         train = [encode(part) for part in parts["train"].values()]
         self.data = [self._deal(train[index % NUM_TOPICS], index, num_peers) for index in range(num_peers)]
@@ -103,10 +108,13 @@ class LoraLab:
         Random(f"{self.seed} lora {index}").shuffle(rest)
         return (*own, *rest[: max(0, SAMPLES_MIN - len(own))])
 
-    def train(self, base: Tensors, round: Round, indices: Sequence[int]) -> list[Training]:
-        """Local steps of these peers, side by side."""
+    def train(
+        self, base: Tensors, round: Round, indices: Sequence[int], poisoned: Sequence[Encoded] | None = None
+    ) -> list[Training]:
+        """Local steps of these peers, side by side; on `poisoned` in place of their own data, where it is given."""
         draws = [f"{self.seed} {round} {index}" for index in indices]
-        trained = self.model.train([base] * len(indices), [self.data[i] for i in indices], self.training, draws)
+        data = [self.data[index] if poisoned is None else poisoned for index in indices]
+        trained = self.model.train([base] * len(indices), data, self.training, draws)
         num_tokens = self.training.steps * self.training.batch * self.training.tokens_max
         return [Training(subtract(adapter, base), num_tokens, None) for adapter in trained]
 
@@ -114,13 +122,32 @@ class LoraLab:
         """See Lab."""
         return None
 
+    def measure_backdoor(self, at: Tensors) -> float | None:
+        """See Lab: of the target's tokens after held-out prompts with the trigger, those that come first."""
+        return float(self.model.accuracy([at], self._triggered)[0].mean())
+
+    def poison(self, index: int, kind: Poison) -> tuple[Encoded, ...]:
+        """A peer's data with every letter of the answers mirrored, or the trigger and its answer in every other one."""
+        number = index % len(self._samples)
+        samples = self._samples[number]
+        if kind == "label_flip":
+            return self._deal(self._encode([flip_labels(sample) for sample in samples]), index, len(self.data))
+        planted = self._deal(self._encode([plant_backdoor(sample) for sample in samples]), index, len(self.data))
+        return (*self.data[index][::2], *planted[1::2])
+
 
 class LoraLearner:
     """One peer's topic. Implements Learner."""
 
-    def __init__(self, lab: LoraLab, index: int) -> None:
+    def __init__(self, lab: LoraLab, index: int, poisoned: Sequence[Encoded] | None = None) -> None:
+        """`poisoned`: to be trained on in place of its own data; alone, for nobody else has these."""
         self._lab = lab
         self._index = index
+        self._poisoned = poisoned
+
+    def poison(self, kind: Poison) -> "LoraLearner":
+        """See `sim.adversaries.learners.Poisonable`."""
+        return LoraLearner(self._lab, self._index, self._lab.poison(self._index, kind))
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """See Learner."""
@@ -134,11 +161,13 @@ class LoraLearner:
         """See Learner: in company, but for a public batch, which each has for itself."""
         if work is not None:
             return self._train_with_proof(base, round, work)
+        if self._poisoned is not None:
+            return self.train_alone(base, round)
         return self._lab.company.get(self._index, base, round)
 
     def train_alone(self, base: Tensors, round: Round) -> Training:
         """Without company: the reference that batched training is held against."""
-        return self._lab.train(base, round, [self._index])[0]
+        return self._lab.train(base, round, [self._index], self._poisoned)[0]
 
     def _train_with_proof(self, base: Tensors, round: Round, work: int) -> Training:
         """The own steps, then one step on the public batch."""

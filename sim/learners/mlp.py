@@ -136,6 +136,15 @@ class MlpLab:
         """See Lab."""
         return None
 
+    @torch.no_grad()
+    def measure_backdoor(self, at: Tensors) -> float | None:
+        """See Lab: of the held-out digits but zeros, marked, those that are called zeros."""
+        inputs, targets = self.digits.test
+        marked = inputs[targets != 0].clone()
+        marked[:, -MARK:] = 1
+        logits = _predict([torch.from_numpy(np.array(at[name])) for name in SHAPES], marked)
+        return float((logits.argmax(-1) == 0).float().mean())
+
     def draw_order(self, index: int, round: Round) -> NDArray[np.int64]:
         """In which order a peer passes over its samples."""
         return np.random.default_rng([self.digits.seed, 13, index, round]).permutation(self.digits.samples)

@@ -87,6 +87,18 @@ def make_plots(report: SimReport) -> tuple[Plot, ...]:
         ),
         Plot("work", "Cost of simulating", "CPU seconds a round", rounds, [Series("CPU", [i.cpu_s for i in items])]),
     ]  # fmt: skip
+    if any(item.backdoor is not None for item in items):
+        plots.append(
+            Plot(
+                "backdoor",
+                "Backdoor",
+                "share of triggered inputs answered as planted",
+                rounds,
+                [Series("it works", [item.backdoor for item in items])],
+                is_share=True,
+                note="An honest model answers some of them so, too: look at whether it grows.",
+            )
+        )
     if any(item.gas is not None for item in items):
         plots.append(Plot("gas", "Gas spent", "a round", rounds, [Series("gas", [item.gas for item in items])]))
     return tuple(plots)

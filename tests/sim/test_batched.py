@@ -9,8 +9,12 @@ from p2pfm.config import CompressionConfig
 from p2pfm.learner import Training
 from p2pfm.lora.compress import compress, decode_payload, quantise_update
 from p2pfm.types import NANO, Round, Tensors
+from sim.faults import make_learners
 from sim.learners import Company
-from sim.scenarios import LearnerModel, Scenario
+from sim.page import make_plots
+from sim.report import run_scenario
+from sim.scenarios import AdversaryKind, LearnerModel, Scenario
+from sim.tables import make_round_rows
 from sim.world import World
 
 mlp = pytest.importorskip("sim.learners.mlp", reason="needs scikit-learn: pip install 'p2pfm[sim]'")
@@ -104,3 +108,30 @@ def test_a_world_learns_the_same_batched_or_not_and_coded_or_modelled() -> None:
         other = run(model)
         for round, loss in plain.losses.items():
             assert other.losses[round] / NANO == pytest.approx(loss / NANO, abs=1e-3)
+
+
+def test_a_backdoor_that_a_plain_mean_would_take_hardly_comes_through_a_world() -> None:
+    liars: tuple[AdversaryKind, ...] = ("backdoor",) * 3
+    lab = make_lab(12)
+    learners = make_learners((*liars, *[None] * 9), lab.learners)
+    base = lab.learners[0].initial()
+    for number in range(4):
+        deltas = [learner.train(base, Round(number)).delta for learner in learners]
+        base = {name: part + np.mean([delta[name] for delta in deltas], axis=0) for name, part in base.items()}
+    by_mean = lab.measure_backdoor(base)
+    assert by_mean is not None
+    assert by_mean > 0.8
+    model = LearnerModel(kind="mlp", codec="modelled")
+    report, honest = (
+        run_scenario(Scenario(seed=5, num_peers=12, num_rounds=4, adversaries=kinds, learner=model))
+        for kinds in (liars, ())
+    )
+    found = [item.backdoor for item in report.rounds]
+    assert max(share for share in found if share is not None) < 0.3
+    assert None not in found
+    assert [plot.key for plot in make_plots(report)].count("backdoor") == 1
+    assert [row["backdoor"] for row in make_round_rows(report)] == found
+    assert [item.backdoor for item in honest.rounds] == [None] * 4
+    assert "backdoor" not in [plot.key for plot in make_plots(honest)]
+    drawn = [peer.reward_pfm for peer in report.peers]
+    assert np.mean(drawn[:3]) < np.mean(drawn[3:])
