@@ -18,6 +18,7 @@ from harness import Target, finish, make_parser, print_table, read_options
 
 RUN = """
 import json, resource, sys, time
+from sim.network import NetworkModel
 from sim.scenarios import LearnerModel, PhaseConfig, Scenario
 from sim.world import World
 kind, peers, shard, committee, rounds = sys.argv[1], *map(int, sys.argv[2:6])
@@ -25,6 +26,7 @@ model = LearnerModel(kind=kind, codec="modelled" if kind == "mlp" else "real")
 phases = PhaseConfig(10_000, 6_000, 5_000, 3_000, 4_000, 3_000)
 world = World(Scenario(
     num_peers=peers, num_rounds=rounds, shard_size=shard, committee_size=committee, learner=model, phases=phases,
+    network=NetworkModel(quantum_ms=50),
 ))
 marks = [time.process_time()]
 world.run(lambda round: marks.append(time.process_time()))

@@ -7,10 +7,13 @@ import random
 import warnings
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
+import trio
+from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from nodes.adversaries import Wrap
@@ -18,16 +21,20 @@ from nodes.models import resolve
 from p2pfm.config import NodeConfig
 from p2pfm.learner import Learner, SpendingLog
 from p2pfm.lora.batches import encode_all
-from p2pfm.lora.checkpoint import read_lora
-from p2pfm.lora.layers import choose_device, load_backbone
+from p2pfm.lora.checkpoint import read_lora, write_checkpoint
+from p2pfm.lora.layers import choose_device, describe_form, load_backbone
 from p2pfm.lora.personal import split_samples
 from p2pfm.lora.samples import Sample, encode_lines, parse_probe
 from p2pfm.lora.torch_learner import Data, TorchLearner
+from p2pfm.runtime.backend import Backend
 from p2pfm.runtime.batcher import Batcher
 from p2pfm.runtime.engine import Engine
 from p2pfm.runtime.node import Learners, Models
 from p2pfm.runtime.text import load_text_codec
 from p2pfm.runtime.train_share import TrainShare
+from p2pfm.runtime.upstream import Upstream
+from p2pfm.runtime.upstream_adapters import VllmAdapters
+from p2pfm.runtime.upstream_check import connect_upstream
 from p2pfm.types import compute_digest
 
 
@@ -37,25 +44,43 @@ def make_models(config: NodeConfig, samples: Sequence[Sample], wrap: Wrap) -> Mo
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers_logging.disable_progress_bar()
     backbone = resolve(config.network.backbone)
-    batchers: list[Batcher] = []  # filled before anything is trained
-    share = TrainShare(config.serving.train_share, lambda: any(batcher.is_busy() for batcher in batchers))
+    backends: list[Backend] = []  # filled before anything is trained
+    share = TrainShare(config.serving.train_share, lambda: any(backend.is_busy() for backend in backends))
     return Models(
         codec=partial(load_text_codec, backbone, config.network.adapter.num_virtual),
-        engine=partial(_make_engine, config, backbone, batchers),
+        engine=partial(_make_backend, config, backbone, backends),
         learners=partial(_make_learners, config, backbone, samples, wrap, share),
         read_lora=read_lora,
     )
 
 
-def _make_engine(config: NodeConfig, backbone: str, batchers: list[Batcher]) -> Batcher | None:
-    if not config.serving.enabled:
-        return None
+def _make_backend(config: NodeConfig, backbone: str, backends: list[Backend]) -> Backend | None:
     serving = config.serving
-    engine = Engine(
-        backbone, config.network.adapter, serving.versions_kept, device=choose_device(), dtype=serving.dtype
+    if not serving.enabled:
+        return None
+    if serving.backend != "own":
+        made: Backend = _connect_upstream(config, backbone)
+    else:
+        made = Batcher(_load_engine(config, backbone, serving.versions_kept, serving.dtype))
+    backends.append(made)
+    return made
+
+
+def _load_engine(config: NodeConfig, backbone: str, versions_max: int, dtype: str) -> Engine:
+    return Engine(backbone, config.network.adapter, versions_max, device=choose_device(), dtype=dtype)
+
+
+def _connect_upstream(config: NodeConfig, backbone: str) -> Upstream:
+    network = config.network
+    codec = load_text_codec(backbone, network.adapter.num_virtual)
+    form = describe_form(AutoConfig.from_pretrained(backbone), network.adapter)
+    adapters = VllmAdapters(
+        Path(config.home) / "upstream",
+        config.serving.versions_kept,
+        lambda folder, tensors: write_checkpoint(folder, form, tensors, network.backbone),
     )
-    batchers.append(Batcher(engine))
-    return batchers[0]
+    load = lambda: _load_engine(config, backbone, 1, "stored").compute_logits  # noqa: E731
+    return trio.run(connect_upstream, config.serving, codec, load, adapters)
 
 
 def _make_learners(

@@ -8,6 +8,7 @@ import ipaddress
 import re
 import tomllib
 from typing import Literal
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -198,6 +199,12 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     enabled: bool = True
     local: Literal["prefer", "avoid", "only"] = "prefer"
+    backend: Literal["own", "vllm", "llama.cpp"] = "own"
+    """What generates: our own engine, or a server of the operator's with the same model (docs/guides/serving.md)."""
+    backend_url: str = "http://127.0.0.1:8080"
+    """Where that server listens. It sees all prompts: let it be this machine, or one that is trusted as much."""
+    backend_s: float = 60.0
+    """It may take so long for a few tokens, the reading of a prompt included; then the stream goes elsewhere."""
     sessions_max: int = 16
     """Streams generated at once; one pass takes them all."""
     versions_kept: int = 3
@@ -413,11 +420,34 @@ def parse_node_config(text: str) -> NodeConfig:
         )
     if not 0 <= config.serving.recheck_share <= 1:
         raise ConfigError(f"serving.recheck_share: expected 0 to 1, got {config.serving.recheck_share:g}")
+    _validate_backend(config)
     _validate_personal(config)
     _validate_rank(config)
     _validate_discovery(config.discovery)
     _validate_limits(config.limits)
     return config
+
+
+def _validate_backend(config: NodeConfig) -> None:
+    serving = config.serving
+    if not 0.1 <= serving.backend_s <= 3600:
+        raise ConfigError(f"serving.backend_s: expected 0.1 to 3600, got {serving.backend_s:g}")
+    if serving.backend == "own":
+        return
+    try:
+        url = urlsplit(serving.backend_url)
+        is_plain = bool(url.scheme in ("http", "https") and url.hostname) and url.port != 0
+    except ValueError:
+        is_plain = False
+    if not is_plain or url.username or url.query or url.fragment:
+        raise ConfigError(
+            f"serving.backend_url: expected http://HOST:PORT of a {serving.backend} server, got {serving.backend_url!r}"
+        )
+    if config.personal.enabled:
+        raise ConfigError(
+            f"personal.enabled: a private adapter is served by our own engine only; with serving.backend = "
+            f'"{serving.backend}" set it to false'
+        )
 
 
 def _validate_http(http: HttpConfig) -> None:

@@ -43,12 +43,17 @@ class Violation(AssertionError):
 
 def replay_command(scenario: Scenario) -> str:
     """What a person types to see the run again."""
+    return f"p2pfm sim run --scenario {quote_scenario(scenario)}"
+
+
+def quote_scenario(scenario: Scenario) -> str:
+    """A scenario as one word of a shell's: JSON of its seed and of all that is not as usual."""
     fields = {
         name: value
         for name, value in msgspec.structs.asdict(scenario).items()
         if value != getattr(Scenario(), name) or name == "seed"
     }
-    return f"p2pfm sim run --scenario {shlex.quote(msgspec.json.encode(fields).decode())}"
+    return shlex.quote(msgspec.json.encode(fields).decode())
 
 
 class Checks:
@@ -56,6 +61,8 @@ class Checks:
 
     def __init__(self, scenario: Scenario) -> None:
         self.num_steps = 0
+        self.steps_max: int | None = None
+        """A run of more is one that does not end; None: however many it takes."""
         self.certificates: dict[Round, Certificate] = {}
         """By round, as honest peers adopted them."""
         self.holders: dict[Round, set[PeerId]] = {}
@@ -84,7 +91,10 @@ class Checks:
         """
         peer = host.peer
         assert peer is not None, "only a running peer takes steps"
-        position = (peer.round, peer.phase)
+        if self.steps_max is not None and self.num_steps > self.steps_max:
+            self._require(False, f"a run ends within {self.steps_max} steps", now_ms, host.me)
+        state = peer.leaf.state
+        position = (state.round, state.phase)
         before = self._positions.get(host.me)
         if position != before:
             if before is not None and position < before:

@@ -86,6 +86,8 @@ class ChurnModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     trace_file: str = ""
     """Instead of `trace`: a CSV file with a header and the columns peer, up_from_ms, up_to_ms; "residential" is the one
     that ships with the simulator. `load_trace` reads it."""
+    trace_share: float = 1.0
+    """Of the peers that would follow the trace, so many do, drawn from the seed; the others are always up."""
     trace_repeats: bool = False
     """Further peers follow the trace from its first peer again."""
     trace_speedup: int = 1
@@ -112,7 +114,7 @@ def validate_churn_model(model: ChurnModel) -> None:
         ConfigError: names the field, what is allowed, and what it was.
     """
     checks: list[tuple[str, float, float, float]] = [
-        (key, getattr(model, key), 0, 1) for key in ("crash", "lost_disk", "leave", "late")
+        (key, getattr(model, key), 0, 1) for key in ("crash", "lost_disk", "leave", "late", "trace_share")
     ]
     checks.append(("trace_speedup", model.trace_speedup, 1, 1_000_000))
     for key in ("down_ms", "away_ms", "late_ms"):
@@ -132,7 +134,10 @@ def validate_churn_model(model: ChurnModel) -> None:
         if before.peer == after.peer:
             checks.append((f"trace up_from_ms of peer {after.peer}", after.up_from_ms, before.up_to_ms + 1, FOREVER_MS))
     if model.trace_file:
-        raise ConfigError(f"scenario churn.trace_file: {model.trace_file!r} has not been read (load_trace)")
+        raise ConfigError(
+            f"scenario churn.trace_file: expected its rows in churn.trace, and {model.trace_file!r} has not been read: "
+            "call sim.churn.load_trace"
+        )
     for key, value, least, most in checks:
         if not least <= value <= most:
             raise ConfigError(f"scenario churn.{key}: expected {least:g} to {most:g}, got {value:g}")
@@ -276,7 +281,10 @@ class Churn:
             rows.setdefault(peer, []).append(UpTime(peer, from_ms // speedup, to_ms // speedup))
         num_traced = max(rows, default=-1) + 1
         num_followers = self._num_hosts if rows and self._model.trace_repeats else min(num_traced, self._num_hosts)
-        return {index: rows.get(index % num_traced, []) for index in range(num_followers)}
+        followers: Sequence[int] = range(num_followers)
+        if self._model.trace_share < 1:
+            followers = sorted(self._rng.sample(followers, int(self._model.trace_share * num_followers + 0.5)))
+        return {index: rows.get(index % num_traced, []) for index in followers}
 
     def _sleepers(self) -> list[int]:
         """Hosts that ever go by their own schedule."""

@@ -1,13 +1,16 @@
 """`p2pfm sim`: run simulated networks, sweep, compare and report on them, or replay a node's event log.
 
 The door for people; knows no rule. Exit codes, as everywhere in p2pfm: 0 done; 2 a scenario or file that cannot work; 3
-an invariant was violated, or a replay differs; 130 interrupted: what was done until then is reported.
+an invariant was violated, code of ours broke down, or a replay differs; 130 interrupted: what was done until then is
+reported.
 """
 
 import itertools
+import shlex
 import sys
 import time
 import tomllib
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -21,12 +24,13 @@ from rich.table import Table
 
 from p2pfm.errors import ConfigError, OperatorError
 from p2pfm.types import Round
+from sim.breakdowns import Breakdown, telling_breakdowns
 from sim.checks import Violation
 from sim.compare import compare as compare_reports
 from sim.compare import compute_figures, compute_spreads, format_spread, render_comparison
 from sim.engine import Engine, run_sweep
 from sim.estimate import compute_estimate, describe, get_free_bytes, validate_memory
-from sim.hunt import Failure
+from sim.hunt import Failure, find_failure
 from sim.hunt import hunt as run_hunt
 from sim.library import change_scenario, list_names, load_scenario
 from sim.progress import RunProgress
@@ -34,8 +38,8 @@ from sim.ray_engine import spread
 from sim.recorder import Recorder
 from sim.replay import ReplayReport, replay_path
 from sim.report import SimReport, make_honest, make_report, open_world, render, set_beside
-from sim.results import load_report, load_reports, save_report
-from sim.scenarios import Scenario
+from sim.results import load_report, load_reports, save_report, validate_folder
+from sim.scenarios import Scenario, validate_scenario
 from sim.tables import Row, TableFormat, validate_format, write_table
 from sim.world import World
 
@@ -56,7 +60,9 @@ Source = Annotated[
     str, typer.Argument(metavar="[SCENARIO]", help="A shipped scenario (`p2pfm sim list`), a TOML file, or JSON.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON.")]
-Format = Annotated[TableFormat, typer.Option("--format", help="Of the tables: csv, or parquet (needs pyarrow).")]
+Format = Annotated[
+    TableFormat, typer.Option("--format", help="Of the tables: csv, or parquet (with the extra p2pfm[sim]).")
+]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Another value of a key, as in network.loss=0.1; repeat for more."),
@@ -111,6 +117,9 @@ def run(
             load_scenario(scenario or source or DEFAULT),
             {key: value for key, value in changes.items() if value is not None} | _parse_settings(settings),
         )
+        for folder in (out, logs):
+            if folder is not None:
+                validate_folder(folder)
         if logs is not None:
             chosen = msgspec.structs.replace(chosen, keep_logs=tuple(range(chosen.num_peers)))
         honest = make_honest(chosen) if beside_honest else None
@@ -118,12 +127,13 @@ def run(
         if honest is not None and report.is_complete:
             without = _simulate(honest, screen, None, engine)
             report = set_beside(report, without) if without.is_complete else report
-        page = None if out is None else save_report(report, out, format)
     if json:
         _write_json(report)
     else:
         screen.print(render(report))
-    if page is not None:
+    if out is not None:
+        with _refusals(screen):
+            page = save_report(report, out, format)
         screen.print(f"results in {out}, to be looked at: {page}", highlight=False, soft_wrap=True)
     if not report.is_complete:
         raise typer.Exit(EXIT_INTERRUPTED)
@@ -165,6 +175,8 @@ def sweep(
     screen = Console(stderr=json)
     with _refusals(screen):
         validate_format(format)
+        if out is not None:
+            validate_folder(out)
         plan = _plan_sweep(sources, _parse_seeds(seeds), _parse_choices(settings))
         done = _sweep([item for _, item in plan], engine, screen)
         runs = [(plan[index][0], report) for index, report in sorted(done.items())]
@@ -227,16 +239,23 @@ def hunt(
     minutes: Annotated[float, typer.Option(min=0, help="How long to look [min].")] = 10.0,
     seed: Annotated[int, typer.Option(min=0, help="The scenarios are drawn from this.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder where each finding is saved.")] = Path("found"),
+    again: Annotated[
+        str, typer.Option(metavar="SCENARIO", help="Only run this one, with all that a hunt asserts: a finding's file.")
+    ] = "",
     json: Json = False,
 ) -> None:
     """Run random scenarios until time is up; what fails is made small, saved, and told with a command for it."""
     screen = Console(stderr=json)
+    if again:
+        _run_again(again, screen, json)
+        return
     screen.print(f"seed {seed}", highlight=False)
     columns = (TextColumn("{task.fields[what]}"), BarColumn(), TimeRemainingColumn())
     with (
         _refusals(screen),
         Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress,
     ):
+        validate_folder(out)
         task, started_s = progress.add_task("hunt", total=minutes * 60, what="no run yet"), time.monotonic()
 
         def on_run(number: int, scenario: Scenario, failure: Failure | None) -> None:
@@ -251,6 +270,7 @@ def hunt(
         _write_json(found)
     for finding in found:
         screen.print(f"{finding.failure.kind}: {finding.command}", highlight=False, markup=False, soft_wrap=True)
+        screen.print(f"    or: p2pfm sim hunt --again {shlex.quote(finding.path)}", highlight=False, soft_wrap=True)
     screen.print(f"{len(found)} findings" if found else "nothing found", highlight=False)
     if found:
         raise typer.Exit(EXIT_VIOLATED)
@@ -278,12 +298,30 @@ def replay(
 # --- one run
 
 
+def _run_again(source: str, screen: Console, json: bool) -> None:
+    """What a hunt found: the same run, twice, with all that a hunt asserts."""
+    with _refusals(screen):
+        scenario = load_scenario(source)
+        validate_scenario(scenario)
+        screen.print(f"seed {scenario.seed}", highlight=False)
+        failure = find_failure(scenario, is_repeated=True)
+    if json:
+        _write_json(failure)
+    if failure is not None:
+        _fail(screen, failure.text, EXIT_VIOLATED)
+    screen.print("nothing is wrong with it (any more)", highlight=False)
+
+
 def _simulate(scenario: Scenario, screen: Console, logs: Path | None, engine: Engine) -> SimReport:
     """Run it with a bar; interrupted: the report so far."""
     screen.print(f"seed {scenario.seed}", highlight=False)
     estimate = validate_memory(scenario, get_free_bytes())
     screen.print(describe(estimate), highlight=False, style="dim")
-    with spread(scenario) if engine == "ray" else nullcontext() as workshop, open_world(scenario, workshop) as world:
+    with (
+        telling_breakdowns(scenario),
+        spread(scenario) if engine == "ray" else nullcontext() as workshop,
+        open_world(scenario, workshop) as world,
+    ):
         return _watch(world, estimate.cpu_s, screen, logs)
 
 
@@ -444,7 +482,12 @@ def _refusals(screen: Console) -> Iterator[None]:
         yield
     except OperatorError as error:
         _fail(screen, str(error), EXIT_UNUSABLE)
+    except MemoryError:
+        _fail(screen, "out of memory: run fewer peers, or fewer runs at a time", EXIT_UNUSABLE)
     except Violation as error:
+        if isinstance(error, Breakdown):  # where it came from is what its finder needs
+            lines = traceback.format_exception(error.__cause__ or error)
+            screen.print("".join(lines), style="dim", highlight=False, markup=False, soft_wrap=True)
         _fail(screen, str(error), EXIT_VIOLATED)
     except KeyboardInterrupt:
         _fail(screen, "interrupted", EXIT_INTERRUPTED)

@@ -61,6 +61,7 @@ def compute_figures(report: SimReport) -> dict[str, float]:
             figures["reward, honest, PFM"] = kind.reward_pfm
         else:
             figures[f"gain over honest, {kind.kind}, PFM"] = kind.gain_pfm
+            figures[f"together, {kind.kind}, PFM"] = kind.together_pfm
     harm = compute_harm(report)
     if harm is not None:
         figures |= {"harm: pay of an honest peer, PFM": harm.pay_pfm, "harm: void rounds": harm.num_void}

@@ -50,6 +50,10 @@ class Disk:
             raise KeyError(f"{digest.hex()[:10]} is not on this disk")
         return self._pool[digest]
 
+    def can_read(self, digest: Digest) -> bool:
+        """Whether any disk of the world still holds it."""
+        return digest in self._pool
+
     def read(self, digest: Digest) -> bytes:
         """The bytes of a digest that some disk held a moment ago."""
         return self._pool[digest]

@@ -6,25 +6,27 @@ many of them are run depends on the clock, so what one found is found again.
 
 import re
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
+from importlib.util import find_spec
 from pathlib import Path
 from random import Random
-from typing import TypeVar, get_args
+from typing import Literal, TypeVar, get_args
 
 import msgspec
 
 from p2pfm.config import PhaseConfig
 from p2pfm.errors import ConfigError
 from p2pfm.types import Millis
-from sim.checks import Violation, replay_command
-from sim.churn import ChurnModel
+from sim.breakdowns import Breakdown, telling_breakdowns
+from sim.checks import Violation, quote_scenario
+from sim.churn import DAY_HOURS, ChurnModel, Diurnal, UpTime
 from sim.clocks import ClockModel
-from sim.network import Gossip, LinkClass, NetworkModel, Partition
+from sim.network import WORLD, Gossip, LinkClass, NetworkModel, Partition
 from sim.replay import replay
 from sim.scenarios import (
     COMMITTEE_SIZE,
     AdversaryKind,
+    LearnerModel,
     Outage,
     Scenario,
     WorkTimes,
@@ -43,8 +45,14 @@ ROUNDS_MAX = 5
 SIGNER_KINDS: frozenset[AdversaryKind] = frozenset({"split_votes", "overpayer"})
 """Who signs what no honest member would: a third of a committee of these may break what a certificate promises."""
 
+STEPS_MAX = 10_000
+"""For each peer and round; most take 40 to 200: more is a run that does not end."""
+
 TROUBLE = 0.4
 """The chance of each kind of trouble (loss, crashes, partitions ...): half of all scenarios have two or three."""
+
+RARE = 0.2
+"""The chance of what few scenarios need: regions, links, gossip, days, traces, shares of adversaries, other stakes."""
 
 SHARDED = 0.25
 """Share of the scenarios whose peers are dealt into shards, of a few peers each."""
@@ -150,26 +158,30 @@ def find_failure(scenario: Scenario, *, is_repeated: bool = False) -> Failure | 
         ConfigError: a scenario that cannot run.
     """
     world = World(scenario)
+    world.checks.steps_max = STEPS_MAX * scenario.num_peers * scenario.num_rounds
     try:
-        world.run()
-        check_end(world)
-        for host in world.hosts:
-            for log in host.logs:
-                difference = replay(bytes(log)).difference
-                assert difference is None, f"the log of {host.me} replays differently: {difference}"
-        if is_repeated:
-            again = World(scenario)
-            again.run()
-            assert again.trace_digest() == world.trace_digest(), "one seed, two traces"
+        with telling_breakdowns(scenario, world.tell_moment):
+            world.run()
+            check_end(world)
+            for host in world.hosts:
+                for log in host.logs:
+                    difference = replay(bytes(log)).difference
+                    _require(difference is None, "a log replays to the same actions", world, (host.me, difference))
+            if is_repeated:
+                again = World(scenario)
+                again.run()
+                _require(again.trace_digest() == world.trace_digest(), "one seed gives one trace", world, ())
+    except Breakdown as error:
+        return Failure(error.kind, str(error))
     except Violation as error:
         rule = str(error).partition("violated: ")[2].partition(". Replay: ")[0]
         return Failure(_strip_numbers(rule), str(error))
-    except Exception as error:  # noqa: BLE001 (whatever a world raises is a bug of ours, and what is looked for)
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{type(error).__name__} in {frame.name} of {Path(frame.filename).name}"
-        told = f"seed {scenario.seed}, step {world.checks.num_steps}: {where}, line {frame.lineno}: {error}"
-        return Failure(where, f"{told}. Replay: {replay_command(scenario)}")
     return None
+
+
+def again_command(scenario: Scenario) -> str:
+    """What a person types to see what a hunt found: what it asserts beyond each step is asserted again."""
+    return f"p2pfm sim hunt --again {quote_scenario(scenario)}"
 
 
 def check_end(world: World) -> None:
@@ -200,7 +212,7 @@ def _require(is_true: bool, rule: str, world: World, who: Sequence[object]) -> N
     if not is_true:
         raise Violation(
             f"seed {world.scenario.seed}, step {world.checks.num_steps}, at the end, {', '.join(map(str, who))}: "
-            f"violated: {rule}. Replay: {replay_command(world.scenario)}"
+            f"violated: {rule}. Replay: {again_command(world.scenario)}"
         )
 
 
@@ -230,14 +242,21 @@ def _draw(rng: Random, peers_max: int) -> Scenario:
     committee_size = rng.randint(1, min(num_peers, shard_size)) if _has(rng) else 0
     phases = _draw_phases(rng) if _has(rng) else Scenario().phases
     length_ms = num_rounds * sum(msgspec.structs.astuple(phases))
+    learner = _draw_learner(rng)
+    known = [kind for kind in get_args(AdversaryKind) if kind not in NEEDS_LABELS or learner.kind != "convex"]
+    adversaries = _draw_adversaries(rng, known, num_peers, committee_size or COMMITTEE_SIZE) if _has(rng) else ()
+    shares = _draw_shares(rng, known) if rng.random() < RARE else {}
     return Scenario(
         seed=rng.randrange(1 << 32),
         num_peers=num_peers,
         num_rounds=num_rounds,
-        churn=_draw_churn(rng, length_ms) if _has(rng) else ChurnModel(),
+        learner=learner,
+        churn=_draw_churn(rng, num_peers, length_ms) if _has(rng) else ChurnModel(),
         network=_draw_network(rng, num_peers, length_ms),
         clocks=ClockModel(rng.choice((0, 100, 500, 2_000)), rng.choice((0.0, 0.0, 100.0))),
-        adversaries=_draw_adversaries(rng, num_peers, committee_size or COMMITTEE_SIZE) if _has(rng) else (),
+        adversaries=adversaries,
+        adversary_shares=shares,
+        stakes=_draw_stakes(rng, {*adversaries, *shares}) if rng.random() < RARE else {},
         outages=(_draw_outage(rng, length_ms),) if _has(rng) else (),
         work=_draw_work(rng) if _has(rng) else WorkTimes(),
         phases=phases,
@@ -253,7 +272,15 @@ def _has(rng: Random) -> bool:
     return rng.random() < TROUBLE
 
 
-def _draw_churn(rng: Random, length_ms: int) -> ChurnModel:
+def _draw_learner(rng: Random) -> LearnerModel:
+    """Mostly the quick one whose loss is known; perceptrons where they can be trained here."""
+    kind: Literal["digests", "mlp", "convex"] = rng.choices(("digests", "mlp", "convex"), (0.15, 0.05, 0.8))[0]
+    if kind == "mlp" and find_spec("sklearn") is None:
+        kind = "convex"
+    return LearnerModel(kind, codec="modelled" if kind == "mlp" and rng.random() < 0.5 else "real")
+
+
+def _draw_churn(rng: Random, num_peers: int, length_ms: int) -> ChurnModel:
     return ChurnModel(
         crash=rng.choice((0.05, 0.2, 0.5, 0.9)),
         down_ms=_draw_span(rng, 0, 60_000),
@@ -262,30 +289,79 @@ def _draw_churn(rng: Random, length_ms: int) -> ChurnModel:
         away_ms=_draw_span(rng, 1, length_ms),
         late=rng.choice((0.0, 0.3)),
         late_ms=_draw_span(rng, 0, length_ms),
+        diurnal=_draw_diurnal(rng, length_ms) if rng.random() < RARE else None,
+        trace=tuple(_draw_sessions(rng, num_peers, length_ms)) if rng.random() < RARE else (),
+        trace_repeats=rng.random() < 0.5,
+        trace_share=rng.choice((1.0, 0.3)),
+        trace_speedup=rng.choice((1, 2)),
     )
 
 
+def _draw_diurnal(rng: Random, length_ms: int) -> Diurnal:
+    return Diurnal(
+        share=rng.choice((0.2, 0.5, 1.0)),
+        day_ms=max(1_000, int(length_ms * rng.uniform(0.2, 2))),
+        from_hour=rng.uniform(0, DAY_HOURS),
+        num_hours=rng.uniform(1, DAY_HOURS - 1),
+        spread_hours=rng.choice((0.0, 2.0)),
+    )
+
+
+def _draw_sessions(rng: Random, num_peers: int, length_ms: int) -> Iterator[UpTime]:
+    """Up to three sessions of each of some peers."""
+    for peer in range(rng.randint(1, num_peers)):
+        moments = sorted(rng.sample(range(2 * length_ms), 2 * rng.randint(1, 3)))
+        yield from (UpTime(peer, begin, end) for begin, end in zip(moments[::2], moments[1::2], strict=True))
+
+
 def _draw_network(rng: Random, num_peers: int, length_ms: int) -> NetworkModel:
-    cuts = []
-    for _ in range(rng.randint(1, 2) if _has(rng) else 0):
-        start_ms = rng.randrange(length_ms)
-        end_ms = start_ms + rng.randrange(length_ms)
-        cuts.append(Partition(start_ms, end_ms, num_hosts=rng.randint(1, num_peers)))
+    regions: Literal["none", "world"] = "world" if rng.random() < RARE else "none"
+    num_cuts = rng.randint(1, 2) if _has(rng) else 0
+    cuts = [_draw_cut(rng, num_peers, length_ms, is_world=regions == "world") for _ in range(num_cuts)]
     slow, fast = LinkClass(0.5, 100, 500, loss=0.02), LinkClass(0.5, 5_000, 5_000)
     return NetworkModel(
         latency_ms=rng.choice(((20, 200), (0, 0), (1, 3_000))),
         loss=rng.choice((0.02, 0.2, 0.5)) if _has(rng) else 0.0,
         partitions=tuple(cuts),
-        regions="world" if rng.random() < 0.2 else "none",
-        links=(slow, fast) if rng.random() < 0.2 else (),
+        regions=regions,
+        links=(slow, fast) if rng.random() < RARE else (),
         behind_nat=rng.choice((0.0, 0.3)),
         symmetric_nat=rng.choice((0.0, 0.2)),
-        gossip=Gossip() if rng.random() < 0.2 else None,
+        gossip=Gossip() if rng.random() < RARE else None,
     )
 
 
-def _draw_adversaries(rng: Random, num_peers: int, committee_size: int) -> tuple[AdversaryKind, ...]:
-    known = [kind for kind in get_args(AdversaryKind) if kind not in NEEDS_LABELS]
+def _draw_cut(rng: Random, num_peers: int, length_ms: int, *, is_world: bool) -> Partition:
+    """Of the first so many, of a share, of named hosts, or of a region; with hosts that reach both sides or without."""
+    start_ms = rng.randrange(length_ms)
+    end_ms = start_ms + rng.randrange(length_ms)
+    bridges = tuple(rng.sample(range(num_peers), 1)) if rng.random() < RARE else ()
+    match rng.choice(("first", "share", "hosts", "region" if is_world else "first")):
+        case "share":
+            return Partition(start_ms, end_ms, share=rng.uniform(0.05, 0.95), bridges=bridges)
+        case "hosts":
+            hosts = tuple(sorted(rng.sample(range(num_peers), rng.randint(1, num_peers))))
+            return Partition(start_ms, end_ms, hosts=hosts, bridges=bridges)
+        case "region":
+            return Partition(start_ms, end_ms, regions=(rng.choice(WORLD.names),), bridges=bridges)
+        case _:
+            return Partition(start_ms, end_ms, num_hosts=rng.randint(1, num_peers), bridges=bridges)
+
+
+def _draw_shares(rng: Random, known: Sequence[AdversaryKind]) -> dict[AdversaryKind, float]:
+    """Of kinds that cannot break a certificate, however many of them a committee has."""
+    harmless = [kind for kind in known if kind not in SIGNER_KINDS]
+    return {kind: rng.choice((0.05, 0.1, 0.15)) for kind in rng.sample(harmless, rng.randint(1, 2))}
+
+
+def _draw_stakes(rng: Random, kinds: Set[AdversaryKind]) -> dict[Literal["honest"] | AdversaryKind, float]:
+    staking: list[Literal["honest"] | AdversaryKind] = ["honest", *sorted(kinds)]
+    return {kind: rng.choice((1.0, 1.5, 4.0)) for kind in staking}
+
+
+def _draw_adversaries(
+    rng: Random, known: Sequence[AdversaryKind], num_peers: int, committee_size: int
+) -> tuple[AdversaryKind, ...]:
     drawn = rng.choices(known, k=rng.randint(1, max(1, num_peers // 3)))
     signers_max = (min(committee_size, num_peers) - 1) // 3
     signers = [kind for kind in drawn if kind in SIGNER_KINDS]
@@ -294,7 +370,7 @@ def _draw_adversaries(rng: Random, num_peers: int, committee_size: int) -> tuple
 
 def _draw_outage(rng: Random, length_ms: int) -> Outage:
     start_ms = rng.randrange(length_ms)
-    return Outage(start_ms, start_ms + rng.randrange(length_ms))
+    return Outage(start_ms, start_ms + rng.randint(1, length_ms))
 
 
 def _draw_work(rng: Random) -> WorkTimes:
@@ -332,7 +408,7 @@ def shrink(scenario: Scenario, failure: Failure, *, is_repeated: bool = False) -
         same = find_failure(simpler, is_repeated=is_repeated)
         if same is not None and same.kind == failure.kind:
             smallest, failure, candidates = simpler, same, _simplify(simpler)
-    return Finding(failure, smallest, scenario, replay_command(smallest), num_runs)
+    return Finding(failure, smallest, scenario, again_command(smallest), num_runs)
 
 
 def _simplify(scenario: Scenario) -> Iterator[Scenario]:
@@ -368,7 +444,12 @@ def _with_peers(scenario: Scenario, num_peers: int) -> Scenario:
     """The same with fewer peers: what names more of them than there are is cut."""
     replace = msgspec.structs.replace
     cuts = tuple(
-        replace(cut, num_hosts=min(cut.num_hosts, num_peers)) if cut.num_hosts else cut
+        replace(
+            cut,
+            num_hosts=min(cut.num_hosts, num_peers),
+            hosts=tuple(host for host in cut.hosts if host < num_peers),
+            bridges=tuple(host for host in cut.bridges if host < num_peers),
+        )
         for cut in scenario.network.partitions
     )
     return replace(

@@ -42,13 +42,17 @@ class RunProgress(Progress):
         return super().get_renderables()
 
     def compute_round_share(self) -> float:
-        """How much of the present round has passed, in virtual time."""
+        """How much of the present round has passed, in virtual time; after the last one there is none."""
+        if self._num_done >= self._num_rounds:
+            return 0.0
         start = compute_round_start(self._world.config, Round(self._num_done))
         end = compute_round_start(self._world.config, Round(self._num_done + 1))
         return min(1.0, max(0.0, (self._world.schedule.now_ms - start) / (end - start)))
 
     def compute_left_s(self, now_s: float, share: float) -> float:
         """Time left [s]: by the rounds so far; in the first round by the estimate, unless that is overdue."""
+        if self._num_done >= self._num_rounds:
+            return 0.0
         in_round_s = now_s - self._round_started_s
         if self._num_done:
             round_s = (self._round_started_s - self._started_s) / self._num_done

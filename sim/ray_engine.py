@@ -4,6 +4,7 @@ Knows Ray, which is an extra and imported only here, and the Workshop that it sp
 machine needs this same p2pfm.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
@@ -40,7 +41,10 @@ def open_ray() -> Iterator[Any]:
     # Ray would give each worker one thread, and a sum's last bits may depend on how many share it.
     num_threads = os.environ.get("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     try:
-        ray.init(log_to_driver=False, runtime_env={"env_vars": {"OMP_NUM_THREADS": num_threads}})
+        # Its remarks would be printed into the results.
+        ray.init(
+            log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": {"OMP_NUM_THREADS": num_threads}}
+        )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise OperatorError(f"no Ray cluster at {os.environ.get('RAY_ADDRESS', 'auto')!r}: {error}") from error
     try:
@@ -53,10 +57,13 @@ def run_everywhere(scenarios: Sequence[Scenario], on_done: Callable[[int, SimRep
     """Run every scenario, each as one task of one core.
 
     Raises:
+        ConfigError: one of them runs in this process only.
         OperatorError: see `open_ray`.
         Violation: an invariant does not hold; a note names the scenario's position.
         WorldError: a machine was lost.
     """
+    for scenario in scenarios:
+        _validate_ledger(scenario)
     with open_ray() as ray:
         task = ray.remote(num_cpus=1, max_retries=0)(run_scenario)
         running = {task.remote(scenario): index for index, scenario in enumerate(scenarios)}
@@ -74,6 +81,7 @@ def spread(scenario: Scenario) -> Iterator["RayWorkshop"]:
         ConfigError: peers of this scenario train nothing.
         OperatorError: see `open_ray`.
     """
+    _validate_ledger(scenario)
     if scenario.learner.kind == "digests":
         raise ConfigError("--engine ray spreads the peers' training, and with the learner digests nobody trains")
     with open_ray() as ray:
@@ -203,9 +211,9 @@ class RayWorkshop:
         """See Workshop."""
         return self._inner.evaluate(disk, action)
 
-    def validate(self, kind: str, digest: Digest, data: bytes) -> tuple[bool, PeerId | None]:
+    def validate(self, kind: str, digest: Digest, disk: Disk) -> tuple[bool, PeerId | None]:
         """See Workshop."""
-        return self._inner.validate(kind, digest, data)
+        return self._inner.validate(kind, digest, disk)
 
     def make_empty_payload(self, maker: PeerId) -> bytes:
         """See Workshop."""
@@ -250,6 +258,11 @@ class _Batch:
 class _Begun:
     batch: _Batch
     position: int
+
+
+def _validate_ledger(scenario: Scenario) -> None:
+    if scenario.ledger == "evm":
+        raise ConfigError("--engine ray: a real EVM runs in this process only: take ledger memory, or --engine local")
 
 
 def _get(ray: Any, promise: Any, what: str) -> Any:

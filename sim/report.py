@@ -15,8 +15,9 @@ from p2pfm.config import WEI_PER_PFM
 from p2pfm.errors import ConfigError
 from p2pfm.settlement.memory_ledger import InMemoryLedger
 from p2pfm.types import NANO, PeerId
+from sim.breakdowns import telling_breakdowns
 from sim.recorder import HONEST, Record, Recorder
-from sim.scenarios import Scenario, compute_kinds, compute_stakes
+from sim.scenarios import STAKE, Scenario, compute_kinds
 from sim.workshop import Workshop
 from sim.world import World
 
@@ -108,7 +109,7 @@ class SimReport(msgspec.Struct, frozen=True):
     is_complete: bool
     """False: interrupted; the figures are of the rounds so far."""
     trace: str
-    """SHA-256 over every step (hex): equal for equal scenarios, on every machine."""
+    """SHA-256 over every step (hex): equal for equal scenarios, wherever the learner's sums are."""
     optimum_loss_nats: float | None
     """The least loss that anything reaches; None: not known."""
     num_steps: int
@@ -156,10 +157,10 @@ def run_scenario(scenario: Scenario, on_world: Callable[[World], None] | None = 
 
     Raises:
         ConfigError: a scenario that cannot run.
-        Violation: an invariant does not hold.
+        Violation: an invariant does not hold; a Breakdown, if code of ours raised.
     """
     started_s = time.process_time()
-    with open_world(scenario) as world:
+    with telling_breakdowns(scenario), open_world(scenario) as world:
         recorder = Recorder(world)
         if on_world:
             on_world(world)
@@ -258,10 +259,7 @@ def compute_kinds_report(report: SimReport) -> tuple[KindReport, ...]:
     honest_pfm = fmean(honest) if honest else 0.0
     spread_pfm = stdev(honest) if len(honest) > 1 else 0.0
     own_gas = sum(report.gas.get(name, 0) for name in OWN_TRANSACTIONS) / max(1, len(report.peers))
-    stakes = {
-        kind or HONEST: s
-        for kind, s in zip(compute_kinds(report.scenario), compute_stakes(report.scenario), strict=True)
-    }
+    stakes = {str(kind): times for kind, times in report.scenario.stakes.items()}
     reports = []
     for kind in kinds if num_rounds else ():
         peers = [peer for peer in report.peers if peer.kind == kind]
@@ -278,7 +276,7 @@ def compute_kinds_report(report: SimReport) -> tuple[KindReport, ...]:
                 gain_error_pfm=0.0 if kind == HONEST else spread_pfm * sqrt(1 / len(peers) + 1 / max(1, len(honest))),
                 sent_bytes=fmean(peer.bytes_sent for peer in peers) / num_rounds,
                 received_bytes=fmean(peer.bytes_received for peer in peers) / num_rounds,
-                stake_pfm=stakes[kind] / WEI_PER_PFM,
+                stake_pfm=STAKE / WEI_PER_PFM * stakes.get(kind, 1.0),
                 gas=own_gas if report.gas else None,
             )
         )
@@ -286,7 +284,10 @@ def compute_kinds_report(report: SimReport) -> tuple[KindReport, ...]:
 
 
 def render(report: SimReport) -> RenderableType:
-    """Tables of rounds and of peers by kind, where there are attackers of their costs, and the totals."""
+    """Tables of rounds and of peers by kind, where there are attackers of their costs, and the totals; a sentence where
+    no round has ended."""
+    if not report.rounds:
+        return Text(f"no round of {report.scenario.num_rounds} has ended: {report.num_steps} steps so far")
     costs = [_render_costs(report)] if any(peer.kind != HONEST for peer in report.peers) else []
     return Group(_render_rounds(report), _render_kinds(report), *costs, _render_totals(report))
 
@@ -320,8 +321,9 @@ def _cut(rounds: Sequence[RoundReport]) -> list[RoundReport | None]:
 
 def _render_kinds(report: SimReport) -> Table:
     table = Table(title="Peers", title_justify="left")
-    for name in ("kind", "peers", "reward", "together", "slashed", "gain over honest", "blamed"):
-        table.add_column(name, justify="left" if name == "kind" else "right", no_wrap=True)
+    for name in ("kind", "peers", "reward", "together", "slashed", "gain over\nhonest", "blamed"):
+        # Where a screen is narrow, a kind's name is broken, and no number cut.
+        table.add_column(name, justify="left" if name == "kind" else "right", no_wrap=name != "kind")
     for kind in compute_kinds_report(report):
         table.add_row(
             kind.kind,

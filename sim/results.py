@@ -1,5 +1,6 @@
 """A run's results as a folder: scenario.toml, report.json, rounds and peers as tables, report.html. Knows no run."""
 
+import os
 from pathlib import Path
 
 import msgspec
@@ -12,6 +13,21 @@ from sim.tables import TableFormat, make_peer_rows, make_round_rows, write_table
 
 REPORT = "report.json"
 PAGE = "report.html"
+
+
+def validate_folder(folder: Path) -> None:
+    """Refuse, before a run, a folder that could not be made or written; nothing is made here.
+
+    Raises:
+        OperatorError: names what stands in the way.
+    """
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        raise OperatorError(f"{folder}: expected a folder for results, and {nearest} is none: choose another")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise OperatorError(
+            f"{folder}: expected a folder to write to, and {nearest} may not be written: choose another"
+        )
 
 
 def save_report(report: SimReport, folder: Path, format: TableFormat = "csv") -> Path:

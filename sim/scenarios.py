@@ -3,6 +3,7 @@
 Knows no peer; a Scenario and nothing else decides a run, to the last byte of its trace.
 """
 
+from collections import Counter
 from random import Random
 from typing import Literal, NamedTuple
 
@@ -28,6 +29,9 @@ from sim.network import NetworkModel, validate_network_model
 
 PEERS_MAX = 16_000
 """Two levels of shards reach so many, and one message must hold a leaf for each."""
+
+SHARD_SIZE_MAX = 128
+"""Peers that hear each other's every word: the protocol's bound (ALGORITHMS, part 1)."""
 
 COMMITTEE_SIZE = 9
 """Members of a committee where a scenario does not say."""
@@ -180,39 +184,77 @@ def validate_scenario(scenario: Scenario) -> None:
     Raises:
         ConfigError: names the field, what is allowed, and what it was.
     """
+    num_peers, shard_size = scenario.num_peers, scenario.shard_size
     checks: tuple[tuple[str, float, float, float], ...] = (
-        ("num_peers", scenario.num_peers, 1, min(PEERS_MAX, scenario.shard_size**2)),
+        ("shard_size", shard_size, 2, SHARD_SIZE_MAX),
         ("num_rounds", scenario.num_rounds, 1, 100_000),
-        ("shard_size", scenario.shard_size, 2, 128),
-        ("committee_size", scenario.committee_size, 0, min(128, scenario.num_peers, scenario.shard_size)),
-        ("adversaries", len(scenario.adversaries), 0, scenario.num_peers),
         ("seed", scenario.seed, 0, 2**63 - 1),
     )
     for key, value, low, high in checks:
         if not low <= value <= high:
-            raise ConfigError(f"scenario {key}: expected {low:g} to {high:g}, got {value:g}")
+            raise ConfigError(f"scenario {key}: expected {low:,} to {high:,}, got {value:,}")
+    peers_max = min(PEERS_MAX, shard_size**2)
+    if not 1 <= num_peers <= peers_max:
+        hint = f" (two levels of shards of {shard_size}: raise shard_size)" if peers_max < PEERS_MAX else ""
+        raise ConfigError(f"scenario num_peers: expected 1 to {peers_max:,}{hint}, got {num_peers:,}")
+    if not 0 <= scenario.committee_size <= min(num_peers, shard_size):
+        bound, more = (num_peers, "add peers") if num_peers <= shard_size else (shard_size, "raise shard_size")
+        what = f"{bound} peers" if num_peers <= shard_size else f"shards of {bound}"
+        raise ConfigError(
+            f"scenario committee_size: expected 0 to {bound}, got {scenario.committee_size} ({what}: {more} or take a "
+            "smaller committee)"
+        )
+    _validate_times(scenario)
     validate_churn_model(scenario.churn)
     validate_clock_model(scenario.clocks)
     validate_network_model(scenario.network, scenario.num_peers)
     shares = sum(scenario.adversary_shares.values())
     if min(scenario.adversary_shares.values(), default=0) < 0 or shares > 1:
         raise ConfigError(f"scenario adversary_shares: expected shares of 0 to 1 in all, got {shares:g}")
+    num_named, num_drawn = len(scenario.adversaries), compute_counts(scenario).total()
+    if num_named + num_drawn > num_peers:
+        raise ConfigError(
+            f"scenario adversaries: expected no more than the {num_peers} peers, got {num_named} by name and "
+            f"{num_drawn} by adversary_shares: add peers or take fewer"
+        )
+    missing = [index for index in scenario.keep_logs if not 0 <= index < num_peers]
+    if missing:
+        raise ConfigError(
+            f"scenario keep_logs: expected numbers of peers, 0 to {num_peers - 1}, got {missing[0]}: add peers or "
+            "leave it out"
+        )
     for kind, stake in scenario.stakes.items():
         if not 1 <= stake <= STAKES_MAX:
             raise ConfigError(f"scenario stakes.{kind}: expected 1 to {STAKES_MAX:,} times the least, got {stake:g}")
     validate_network(make_network(scenario))
 
 
+def _validate_times(scenario: Scenario) -> None:
+    for key, (low, high) in msgspec.structs.asdict(scenario.work).items():
+        if not 0 <= low <= high:
+            raise ConfigError(
+                f"scenario work.{key}: expected the least time, 0 or more, and then the greatest, got [{low}, {high}]"
+            )
+    for number, outage in enumerate(scenario.outages):
+        if not 0 <= outage.start_ms < outage.end_ms:
+            raise ConfigError(
+                f"scenario outages[{number}]: expected a start_ms of 0 or more and a later end_ms, got "
+                f"{outage.start_ms} and {outage.end_ms}"
+            )
+
+
+def compute_counts(scenario: Scenario) -> Counter[AdversaryKind]:
+    """How many peers of each kind its share comes to, rounded, beside those that are named one by one."""
+    num_peers = scenario.num_peers
+    return Counter({kind: int(share * num_peers + 0.5) for kind, share in sorted(scenario.adversary_shares.items())})
+
+
 def compute_kinds(scenario: Scenario) -> tuple[AdversaryKind | None, ...]:
     """What each peer is, by its number; None: honest."""
-    kinds: list[AdversaryKind | None] = list(scenario.adversaries)
-    drawn: list[AdversaryKind | None] = []
-    for kind, share in sorted(scenario.adversary_shares.items()):
-        drawn += [kind] * int(share * scenario.num_peers + 0.5)
-    rest = scenario.num_peers - len(kinds) - len(drawn)
-    drawn += [None] * rest
+    drawn: list[AdversaryKind | None] = list(compute_counts(scenario).elements())
+    drawn += [None] * (scenario.num_peers - len(scenario.adversaries) - len(drawn))
     Random(f"{scenario.seed} kinds").shuffle(drawn)
-    return (*kinds, *drawn)[: scenario.num_peers]
+    return (*scenario.adversaries, *drawn)
 
 
 def compute_stakes(scenario: Scenario) -> tuple[Wei, ...]:

@@ -69,7 +69,7 @@ def validate_format(format: TableFormat) -> None:
         OperatorError: pyarrow is missing.
     """
     if format == "parquet" and find_spec("pyarrow") is None:
-        raise OperatorError("--format parquet needs pyarrow: pip install pyarrow, or take csv")
+        raise OperatorError("--format parquet needs pyarrow, which is an extra: pip install 'p2pfm[sim]', or take csv")
 
 
 def write_table(rows: Sequence[Row], path: Path, format: TableFormat = "csv") -> Path:

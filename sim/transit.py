@@ -52,8 +52,8 @@ PULL_QUANTUM_MS = 50
 FEW_PULLS = 8
 """So many are not worth gathering."""
 
-Pull = tuple[Fetch, int]
-"""A blob that is wanted, and which of its providers is asked."""
+Pull = tuple[Fetch, int, int]
+"""A blob that is wanted, which of its providers is asked, and its size [bytes] once one gives it."""
 
 Step = Callable[[Host, AnyEvent], None]
 StepAll = Callable[[Host, Sequence[AnyEvent]], None]
@@ -185,10 +185,13 @@ class Transit:
     def answer_sync(self, token: int, reply: SyncReply) -> None:
         """The answer goes back to whoever asked."""
         host, life, target = self._askers.pop(token)
-        num_bytes = len(encode(reply)) if reply.envelopes or reply.head else REQUEST_BYTES
+        if not reply.envelopes and not reply.head:  # what tells nothing changes nothing
+            target.num_bytes_sent += REQUEST_BYTES
+            return
+        num_bytes = len(encode(reply))
         target.num_bytes_sent += num_bytes
         delay_ms = self._network.draw_delay(target.index, host.index, num_bytes, self._schedule.now_ms)
-        if delay_ms is not None and (reply.envelopes or reply.head):  # what tells nothing changes nothing
+        if delay_ms is not None:
             self._schedule.after(delay_ms, partial(self._take_sync, host, life, target, reply, num_bytes))
 
     def _take_sync(self, host: Host, life: int, target: Host, reply: SyncReply, num_bytes: int) -> None:
@@ -204,20 +207,21 @@ class Transit:
 
     def fetch(self, host: Host, wanted: Sequence[Fetch]) -> None:
         """Get blobs from the host's own disk, else each from one provider after the other."""
-        self._pull(host, host.life, [(action, 0) for action in wanted])
+        self._pull(host, host.life, [(action, 0, 0) for action in wanted])
 
     def _pull(self, host: Host, life: int, pulls: list[Pull]) -> None:
         if host.life != life or host.peer is None:
             return
         asked: list[Pull] = []
-        for action, attempt in pulls:
+        for pull in pulls:
+            action, attempt, _ = pull
             if action.digest in host.disk.held:
-                _, maker = self._workshop.validate(action.kind, action.digest, host.disk.get(action.digest))
+                _, maker = self._workshop.validate(action.kind, action.digest, host.disk)
                 self._later(host, Fetched(action.digest, maker))
             elif not action.providers or attempt > min(len(action.providers), PROVIDERS_MAX):
                 self._later(host, FetchFailed(action.digest, is_malformed=False))
             else:
-                asked.append((action, attempt))
+                asked.append(pull)
         if not asked:
             return
         host.num_bytes_sent += REQUEST_BYTES * len(asked)
@@ -233,7 +237,7 @@ class Transit:
         refused: list[Pull] = []
         silent: list[Pull] = []
         for pull in pulls:
-            action, target = pull[0], self._ask(pull)
+            (action, attempt, _), target = pull, self._ask(pull)
             if target.peer is None:
                 silent.append(pull)
                 continue
@@ -242,7 +246,7 @@ class Transit:
             if not 0 < size <= action.bytes_max:
                 refused.append(pull)
                 continue
-            given.append(pull)
+            given.append((action, attempt, size))
             sources.append(target.index)
             sizes.append(size)
             target.num_bytes_sent += size
@@ -259,15 +263,19 @@ class Transit:
         if host.life != life or host.peer is None:
             return
         told: list[AnyEvent] = []
-        for action, _ in pulls:
-            data = host.disk.read(action.digest)
-            host.num_bytes_received += len(data)
-            is_valid, maker = self._workshop.validate(action.kind, action.digest, data)
+        disk, validate = host.disk, self._workshop.validate
+        for action, _, size in pulls:
+            digest = action.digest
+            if not disk.can_read(digest):  # under way for rounds, over a slow link: nobody needs it any more
+                told.append(FetchFailed(digest, is_malformed=False))
+                continue
+            host.num_bytes_received += size
+            is_valid, maker = validate(action.kind, digest, disk)
             if is_valid:
-                host.disk.held.add(action.digest)
-                told.append(Fetched(action.digest, maker))
+                disk.held.add(digest)
+                told.append(Fetched(digest, maker))
             else:
-                told.append(FetchFailed(action.digest, is_malformed=True))
+                told.append(FetchFailed(digest, is_malformed=True))
         self._step_all(host, told)
 
     def _give_up(self, host: Host, life: int, pulls: list[Pull]) -> None:
@@ -275,11 +283,11 @@ class Transit:
         self._schedule.after(TIMEOUT_MS, partial(self._ask_next, host, life, pulls))
 
     def _ask_next(self, host: Host, life: int, pulls: list[Pull]) -> None:
-        self._pull(host, life, [(action, attempt + 1) for action, attempt in pulls])
+        self._pull(host, life, [(action, attempt + 1, 0) for action, attempt, _ in pulls])
 
     def _ask(self, pull: Pull) -> Host:
         """Who is asked: the first provider twice, since its blob may not be public at the first time."""
-        action, attempt = pull
+        action, attempt, _ = pull
         return self._by_peer[action.providers[attempt - 1 if attempt else 0]]
 
     def _gather(

@@ -52,8 +52,8 @@ class Workshop(Protocol):
         """Held-out loss at a base: the same for all who ask."""
         ...
 
-    def validate(self, kind: str, digest: Digest, data: bytes) -> tuple[bool, PeerId | None]:
-        """Whether a blob's bytes are well-formed, and who made them."""
+    def validate(self, kind: str, digest: Digest, disk: Disk) -> tuple[bool, PeerId | None]:
+        """Whether a blob's bytes, as they come to a disk, are well-formed, and who made them."""
         ...
 
     def make_empty_payload(self, maker: PeerId) -> bytes:
@@ -181,14 +181,14 @@ class TensorWorkshop:
                 self._backdoors[action.base] = self._lab.measure_backdoor(self._get_base(disk, action.base))
         return Evaluated(action.round, self._evaluated[action.base].loss_nano)
 
-    def validate(self, kind: str, digest: Digest, data: bytes) -> tuple[bool, PeerId | None]:
+    def validate(self, kind: str, digest: Digest, disk: Disk) -> tuple[bool, PeerId | None]:
         """See Workshop."""
         if digest in self._updates:
             return kind == "payload", self._updates[digest][0]
         key = (kind, digest)
         if key not in self._validated:
             try:
-                self._validated[key] = (True, work.validate_blob(kind, data, self._shapes, self._config))
+                self._validated[key] = (True, work.validate_blob(kind, disk.read(digest), self._shapes, self._config))
             except Reject:
                 self._validated[key] = (False, None)
         return self._validated[key]

@@ -1,7 +1,7 @@
 """A world of peers in virtual time: the simulator's driver. It drives the very `Peer` that the node runs.
 
 Knows every part of a simulation and no rule of the protocol. All randomness comes from the scenario's seed, so a run is
-the same to the last byte on every machine; its trace digest proves it.
+the same to the last byte wherever its learner's sums are; its trace digest proves it.
 """
 
 import gc
@@ -57,6 +57,7 @@ from p2pfm.protocol.peer import Peer, initial_durable
 from p2pfm.protocol.phases import compute_round_start
 from p2pfm.types import Digest, Millis, PeerId, Round
 from sim.adversaries.filters import Deed, Honest
+from sim.breakdowns import telling_breakdowns
 from sim.chain import Chain, OtherLedger
 from sim.checks import Checks
 from sim.churn import Churn, Departure
@@ -177,9 +178,9 @@ class World:
             on_round: told each round's number when it is over.
 
         Raises:
-            Violation: an invariant does not hold.
+            Violation: an invariant does not hold; a Breakdown, if code of ours raised.
         """
-        with _quiet_collector():
+        with _quiet_collector(), telling_breakdowns(self.scenario, self.tell_moment):
             self._run(on_round)
 
     def _run(self, on_round: Callable[[Round], None] | None) -> None:
@@ -203,6 +204,10 @@ class World:
         self.schedule.run(Millis(self.schedule.now_ms + COOL_DOWN_MS))
         self.schedule.run(Millis(self.schedule.now_ms + 1000 * self._challenge_window_s()))
         self._claim()
+
+    def tell_moment(self) -> str:
+        """How far the run has come, for people."""
+        return f"step {self.num_steps}, {self.schedule.now_ms} ms"
 
     def trace_digest(self) -> str:
         """SHA-256 (hex) over all that happened so far: when, who, what, and what was done about it."""

@@ -24,11 +24,11 @@ from p2pfm.errors import OperatorError
 from p2pfm.lora.delta import Shapes, get_shapes
 from p2pfm.lora.kinds import PROMPT, compute_initial
 from p2pfm.lora.layers import (
-    ADAPTER,
     PREFIX,
+    PeftForm,
     adapter_shapes,
     build_peft,
-    get_frozen,
+    get_form,
     is_feed_forward,
     set_adapter_tensors,
 )
@@ -158,10 +158,15 @@ def export_checkpoint(folder: Path, peft_model: PeftModel, tensors: Tensors, bac
     Raises:
         OperatorError: tensors of another adapter, or not finite; or the folder cannot be written.
     """
-    validate_tensors(tensors, adapter_shapes(peft_model), "the base")
-    parts = fold(tensors, get_frozen(peft_model))
+    write_checkpoint(folder, get_form(peft_model), tensors, backbone)
+
+
+def write_checkpoint(folder: Path, form: PeftForm, tensors: Tensors, backbone: str = "") -> None:
+    """As `export_checkpoint`, by what `layers.describe_form` tells: for who has no model at hand."""
+    validate_tensors(tensors, form.shapes, "the base")
+    parts = fold(tensors, form.frozen)
     stored = {_stored_name(name): torch.from_numpy(np.ascontiguousarray(part)) for name, part in parts.items()}
-    config = copy.deepcopy(peft_model.peft_config[ADAPTER])
+    config = copy.deepcopy(form.config)
     config.inference_mode = True
     config.base_model_name_or_path = backbone
     try:

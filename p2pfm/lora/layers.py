@@ -5,7 +5,7 @@ whatever peft calls them inside.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -104,10 +104,29 @@ def describe_adapter(model: Any, config: AdapterConfig) -> tuple[dict[str, tuple
 
     The backbone stays as it is: a twin without weights is wrapped. Raises as `build_peft`.
     """
+    form = describe_form(model.config, config)
+    return form.shapes, form.frozen
+
+
+class PeftForm(NamedTuple):
+    """What a checkpoint of an adapter is made of, beside the base's tensors."""
+
+    shapes: dict[str, tuple[int, ...]]
+    frozen: dict[str, Array]
+    config: PeftConfig
+
+
+def describe_form(model_config: Any, config: AdapterConfig) -> PeftForm:
+    """Of a backbone with this transformers config; needs none of its weights. Raises as `build_peft`."""
     with torch.device("meta"):
-        twin = type(model)(model.config)
-        peft_model = _wrap(twin, config)
-    return adapter_shapes(peft_model), compute_frozen(config, get_sizes(peft_model))
+        peft_model = _wrap(AutoModelForCausalLM.from_config(model_config), config)
+    frozen = compute_frozen(config, get_sizes(peft_model))
+    return PeftForm(adapter_shapes(peft_model), frozen, peft_model.peft_config[ADAPTER])
+
+
+def get_form(peft_model: PeftModel) -> PeftForm:
+    """Of a model that has its adapter."""
+    return PeftForm(adapter_shapes(peft_model), get_frozen(peft_model), peft_model.peft_config[ADAPTER])
 
 
 def _wrap(model: Any, config: AdapterConfig) -> PeftModel:

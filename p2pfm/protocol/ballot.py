@@ -67,9 +67,6 @@ from p2pfm.settlement.rewards import compute_served_epoch, is_payout_round, prop
 from p2pfm.settlement.sampling import compute_quorum
 from p2pfm.types import Contribution, Digest, MemberIndex, PeerId, Round
 
-HOLDERS_MAX = 16
-"""Members of a shard that are asked for its payloads beside their authors."""
-
 
 class Ballot:
     """A round's committee as one of its peers sees it: all that it heard, and what to do about it."""
@@ -85,14 +82,13 @@ class Ballot:
         self.shard = shard
         self._certified: dict[Digest, tuple[int, Proposal]] = {}
         """Shards' certificates heard, by the payload that they certify."""
-        self._mates: dict[int, tuple[PeerId, ...]] = {}
-        """By shard: members that are asked for payloads of it."""
+        member = get_member(state.roster, standing.me) if state.roster else None
+        is_seated = state.roster is not None and member is not None and member.index in state.roster.committee
+        self._my_index = member.index if member is not None and is_seated else None
 
     def get_my_index(self) -> MemberIndex | None:
         """This peer's registry index, if it sits on the committee."""
-        roster = self.state.roster
-        member = get_member(roster, self.standing.me) if roster else None
-        return member.index if roster and member and member.index in roster.committee else None
+        return self._my_index
 
     def say(self, message: Word) -> Publish:
         """Gossip a word of this round to those whom it concerns."""
@@ -136,12 +132,7 @@ class Ballot:
         if self.dealt is None:
             return self.standing.peers
         number = self.shard if self.shard is not None else int(author.removeprefix("shard-"))
-        if number not in self._mates:
-            me, mates = self.standing.me, self.dealt.names[number]
-            start = self.standing.number % len(mates)
-            first = (mates[start:] + mates[:start])[: HOLDERS_MAX + 1]
-            self._mates[number] = tuple(peer for peer in first if peer != me)[:HOLDERS_MAX]
-        return self._mates[number]
+        return self.dealt.list_holders(number, self.standing.number, self.standing.me)
 
     def _proposed(self) -> frozenset[Digest]:
         """Payloads that the received proposal includes, be it right or wrong."""

@@ -23,6 +23,8 @@ class History:
         self.roots: dict[Round, Digest] = {}
         self._is_whole = False
         """Nothing lies between the first of the roots and the network's beginning."""
+        self._judged: tuple[SettledRound | None, dict[Round, Digest], bool] = (None, self.roots, False)
+        """What `is_orphaned` was last asked about, and its answer: it is asked at every sync, and seldom changes."""
         if head is not None:
             self.extend(head)
 
@@ -53,6 +55,13 @@ class History:
 
     def is_orphaned(self) -> bool:
         """The chain took another root than we did, for a round that we hold or after a root that we hold."""
+        settled, roots, is_orphaned = self._judged
+        if settled is not self.settled or roots is not self.roots:
+            is_orphaned = self._contradicts_chain()
+            self._judged = (self.settled, self.roots, is_orphaned)
+        return is_orphaned
+
+    def _contradicts_chain(self) -> bool:
         settled, lineage = self.settled, sorted(self.roots.items())
         if settled is None:
             return False

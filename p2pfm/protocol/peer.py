@@ -171,7 +171,9 @@ class Peer(Standing):
     def _on_housekeeping(self, now_ms: Millis, *, is_tick: bool) -> list[AnyAction]:
         """Ask a neighbour for what is missing, when it is time; set the next timer."""
         actions: list[AnyAction] = []
-        if now_ms >= self._next_sync_ms:
+        if self._awaits_others():
+            self._next_sync_ms = max(self._next_sync_ms, Millis(self._phase_ends_ms + SYNC_MS // 2))
+        elif now_ms >= self._next_sync_ms:
             self._next_sync_ms = Millis(now_ms + SYNC_MS)
             actions += self._ask_sync()
         due_ms = min(self._phase_ends_ms, self._next_sync_ms)
@@ -183,6 +185,18 @@ class Peer(Standing):
             self._due_ms = due_ms
             actions.append(SetTimer(due_ms))
         return actions
+
+    def _awaits_others(self) -> bool:
+        """Its shard is done and it has no seat above: there is nothing to lack until the committee there is done."""
+        top = self.top
+        return (
+            self.leaf.state.certificate is not None
+            and top is not self.leaf
+            and top.get_my_index() is None
+            and top.state.phase < Phase.MERGE
+            and self.wanted is None
+            and not self.history.is_behind()
+        )
 
     def _start_round(self, round: Round, phase: Phase) -> list[AnyAction]:
         actions = self._close_round()

@@ -14,6 +14,8 @@ is one long TRAIN, which ends with the shards' certificates, and the other phase
 long).
 """
 
+import itertools
+from bisect import bisect_right
 from enum import IntEnum
 from functools import lru_cache
 from typing import NamedTuple
@@ -31,6 +33,9 @@ class Phase(IntEnum):
     REVEAL = 3
     ATTEST = 4
     MERGE = 5
+
+
+PHASES = tuple(Phase)
 
 
 class Level(IntEnum):
@@ -56,6 +61,12 @@ def get_durations(config: NetworkConfig, level: Level = Level.SHARD) -> tuple[Mi
 
 
 @lru_cache(maxsize=64)
+def _get_ends(phases: PhaseConfig, has_shards: bool, level: Level) -> tuple[int, ...]:
+    """When each phase ends [ms since the round's beginning]; the last is the round's length."""
+    return tuple(itertools.accumulate(_get_durations(phases, has_shards, level)))
+
+
+@lru_cache(maxsize=64)
 def _get_durations(phases: PhaseConfig, has_shards: bool, level: Level) -> tuple[Millis, ...]:
     train, *later = (
         phases.train_ms,
@@ -77,14 +88,10 @@ def compute_position(config: NetworkConfig, now_ms: Millis, level: Level = Level
     elapsed = now_ms - config.genesis_ms
     if elapsed < 0:
         return Position(Round(-1), Phase.MERGE, config.genesis_ms)
-    durations = get_durations(config, level)
-    number, within = divmod(elapsed, sum(durations))
-    start = now_ms - within
-    for phase, duration in zip(Phase, durations, strict=True):
-        start += duration
-        if now_ms < start:
-            return Position(Round(number), phase, Millis(start))
-    raise AssertionError("a remainder is smaller than the sum it was divided by")
+    ends_ms = _get_ends(config.phases, config.has_shards, level)
+    number, within_ms = divmod(elapsed, ends_ms[-1])
+    place = bisect_right(ends_ms, within_ms)
+    return Position(Round(number), PHASES[place], Millis(now_ms - within_ms + ends_ms[place]))
 
 
 def compute_round_start(config: NetworkConfig, round: Round) -> Millis:

@@ -24,6 +24,9 @@ EVERYBODY = "all"
 TOP = "top"
 """The topic of the committee above the shards."""
 
+HOLDERS_MAX = 16
+"""Members of a shard that are asked for its payloads beside their authors."""
+
 
 class Deal(msgspec.Struct, frozen=True, dict=True):
     """One epoch's shards."""
@@ -42,6 +45,18 @@ class Deal(msgspec.Struct, frozen=True, dict=True):
         return {
             member.peer: MemberIndex(number) for number, shard in enumerate(self.shards) for member in shard.members
         }
+
+    def list_holders(self, shard: int, number: int, me: PeerId) -> tuple[PeerId, ...]:
+        """Members of a shard that `me` asks for its payloads beside their authors, beginning with another one for each
+        `number`.
+        """
+        known: dict[tuple[int, int], tuple[PeerId, ...]] = self.__dict__.setdefault("_holders", {})
+        mates = self.names[shard]
+        start = number % len(mates)
+        first = known.get((shard, start))
+        if first is None:  # kept for all peers of a process
+            first = known[(shard, start)] = (mates[start:] + mates[:start])[:HOLDERS_MAX]
+        return first if self.shard_of.get(me) != shard else tuple(peer for peer in first if peer != me)
 
 
 def deal(config: NetworkConfig, roster: Roster, round: Round) -> Deal | None:

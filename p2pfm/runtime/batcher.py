@@ -21,12 +21,17 @@ AHEAD_MAX = 4
 
 
 class Batcher:
-    """An engine shared by the tasks of one event loop."""
+    """An engine shared by the tasks of one event loop: `runtime.backend.Backend` and `OwnEngine`."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._waiting: dict[Stream, deque[TokenChunk | BrokenLogits]] = {}
         self._step_lock = trio.Lock()  # in the order of asking
+
+    @property
+    def own(self) -> "Batcher":
+        """It does all."""
+        return self
 
     def is_busy(self) -> bool:
         """Whether streams are open; may be asked from any thread."""

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import trio
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -20,6 +20,7 @@ from p2pfm.lora.personal import mix
 from p2pfm.lora.user_adapter import BACKBONE_VERSION
 from p2pfm.messages import GenerateRequest, Presence, TokenChunk, TokenLogprobs
 from p2pfm.runtime.attempt import Attempt, Deadlines, NewTokens, Refused, Stalled
+from p2pfm.runtime.backend import Backend, BackendFailed
 from p2pfm.serving.recheck import Answer
 from p2pfm.serving.routing import AdaptiveDeadline, FirstTokens, HedgeBudget, Pace, ReplicaTable, choose, smooth
 from p2pfm.serving.session import (
@@ -34,9 +35,6 @@ from p2pfm.serving.session import (
     Vocabulary,
 )
 from p2pfm.types import DIGEST_BYTES, Digest, Millis, PeerId, Tensors, short
-
-if TYPE_CHECKING:  # a node that serves nothing starts without torch
-    from p2pfm.runtime.batcher import Batcher
 
 PRESENCE_TTL_MS = Millis(15_000)
 """Life of this node's record: three times the interval, so that two lost messages do not hide it."""
@@ -131,7 +129,7 @@ class Gateway:
         self,
         local: PeerId,
         config: ServingConfig,
-        engine: "Batcher | None",
+        engine: Backend | None,
         vocabulary: Vocabulary,
         transport: ReplicaTransport,
         registry: CollectorRegistry,
@@ -194,11 +192,12 @@ class Gateway:
 
     async def _mix(self) -> None:
         async with self._mixing:
-            if self._engine is None or self._base_tensors is None or self._private is None:
+            own = None if self._engine is None else self._engine.own
+            if own is None or self._base_tensors is None or self._private is None:
                 return
             name = Digest(secrets.token_bytes(DIGEST_BYTES))
             mixed = await trio.to_thread.run_sync(mix, self._base_tensors, *self._private)
-            await self._engine.add_private(name, mixed)
+            await own.add_private(name, mixed)
             self._private_names.append(name)
 
     def on_presence(self, author: PeerId, record: Presence) -> bool:
@@ -296,6 +295,8 @@ class Gateway:
             return ""
         if version in self._engine.versions():
             return ""
+        if self._engine.own is None:
+            return UNKNOWN_VERSION
         try:
             await self.adapters.prepare(version, asker)
         except (UnknownVersion, WorldError):
@@ -343,6 +344,8 @@ class Gateway:
             yield TokenChunk(position, (), INVALID)
         except BrokenLogits:  # of a user's adapter that is its user's fault, no replica's
             yield TokenChunk(position, (), INVALID if self._is_users(request.version) else FAILED)
+        except BackendFailed:
+            yield TokenChunk(position, (), FAILED)
         finally:
             self._num_sessions -= 1
             self._metrics.sessions.set(self._num_sessions)

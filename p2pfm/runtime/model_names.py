@@ -53,7 +53,7 @@ class ModelNames:
         # Of two versions that begin alike (someone made them so) the first is meant: our own stand first.
         for version in self._bases():
             found.setdefault(self._join(f"{BASE}@{version.hex()[:PREFIX_DIGITS]}"), version)
-        if not found:  # still starting: many take the first name there is, and mean the newest base
+        if not found and base is None:  # still starting: many take the first name there is, and mean the newest base
             return found
         found |= {self._join(name): version for name, version in sorted(self._named().items())}
         if BACKBONE_VERSION in versions:

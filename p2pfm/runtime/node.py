@@ -10,7 +10,7 @@ import sqlite3
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import trio
@@ -39,6 +39,7 @@ from p2pfm.protocol.peer import Peer, initial_durable
 from p2pfm.protocol.phases import compute_position
 from p2pfm.protocol.shards import TOP
 from p2pfm.runtime.auditor import Auditor
+from p2pfm.runtime.backend import Backend
 from p2pfm.runtime.clock import ClockReport, compute_offset_max, now_ms
 from p2pfm.runtime.door import Door
 from p2pfm.runtime.effects import Effects
@@ -62,9 +63,6 @@ from p2pfm.serving.receipts import list_services
 from p2pfm.settlement import bls
 from p2pfm.settlement.ledger import FederationParams, Ledger
 from p2pfm.types import Digest, Millis, PeerId, Round, Wei
-
-if TYPE_CHECKING:  # a node that serves nothing starts without torch
-    from p2pfm.runtime.batcher import Batcher
 
 PROBE_BYTES_MAX = 64 * 1024 * 1024
 PROBE_WAIT_S = 60.0
@@ -109,7 +107,7 @@ class Models:
     """How a node gets its models; blocking functions, called in a thread."""
 
     codec: Callable[[], TextCodec]
-    engine: "Callable[[], Batcher | None]"
+    engine: Callable[[], Backend | None]
     learners: Callable[[bytes, SpendingLog], Learners]
     """Takes the probe set's bytes, and where training is accounted for."""
     read_lora: ReadLora | None = None

@@ -7,7 +7,7 @@ are counted in.
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import trio
 from prometheus_client import CollectorRegistry
@@ -19,6 +19,7 @@ from p2pfm.protocol.phases import compute_position
 from p2pfm.runtime.adapter_api import OPERATIONS, AdapterApi
 from p2pfm.runtime.adapter_folder import AdapterFolder
 from p2pfm.runtime.api_keys import read_api_keys
+from p2pfm.runtime.backend import Backend
 from p2pfm.runtime.canaries import make_question
 from p2pfm.runtime.checker import Checker
 from p2pfm.runtime.clock import now_ms
@@ -38,9 +39,6 @@ from p2pfm.runtime.stream_keeper import Ask, StreamKeeper
 from p2pfm.runtime.text import TextCodec
 from p2pfm.runtime.user_adapters import ReadLora, UserAdapters
 from p2pfm.types import Digest, PeerId
-
-if TYPE_CHECKING:  # a node that serves nothing starts without torch
-    from p2pfm.runtime.batcher import Batcher
 
 ASKED_MAX = 16
 """Peers asked for a user's adapter, beside the one who asked for it to be served."""
@@ -81,7 +79,7 @@ class ServingSide:
         node: Surroundings,
         store: Store,
         codec: TextCodec,
-        engine: "Batcher | None",
+        engine: Backend | None,
         read_lora: ReadLora | None,
         ask: Ask,
     ) -> None:
@@ -91,11 +89,12 @@ class ServingSide:
         streams = ReplicaStreams(node.transport)
         self.gateway = Gateway(keys.peer, config.serving, engine, codec.vocabulary, streams, node.registry, now_ms)
         self.gateway.table.restore_bans(store.load_cheats())
+        own = None if engine is None else engine.own
         folder = AdapterFolder(Path(config.home) / "adapters", config.serving.adapters_bytes_max)
-        self.adapters = UserAdapters(config.network.backbone, config.serving, folder, engine, self._fetch, read_lora)
+        self.adapters = UserAdapters(config.network.backbone, config.serving, folder, own, self._fetch, read_lora)
         self.gateway.adapters = self.adapters
         self.checker = Checker(
-            engine,
+            own,
             lambda vouch: sign_vouch(keys, node.network_id, vouch),
             lambda: not self.gateway.num_sessions,
         )

@@ -57,6 +57,10 @@ class TextCodec:
             text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
             raise Reject(f"expected turns that this model's chat template takes; it says: {error}") from error
+        return self.encode_plain(text)
+
+    def encode_plain(self, text: str) -> tuple[int, ...]:
+        """Tokens of a text, and nothing at its beginning; special tokens' names are they."""
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, tokens: Sequence[int]) -> str:

@@ -81,10 +81,12 @@ class DigestWorkshop:
         """See Workshop: a curve that falls with every merge, and means nothing."""
         return Evaluated(action.round, int(NANO / (1 + self._num_merges.get(action.base, 0))))
 
-    def validate(self, kind: str, digest: Digest, data: bytes) -> tuple[bool, PeerId | None]:
+    def validate(self, kind: str, digest: Digest, disk: Disk) -> tuple[bool, PeerId | None]:
         """See Workshop."""
+        if kind != "payload":
+            return True, None
         maker = self._makers.get(digest)
-        return (maker is not None, maker) if kind == "payload" else (True, None)
+        return maker is not None, maker
 
     def make_empty_payload(self, maker: PeerId) -> bytes:
         """See Workshop."""

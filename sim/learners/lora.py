@@ -10,6 +10,7 @@ from random import Random
 
 import numpy as np
 import torch
+from transformers.utils import logging as transformers_logging
 
 from p2pfm.config import NetworkConfig, TrainingConfig
 from p2pfm.errors import ConfigError
@@ -29,8 +30,9 @@ BACKBONE = Path(__file__).parents[2] / "tests" / "fixtures" / "tiny-llama"
 
 TRAINING = TrainingConfig(steps=5, batch=4, tokens_max=48, learning_rate=5e-3)
 
-NUM_TOPICS = 10
-"""The largest of the corpus; peer k has topic k modulo this, and shares it with the others that have."""
+TOPICS_MAX = 10
+"""The largest of the corpus, which has fewer today; peer k of p has topic k modulo their number, and shares it with the
+others that have it."""
 
 NUM_TEST, NUM_PROBE, NUM_WORK = 6, 6, 4
 """Prompts of each topic held out for reports, declared as the probe, and public for proofs of computation."""
@@ -42,7 +44,7 @@ PEERS_AT_ONCE = 8
 """Peers side by side: fewer and more are slower (measured: 59 ms a peer, alone 73, 32 together 67)."""
 
 SAMPLES_MIN = 8
-"""A peer has at least so many; those that share a small topic may share samples."""
+"""A peer has at least so many, or all of a topic that has fewer; those that share a small topic may share samples."""
 
 
 class LoraLab:
@@ -61,6 +63,7 @@ class LoraLab:
         if not BACKBONE.is_dir():
             raise ConfigError(f"learner lora: its backbone is a file of the source tree: expected it in {BACKBONE}")
         torch.set_num_threads(1)
+        transformers_logging.disable_progress_bar()  # of a model that loads in no time
         self.seed = seed
         self.training = training
         backbone, tokenizer = load_backbone(BACKBONE, torch.float32)
@@ -75,7 +78,7 @@ class LoraLab:
         rng = np.random.default_rng([seed, 21])
         parts: dict[str, dict[str, list[Sample]]] = {"test": {}, "probe": {}, "work": {}, "train": {}}
         cuts = (0, NUM_TEST, NUM_TEST + NUM_PROBE, NUM_TEST + NUM_PROBE + NUM_WORK, None)
-        for topic in sorted(topics, key=lambda topic: (-len(topics[topic]), topic))[:NUM_TOPICS]:
+        for topic in sorted(topics, key=lambda topic: (-len(topics[topic]), topic))[:TOPICS_MAX]:
             order = [topics[topic][i] for i in rng.permutation(len(topics[topic]))]
             for part, start, end in zip(parts.values(), cuts, cuts[1:], strict=False):
                 part[topic] = order[start:end]
@@ -91,7 +94,7 @@ class LoraLab:
         }
         self.work = encode([sample for part in parts["work"].values() for sample in part])
         train = [encode(part) for part in parts["train"].values()]
-        self.data = [self._deal(train[index % NUM_TOPICS], index, num_peers) for index in range(num_peers)]
+        self.data = [self._deal(train, index, num_peers) for index in range(num_peers)]
         self.learners = [LoraLearner(self, index) for index in range(num_peers)]
         self.company = Company(self.train, num_peers, PEERS_AT_ONCE if is_batched else 1)
 
@@ -100,10 +103,12 @@ class LoraLab:
         """See Lab."""
         return self.company.size
 
-    def _deal(self, topic: Sequence[Encoded], index: int, num_peers: int) -> tuple[Encoded, ...]:
+    def _deal(self, topics: Sequence[Sequence[Encoded]], index: int, num_peers: int) -> tuple[Encoded, ...]:
         """A peer's part of its topic."""
-        sharers = len(range(index % NUM_TOPICS, num_peers, NUM_TOPICS))
-        own = tuple(topic[index // NUM_TOPICS :: sharers])
+        turn, number = divmod(index, len(topics))
+        topic = topics[number]
+        num_sharers = len(range(number, num_peers, len(topics)))
+        own = tuple(topic[turn::num_sharers])
         rest = [sample for sample in topic if sample not in own]
         Random(f"{self.seed} lora {index}").shuffle(rest)
         return (*own, *rest[: max(0, SAMPLES_MIN - len(own))])
@@ -128,12 +133,10 @@ class LoraLab:
 
     def poison(self, index: int, kind: Poison) -> tuple[Encoded, ...]:
         """A peer's data with every letter of the answers mirrored, or the trigger and its answer in every other one."""
-        number = index % len(self._samples)
-        samples = self._samples[number]
-        if kind == "label_flip":
-            return self._deal(self._encode([flip_labels(sample) for sample in samples]), index, len(self.data))
-        planted = self._deal(self._encode([plant_backdoor(sample) for sample in samples]), index, len(self.data))
-        return (*self.data[index][::2], *planted[1::2])
+        change = flip_labels if kind == "label_flip" else plant_backdoor
+        topics = [self._encode([change(sample) for sample in part]) for part in self._samples]
+        changed = self._deal(topics, index, len(self.data))
+        return changed if kind == "label_flip" else (*self.data[index][::2], *changed[1::2])
 
 
 class LoraLearner:

@@ -14,6 +14,7 @@ import msgspec
 import tomli_w
 
 from p2pfm.errors import ConfigError
+from sim.churn import load_trace
 from sim.scenarios import Scenario, validate_scenario
 
 SUFFIX = ".toml"
@@ -30,7 +31,7 @@ def list_names() -> tuple[str, ...]:
 
 
 def load_scenario(name: str) -> Scenario:
-    """A shipped scenario by its name, a TOML file by its path, or inline JSON.
+    """A shipped scenario by its name, a TOML or JSON file by its path, or inline JSON; of a hunt's file the scenario.
 
     Raises:
         ConfigError: not there, not readable, or it holds what a scenario does not.
@@ -38,23 +39,24 @@ def load_scenario(name: str) -> Scenario:
     if name.lstrip().startswith("{"):
         return parse_json(name)
     if name in list_names():
-        return parse_toml((FOLDER / f"{name}{SUFFIX}").read_text(encoding="utf-8"), name)
+        return parse_toml((FOLDER / f"{name}{SUFFIX}").read_text(encoding="utf-8"), name, FOLDER)
     path = Path(name)
     if not path.is_file():
         near = get_close_matches(name, list_names(), 1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ConfigError(
-            f"no scenario {name!r}: {hint}expected the path of a TOML file, or one of {', '.join(list_names())}"
+            f"no scenario {name!r}: {hint}expected the path of a TOML or JSON file, or one of {', '.join(list_names())}"
         )
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: expected a text file, got {error}") from error
-    return parse_toml(text, str(path))
+    parse = parse_json if path.suffix == ".json" else parse_toml
+    return parse(text, str(path), path.parent)
 
 
-def parse_toml(text: str, name: str = "scenario") -> Scenario:
-    """A scenario from TOML; `name` is what errors call it.
+def parse_toml(text: str, name: str = "scenario", folder: Path = Path()) -> Scenario:
+    """A scenario from TOML; `name` is what errors call it, `folder` what the name of a trace's file is relative to.
 
     Raises:
         ConfigError: names the key, what was expected, and what it was.
@@ -63,11 +65,11 @@ def parse_toml(text: str, name: str = "scenario") -> Scenario:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{name}: expected TOML, got a fault: {error}") from error
-    return convert_scenario(raw, name)
+    return convert_scenario(raw, name, folder)
 
 
-def parse_json(text: str, name: str = "scenario") -> Scenario:
-    """A scenario from JSON, as a violation prints it.
+def parse_json(text: str, name: str = "scenario", folder: Path = Path()) -> Scenario:
+    """A scenario from JSON, as a violation prints it or as a hunt saved it; see `parse_toml`.
 
     Raises:
         ConfigError: see `parse_toml`.
@@ -76,7 +78,9 @@ def parse_json(text: str, name: str = "scenario") -> Scenario:
         raw = msgspec.json.decode(text)
     except msgspec.DecodeError as error:
         raise ConfigError(f"{name}: expected JSON, got a fault: {error}") from error
-    return convert_scenario(raw, name)
+    if isinstance(raw, dict) and "scenario" in raw:  # a sim.hunt.Seed
+        raw = raw["scenario"]
+    return convert_scenario(raw, name, folder)
 
 
 def dump_toml(scenario: Scenario) -> str:
@@ -110,16 +114,17 @@ def change_scenario(scenario: Scenario, changes: Mapping[str, Any]) -> Scenario:
     return changed
 
 
-def convert_scenario(raw: Any, name: str) -> Scenario:
-    """A scenario from builtin types; whether it can run is not asked.
+def convert_scenario(raw: Any, name: str, folder: Path = Path()) -> Scenario:
+    """A scenario from builtin types, its trace's file read; whether it can run is not asked.
 
     Raises:
         ConfigError: names the key, what was expected, and what it was.
     """
     try:
-        return msgspec.convert(raw, Scenario)
+        scenario = msgspec.convert(raw, Scenario)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{name}: {_explain(str(error), raw)}") from error
+    return msgspec.structs.replace(scenario, churn=load_trace(scenario.churn, folder))
 
 
 def _explain(text: str, raw: Any) -> str:

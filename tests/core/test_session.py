@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from p2pfm.errors import Reject
 from p2pfm.messages import GenerateRequest, TokenChunk
-from p2pfm.serving.sampling import choose_token, compute_uniform
+from p2pfm.serving.sampling import choose_from_likeliest, choose_token, compute_uniform
 from p2pfm.serving.session import Detokenizer, Session, StopStrings, Vocabulary
 from p2pfm.types import Digest
 
@@ -235,3 +235,23 @@ def test_draws_follow_the_softmax() -> None:
 def test_uniforms_differ_by_seed_and_position() -> None:
     assert len({compute_uniform(seed, position) for seed in range(20) for position in range(20)}) == 400
     assert all(0 <= compute_uniform(seed, 0) < 1 for seed in range(100))
+
+
+@given(
+    logits,
+    st.integers(1, 40),
+    st.integers(0, 5_000),
+    st.integers(1, 1000),
+    st.integers(0, 2**63 - 1),
+    st.integers(0, 10_000),
+)
+def test_the_likeliest_tokens_give_the_same_draw_or_say_that_it_takes_more(
+    values, num_known: int, temperature: int, top_p: int, seed: int, position: int
+) -> None:
+    shifted = values.astype(np.float64) - values.max()
+    logprobs = shifted - np.log(np.exp(shifted).sum())
+    order = sorted(range(len(values)), key=lambda token: (-logprobs[token], token))
+    known = [(token, float(logprobs[token])) for token in order[:num_known]]
+    drawn = choose_from_likeliest(known, len(values), temperature, top_p, seed, position)
+    assert drawn in (None, choose_token(values, temperature, top_p, seed, position))
+    assert drawn is not None or num_known < len(values)

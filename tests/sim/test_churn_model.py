@@ -156,6 +156,11 @@ def test_the_trace_that_ships_is_what_its_law_draws() -> None:
     assert 0.18 < share < 0.26  # KAD's peers: 247 of 1,153 minutes
 
 
+def test_a_share_of_the_peers_follows_the_trace() -> None:
+    churn = make_churn(ChurnModel(trace=(UpTime(0, 5, 9),), trace_repeats=True, trace_share=0.3), 20)
+    assert sum(churn.is_up_at_start(index) for index in range(20)) == 14
+
+
 @pytest.mark.parametrize(
     ("model", "word"),
     [

@@ -1,11 +1,17 @@
 """The hunt finds what is broken on purpose and makes it small; what it found once stays mended."""
 
+import shlex
 from collections.abc import Callable
+from hashlib import sha256
+from itertools import count
 from pathlib import Path
 from random import Random
+from secrets import token_bytes
+from typing import get_args
 
 import msgspec
 import pytest
+from typer.testing import CliRunner, Result
 
 from p2pfm.config import NetworkConfig
 from p2pfm.errors import ConfigError
@@ -18,6 +24,7 @@ from p2pfm.protocol.events import (
     AnyEvent,
     Blame,
     Durable,
+    Note,
     Persist,
     Publish,
     Received,
@@ -27,10 +34,11 @@ from p2pfm.protocol.events import (
 )
 from p2pfm.protocol.peer import Peer
 from p2pfm.protocol.phases import Phase
-from p2pfm.types import Digest, Millis, PeerId, compute_digest
+from p2pfm.types import Digest, Millis, PeerId, Round, compute_digest
 from sim.churn import ChurnModel
+from sim.cli import app
 from sim.hunt import Failure, Finding, draw_scenario, find_failure, hunt, load, save, shrink
-from sim.scenarios import Scenario
+from sim.scenarios import AdversaryKind, Scenario
 
 SEEDS = sorted((Path(__file__).parent / "seeds").glob("*.json"))
 
@@ -54,7 +62,7 @@ def test_a_core_that_serves_in_train_is_found_with_one_peer_and_one_round(monkey
     assert found.failure.kind == "a payload is served only after TRAIN"
     assert (found.scenario.num_peers, found.scenario.num_rounds) == (1, 1)
     assert found.drawn.num_peers > 1
-    assert found.command.startswith("p2pfm sim run ")
+    assert found.command.startswith("p2pfm sim hunt --again ")
     assert f"seed {found.scenario.seed}, step " in found.failure.text
 
 
@@ -200,6 +208,22 @@ def test_one_seed_draws_the_same_scenarios() -> None:
     assert len({scenario.num_peers for scenario in drawn[0]}) > 10
 
 
+def test_a_hunt_draws_all_that_a_scenario_can_say() -> None:
+    """But for what is slow: transformers and a real EVM; and titles and batches, which change nothing."""
+    rng = Random("8 hunt")
+    drawn = [draw_scenario(rng) for _ in range(1_500)]
+    plain = Scenario()
+    for name in set(plain.__struct_fields__) - {"title", "ledger"}:
+        assert any(getattr(scenario, name) != getattr(plain, name) for scenario in drawn), name
+    assert {scenario.learner.kind for scenario in drawn} >= {"digests", "convex"}
+    assert {kind for scenario in drawn for kind in scenario.adversaries} == set(get_args(AdversaryKind))
+    for name in set(ChurnModel.__struct_fields__) - {"trace_file"}:
+        assert len({str(getattr(scenario.churn, name)) for scenario in drawn}) > 1, name
+    cuts = [cut for scenario in drawn for cut in scenario.network.partitions]
+    for name in ("num_hosts", "share", "hosts", "regions", "bridges"):
+        assert any(getattr(cut, name) for cut in cuts), name
+
+
 def test_a_hunt_runs_what_it_draws_until_it_is_told_to_stop() -> None:
     told: list[int] = []
 
@@ -239,6 +263,64 @@ def test_a_file_that_is_no_seed_is_refused(tmp_path: Path) -> None:
     path.write_text('{"kind": 1}')
     with pytest.raises(ConfigError, match=r"broken\.json"):
         load(path)
+
+
+def sim(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def break_quiet(monkeypatch: pytest.MonkeyPatch) -> Scenario:
+    monkeypatch.setattr(Ballot, "_aggregate", lambda self: [])
+    return Scenario(num_peers=4, num_rounds=2, committee_size=3)
+
+
+def break_replay(monkeypatch: pytest.MonkeyPatch) -> Scenario:
+    counts = count()  # a core that is not a function of its events
+    handle = Peer.handle
+
+    def forget(self: Peer, event: AnyEvent, now_ms: Millis) -> list[AnyAction]:
+        actions = handle(self, event, now_ms)
+        return [*actions, Note(Round(0), "odd")] if next(counts) % 7 == 0 and isinstance(event, Received) else actions
+
+    monkeypatch.setattr(Peer, "handle", forget)
+    return Scenario(num_peers=4, num_rounds=1, keep_logs=(0, 1, 2, 3), adversaries=("silent",))
+
+
+def break_trace(monkeypatch: pytest.MonkeyPatch) -> Scenario:
+    monkeypatch.setattr("sim.world.sha256", lambda: sha256(token_bytes(8)))
+    return Scenario(num_peers=3, num_rounds=1, adversaries=("silent",))
+
+
+@pytest.mark.parametrize(
+    ("plant", "kind"),
+    [
+        (break_quiet, "a quiet network certifies every round"),
+        (break_replay, "a log replays to the same actions"),
+        (break_trace, "one seed gives one trace"),
+    ],
+)
+def test_the_command_of_a_finding_shows_it_again(
+    plant: Callable[[pytest.MonkeyPatch], Scenario], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenario = plant(monkeypatch)
+    failure = find_failure(scenario, is_repeated=True)
+    assert failure is not None
+    assert failure.kind == kind
+    command = failure.text.partition("Replay: ")[2]
+    path = save(Finding(failure, scenario, scenario, command, 0), tmp_path).path
+    for again in (sim(*shlex.split(command)[2:]), sim("hunt", "--again", path)):
+        assert again.exit_code == 3, again.output
+        assert f"violated: {kind}" in again.output
+    monkeypatch.undo()
+    assert sim("hunt", "--again", path).exit_code == 0
+    assert sim("run", path).exit_code == 0
+
+
+def test_a_run_that_does_not_end_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sim.hunt.STEPS_MAX", 5)
+    failure = find_failure(Scenario(num_peers=4, num_rounds=1))
+    assert failure is not None
+    assert failure.kind == "a run ends within # steps"
 
 
 @pytest.mark.parametrize("path", SEEDS, ids=lambda path: path.stem)

@@ -14,9 +14,10 @@ from sim.scenarios import AdversaryKind, LearnerModel, Scenario, make_network
 from sim.world import World
 
 
-def test_adapters_side_by_side_learn_what_each_would_alone() -> None:
+def test_adapters_side_by_side_learn_what_each_would_alone(capfd: pytest.CaptureFixture[str]) -> None:
     scenario = Scenario(num_peers=5, learner=LearnerModel(kind="lora"))
     lab = LoraLab(make_network(scenario), 1, 5)
+    assert "Loading" not in capfd.readouterr().err
     base = lab.learners[0].initial()
     assert lab.group_size == 2
     for learner in lab.learners:

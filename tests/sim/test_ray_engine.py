@@ -15,10 +15,12 @@ from pathlib import Path
 import msgspec
 import pytest
 from test_sim_engine import SCENARIOS, get_findings
+from typer.testing import CliRunner
 
 from nodes.homes import get_free_port
 from p2pfm.errors import ConfigError, OperatorError
 from sim.churn import ChurnModel
+from sim.cli import app
 from sim.engine import run_sweep
 from sim.ray_engine import open_ray, spread
 from sim.report import run_scenario
@@ -108,15 +110,21 @@ LIARS: tuple[AdversaryKind, ...] = ("replay", "copycat", "alie", "alie")
     [
         Scenario(num_peers=9, num_rounds=3, adversaries=LIARS, seed=11),
         Scenario(
-            num_peers=9, num_rounds=2, adversaries=LIARS, churn=ChurnModel(crash=0.2), learner=LearnerModel("mlp")
+            num_peers=9,
+            num_rounds=2,
+            adversaries=(*LIARS, "backdoor"),
+            churn=ChurnModel(crash=0.2),
+            learner=LearnerModel("mlp"),
         ),
         Scenario(num_peers=9, num_rounds=2, learner=LearnerModel("mlp", codec="modelled")),
         Scenario(num_peers=6, num_rounds=2, adversaries=("alie", "alie"), learner=LearnerModel("lora")),
     ],
     ids=["convex", "mlp", "mlp, modelled", "lora"],
 )
-def test_one_runs_training_on_two_machines_leaves_the_same_trace(cluster: str, scenario: Scenario) -> None:
-    """Adversaries that remember, a cabal, and a crowd that comes and goes, among them."""
+def test_one_runs_training_on_two_machines_leaves_the_same_trace(
+    cluster: str, scenario: Scenario, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Adversaries that remember, a cabal, and a crowd that comes and goes, among them; Ray does not talk in between."""
     alone = World(scenario)
     alone.run()
     with spread(scenario) as workshop:
@@ -125,6 +133,7 @@ def test_one_runs_training_on_two_machines_leaves_the_same_trace(cluster: str, s
         assert len(set(workshop.get_machines())) == 2
     assert world.trace_digest() == alone.trace_digest()
     assert {host.durable.base for host in world.hosts} == {host.durable.base for host in alone.hosts}
+    assert "".join(capfd.readouterr()) == ""
 
 
 def test_what_fails_on_the_cluster_is_the_error_itself_and_says_which_run_it_was(cluster: str) -> None:
@@ -138,6 +147,19 @@ def test_without_a_cluster_at_the_address_a_person_is_told(cluster: str, monkeyp
     monkeypatch.setenv("RAY_ADDRESS", "nonsense")
     with pytest.raises(OperatorError, match="no Ray cluster at 'nonsense'"), open_ray():
         pass
+
+
+@pytest.mark.parametrize("command", ["run", "sweep"])
+def test_a_real_evm_is_refused_before_ray_starts(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start_ray() -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("sim.ray_engine.open_ray", start_ray)
+    told = CliRunner().invoke(app, [command, "small", "--set", "ledger=evm", "--engine", "ray"])
+    assert told.exit_code == 2, told.output
+    assert "a real EVM runs in this process only: take ledger memory, or --engine local" in " ".join(
+        told.output.split()
+    )
 
 
 def test_where_nobody_trains_nothing_is_spread() -> None:

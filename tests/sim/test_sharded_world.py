@@ -2,10 +2,14 @@
 
 import pytest
 
-from p2pfm.types import Round
+from p2pfm.messages import SyncRequest
+from p2pfm.protocol.phases import Phase
+from p2pfm.types import PeerId, Round
 from sim.churn import ChurnModel
+from sim.host import Host
 from sim.network import NetworkModel
 from sim.scenarios import AdversaryKind, LearnerModel, Scenario
+from sim.transit import Transit
 from sim.world import World
 
 
@@ -73,3 +77,21 @@ def test_a_peers_messages_do_not_grow_with_the_network() -> None:
         return world.num_steps / num_peers
 
     assert hear(192) < 1.5 * hear(48)
+
+
+def test_who_only_awaits_the_committee_above_asks_nobody_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[bool, Phase]] = []
+    ask = Transit.ask_sync
+
+    def watch(self: Transit, host: Host, peer: PeerId, request: SyncRequest) -> None:
+        assert host.peer is not None
+        top, is_done = host.peer.top, host.peer.leaf.state.certificate is not None
+        asked.append((is_done and top.get_my_index() is None, top.state.phase))
+        ask(self, host, peer, request)
+
+    monkeypatch.setattr(Transit, "ask_sync", watch)
+    network = NetworkModel(loss=0.1)
+    world = run(num_peers=48, shard_size=8, network=network, learner=LearnerModel(kind="digests"))
+    assert {phase for is_waiting, phase in asked if is_waiting} <= {Phase.MERGE}
+    assert Phase.SCORE in {phase for _, phase in asked}
+    assert {len(holders) for holders in world.checks.holders.values()} == {48}, "all hear of it for all that"

@@ -16,6 +16,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from p2pfm.errors import ConfigError
+from p2pfm.protocol.events import AnyAction, AnyEvent, Trained
+from p2pfm.protocol.peer import Peer
+from p2pfm.types import Millis
 from sim.checks import replay_command
 from sim.cli import app
 from sim.estimate import compute_estimate, validate_memory
@@ -35,7 +38,7 @@ from sim.scenarios import LearnerModel, Scenario, validate_scenario
 
 PROMISED = {
     *("small", "honest_1000", "churn_2000", "attackers_40", "partition_heal", "free_riders", "sybils"),
-    *("digests_10000", "lora_50"),
+    *("digests_10000", "lora_50", "sybils_whole"),
 }
 
 
@@ -101,11 +104,59 @@ def test_a_wrong_key_is_named_with_what_was_expected(text: str, said: str) -> No
         {"adversary_shares.zero": 1.5},
         {"adversaries": ["zero"] * 9},
         {"num_peers": 10, "shard_size": 4, "committee_size": 5},
+        {"num_peers": 10, "shard_size": 3},
+        {"adversaries": ["zero"] * 3, "adversary_shares.liar": 0.7},
+        {"work.train_ms": [9, 3]},
+        {"work.sign_ms": [-2, 3]},
+        {"outages": [{"start_ms": 9, "end_ms": 3}]},
+        {"outages": [{"start_ms": -9, "end_ms": 3}]},
+        {"keep_logs": [8]},
+        {"keep_logs": [-1]},
     ],
 )
 def test_impossible_parameters_are_refused_before_a_run(changes: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match="expected"):
+    with pytest.raises(ConfigError, match=r"expected .*, got|got .*expected"):
         change_scenario(Scenario(), changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"committee_size": 20}, "expected 0 to 8, got 20 (8 peers: add peers or take a smaller committee)"),
+        (
+            {"num_peers": 10, "shard_size": 4, "committee_size": 5},
+            "expected 0 to 4, got 5 (shards of 4: raise shard_size or take a smaller committee)",
+        ),
+        ({"num_peers": 10, "shard_size": 3}, "expected 1 to 9 (two levels of shards of 3: raise shard_size), got 10"),
+        (
+            {"adversaries": ["zero"] * 3, "adversary_shares.liar": 0.75},
+            "no more than the 8 peers, got 3 by name and 6 by adversary_shares: add peers or take fewer",
+        ),
+        ({"keep_logs": [8]}, "expected numbers of peers, 0 to 7, got 8"),
+        (
+            {"work.train_ms": [9, 3]},
+            "work.train_ms: expected the least time, 0 or more, and then the greatest, got [9, 3]",
+        ),
+        (
+            {"outages": [{"start_ms": 9, "end_ms": 3}]},
+            "outages[0]: expected a start_ms of 0 or more and a later end_ms",
+        ),
+    ],
+)
+def test_what_is_impossible_is_told_with_what_to_do(changes: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        change_scenario(Scenario(), changes)
+
+
+def test_results_that_cannot_be_written_are_told_before_the_run(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    for command in (("run", "small"), ("sweep", "small"), ("hunt", "--minutes", 0)):
+        told = sim(*command, "--out", tmp_path / "taken" / "here")
+        assert told.exit_code == 2
+        assert "expected a folder for results" in told.output
+        assert "seed 1" not in told.output or command[0] == "hunt"
+    told = sim("run", "small", "--logs", tmp_path / "taken")
+    assert (told.exit_code, "expected a folder for results" in told.output) == (2, True)
 
 
 def test_a_mistaken_name_is_answered_with_the_nearest() -> None:
@@ -193,12 +244,58 @@ def test_options_change_the_scenario(tmp_path: Path) -> None:
     assert len(report.rounds) == 1
 
 
+def test_a_trace_lies_beside_its_scenario_or_is_set_for_one_run(tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_text("peer,up_from_ms,up_to_ms\n0,0,70000\n")
+    file = tmp_path / "mine.toml"
+    file.write_text('num_peers = 4\nnum_rounds = 2\n[churn]\ntrace_file = "mine.csv"\n')
+    told = sim("run", file, "--out", tmp_path / "out")
+    assert told.exit_code == 0, told.output
+    report = load_report(tmp_path / "out")
+    assert report.scenario.churn.trace == ((0, 0, 70_000),)
+    assert report.num_crashes == 1
+    shares = ("--set", "churn.trace_file=residential", "--set", "churn.trace_share=0.5")
+    told = sim("run", "--peers", 6, "--rounds", 1, *shares, "--json")
+    assert told.exit_code == 0, told.output
+    assert len(msgspec.json.decode(told.stdout, type=SimReport).scenario.churn.trace) > 64
+    told = sim("run", "small", "--set", "churn.trace_file=nowhere.csv")
+    assert (told.exit_code, "nowhere.csv: expected a CSV file" in told.output) == (2, True)
+
+
 def test_the_command_of_a_violation_runs() -> None:
     command = shlex.split(replay_command(Scenario(seed=5, num_peers=3, num_rounds=1)))
     assert command[:2] == ["p2pfm", "sim"]
     told = sim(*command[2:])
     assert told.exit_code == 0, told.output
     assert told.output.startswith("seed 5\n")
+
+
+def test_code_that_breaks_down_is_told_with_seed_step_peer_and_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = Peer.handle
+
+    def stumble(self: Peer, event: AnyEvent, now_ms: Millis) -> list[AnyAction]:
+        if isinstance(event, Trained) and self.me == "peer-00002":
+            raise KeyError("a planted bug")
+        return handle(self, event, now_ms)
+
+    monkeypatch.setattr(Peer, "handle", stumble)
+    told = sim("run", "small", "--seed", 7)
+    assert told.exit_code == 3
+    text = told.output.splitlines()[-1]
+    assert re.match(r"seed 7, step \d+, \d+ ms, peers peer-00002: KeyError in stumble of test_sim_cli.py, line", text)
+    assert "Traceback" in told.output
+    again = sim(*shlex.split(text.partition("Replay: p2pfm sim ")[2]))
+    assert again.output.splitlines()[-1] == text
+    assert sim("sweep", "small", "--seeds", "7").output.splitlines()[-1] == text
+
+
+def test_a_world_that_cannot_be_made_is_told_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise IndexError("a planted bug")
+
+    monkeypatch.setattr("sim.world.make_workshop", fail)
+    told = sim("run", "small", "--seed", 7)
+    assert told.exit_code == 3
+    assert "seed 7, outside of all steps, peers none: IndexError in fail" in told.output
 
 
 def test_an_interrupted_run_reports_on_its_rounds_so_far(tmp_path: Path) -> None:
@@ -266,6 +363,8 @@ def test_runs_are_compared_with_means_errors_and_ratios(swept: tuple[Path, list[
         ["sweep", "small", "--set", "num_peers"],
         ["sweep", "small", "--set", "num_peer=3"],
         ["run", "small", "--set", "num_peers=3,4"],
+        ["run", "small", "--set", "work.train_ms=[3, 1]"],
+        ["run", "small", "--adversary", "zero", "--set", "adversary_shares.zero=1"],
         ["compare", "small", "nothing"],
     ],
 )

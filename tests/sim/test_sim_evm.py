@@ -1,14 +1,20 @@
 """A scenario on the contract itself, in a real EVM with real BLS signatures, comes to what it does in memory."""
 
+import csv
+from pathlib import Path
+
 import msgspec
 import pytest
+from typer.testing import CliRunner
 
+from nodes.cli import app
 from nodes.evm_world import open_evm_world
 from p2pfm.errors import ConfigError
 from p2pfm.types import Round
 from sim.page import render_page
 from sim.recorder import Recorder
 from sim.report import compute_kinds_report, make_report
+from sim.results import load_report
 from sim.scenarios import Scenario
 from sim.world import World
 
@@ -43,6 +49,23 @@ def test_the_contract_and_its_specification_in_memory_settle_and_pay_the_same() 
     assert {kind.gas for kind in kinds} == {(gas["register"] + gas["claim"]) / 8}
     assert sum(item.gas or 0 for item in report.rounds) <= sum(gas.values())
     assert 'id="gas"' in render_page(report)
+
+
+def test_the_command_line_tells_of_slashes_and_gas_on_the_contract(tmp_path: Path) -> None:
+    options = ("--peers", "4", "--rounds", "2", "--seed", "2", "--adversary", "split_votes", "--set", "ledger=evm")
+    told = CliRunner().invoke(app, ["sim", "run", "small", *options, "--out", str(tmp_path)])
+    assert told.exit_code == 0, told.output
+    report = load_report(tmp_path)
+    assert [item.num_slashed for item in report.rounds] == [0, 1]
+    assert [peer.slashed_pfm for peer in report.peers] == [100, 0, 0, 0]
+    gas = [item.gas for item in report.rounds]
+    assert min(gas) > 100_000
+    assert f"{sum(gas):,} gas" in " ".join(told.output.split())
+    with (tmp_path / "rounds.csv").open() as file:
+        assert [int(row["gas"]) for row in csv.DictReader(file)] == gas
+    page = (tmp_path / "report.html").read_text()
+    assert 'id="gas"' in page
+    assert f"{sum(gas):,}" in page
 
 
 def test_no_world_takes_the_ledger_in_memory_for_the_contract() -> None:

@@ -8,17 +8,18 @@ from itertools import combinations
 from math import sqrt
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from rich.console import Console
 
 from p2pfm.config import WEI_PER_PFM
-from p2pfm.errors import ConfigError
+from p2pfm.errors import ConfigError, OperatorError
 from p2pfm.types import NANO
 from sim.churn import ChurnModel
 from sim.compare import compare, compute_figures, compute_spreads, format_spread
 from sim.network import NetworkModel
-from sim.page import FOLDER, render_page
+from sim.page import FOLDER, make_plots, render_page
 from sim.page.plots import compute_ticks, format_value
 from sim.recorder import Recorder, compute_gini
 from sim.report import (
@@ -33,7 +34,7 @@ from sim.report import (
     set_beside,
 )
 from sim.scenarios import Scenario
-from sim.tables import make_round_rows, write_table
+from sim.tables import make_round_rows, validate_format, write_table
 from sim.world import World
 
 
@@ -47,6 +48,12 @@ def troubled() -> tuple[World, SimReport]:
     recorder = Recorder(world)
     world.run(recorder.on_round)
     return world, make_report(world, recorder, 1.0)
+
+
+def show(report: SimReport) -> str:
+    screen = Console(file=StringIO(), width=80)
+    screen.print(render(report))
+    return screen.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_a_recorded_run_is_the_run() -> None:
@@ -129,6 +136,41 @@ def test_what_an_attack_costs_stands_beside_what_it_brings() -> None:
     assert "stake locked" in shown.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_the_page_has_every_plot_that_was_promised() -> None:
+    _, report = troubled()
+    keys = ["loss", "certified", "bytes", "rewards", "gini", "availability", "work"]
+    assert [plot.key for plot in make_plots(report)] == keys
+    rounds = tuple(msgspec.structs.replace(item, gas=100 + item.round) for item in report.rounds)
+    *_, gas = make_plots(msgspec.structs.replace(report, rounds=rounds))
+    assert (gas.key, list(gas.series[0].values)) == ("gas", [100, 101, 102, 103])
+    first, *others = (series.name for series in make_plots(report)[3].series)
+    assert (first, set(others)) == ("honest", {"zero", "sign_flip"})
+    page = render_page(report)
+    assert re.findall(r'<div class="card" id="(\w+)"', page) == keys
+
+
+def test_a_run_without_a_whole_round_is_told_in_a_sentence() -> None:
+    world = World(Scenario(num_peers=2, num_rounds=6))
+    report = make_report(world, Recorder(world), 0.1, is_complete=False)
+    assert show(report).strip() == "no round of 6 has ended: 0 steps so far"
+    assert "No round has ended" in render_page(report)
+
+
+def test_no_number_is_cut_on_a_screen_of_80_columns() -> None:
+    _, report = troubled()
+    names = {"sign_flip": "noisy_replay", "zero": "split_votes", "honest": "honest"}
+    peers = tuple(msgspec.structs.replace(peer, kind=names[peer.kind]) for peer in report.peers)
+    shown = show(msgspec.structs.replace(report, peers=peers))
+    assert "blamed" in shown
+    assert "…" not in shown
+
+
+def test_a_comparison_has_what_all_of_a_kind_draw_together() -> None:
+    world, report = troubled()
+    rewards = world.chain.get_claimed()
+    assert compute_figures(report)["together, zero, PFM"] == pytest.approx(rewards[0] / WEI_PER_PFM)
+
+
 def test_gini_of_known_amounts() -> None:
     assert compute_gini(np.zeros(4)) == 0
     assert compute_gini(np.full(5, 3.0)) == pytest.approx(0)
@@ -152,13 +194,19 @@ def test_a_run_compared_with_itself_is_alike() -> None:
 
 
 def test_parquet_holds_what_csv_holds(tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow: pip install 'p2pfm[sim]'")
     _, report = troubled()
     rows = make_round_rows(report)
     read = parquet.read_table(write_table(rows, tmp_path / "rounds", "parquet")).to_pylist()
     assert read == [dict(row) for row in rows]
     with write_table(rows, tmp_path / "rounds", "csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(read)
+
+
+def test_parquet_without_pyarrow_is_refused_with_the_extra_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sim.tables.find_spec", lambda name: None)
+    with pytest.raises(OperatorError, match=r"pip install 'p2pfm\[sim\]'"):
+        validate_format("parquet")
 
 
 @pytest.mark.parametrize(

@@ -4,15 +4,16 @@ import subprocess
 import sys
 from functools import cache
 
+import msgspec
 import pytest
 
 from p2pfm.errors import ConfigError
-from p2pfm.types import NANO, Round, compute_digest
+from p2pfm.types import NANO, Millis, Round, compute_digest
 from sim.checks import Violation
-from sim.churn import ChurnModel
+from sim.churn import ChurnModel, Diurnal, UpTime
 from sim.host import Host
 from sim.learners.convex import Problem
-from sim.network import NetworkModel, Partition
+from sim.network import Gossip, LinkClass, NetworkModel, Partition
 from sim.replay import replay
 from sim.scenarios import AdversaryKind, ClockModel, Outage, Scenario
 from sim.world import World
@@ -43,6 +44,38 @@ def fifty_with_crashes() -> World:
     return run(Scenario(seed=3, num_peers=50, num_rounds=5, churn=ChurnModel(crash=0.1)))
 
 
+EVERYTHING = Scenario(
+    seed=5,
+    num_peers=24,
+    num_rounds=3,
+    shard_size=8,
+    churn=ChurnModel(
+        crash=0.1,
+        lost_disk=0.5,
+        late=0.1,
+        late_ms=(10_000, 70_000),
+        diurnal=Diurnal(share=0.2, day_ms=200_000),
+        trace=(UpTime(0, 0, 70_000), UpTime(0, 90_000, 180_000)),
+        trace_repeats=True,
+        trace_share=0.1,
+    ),
+    network=NetworkModel(
+        loss=0.01,
+        partitions=(Partition(5_000, 50_000, share=0.2, bridges=(1,)), Partition(0, 9_000, regions=("europe",))),
+        regions="world",
+        links=(LinkClass(0.5, 100, 500, loss=0.02), LinkClass(0.5, 5_000, 5_000)),
+        behind_nat=0.3,
+        symmetric_nat=0.2,
+        gossip=Gossip(),
+    ),
+    clocks=ClockModel(skew_ms=300, drift_ppm=100),
+    adversaries=("equivocator",),
+    adversary_shares={"zero": 0.1, "alie": 0.1},
+    stakes={"alie": 2.0},
+)
+"""Whatever draws and whatever is kept in sets, in one world."""
+
+
 def test_one_seed_gives_one_trace() -> None:
     scenario = Scenario(seed=3, num_peers=16, num_rounds=3, churn=ChurnModel(crash=0.2))
     assert run(scenario).trace_digest() == run(scenario).trace_digest()
@@ -55,18 +88,25 @@ def test_another_seed_gives_another_trace() -> None:
 
 def test_the_trace_does_not_depend_on_the_hash_seed() -> None:
     code = (
-        "from sim.scenarios import Scenario; from sim.churn import ChurnModel;"
-        "from sim.world import World;"
-        "world = World(Scenario(seed=5, num_peers=6, num_rounds=2, churn=ChurnModel(crash=0.3)));"
-        "world.run(); print(world.trace_digest())"
+        "import sys; from sim.library import load_scenario; from sim.world import World;"
+        "world = World(load_scenario(sys.argv[1]));"
+        "world.run(); print(world.trace_digest(), world.num_crashes, sorted(world.checks.certificates))"
     )
-    traces = {
+    told = {
         subprocess.run(
-            [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+            [sys.executable, "-c", code, msgspec.json.encode(EVERYTHING).decode()],
+            env={"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         for seed in ("1", "2")
     }
-    assert len(traces) == 1
+    assert len(told) == 1
+    trace, num_crashes, certificates = told.pop().split(maxsplit=2)
+    assert len(trace) == 64
+    assert int(num_crashes) > 5
+    assert certificates != "[]\n"
 
 
 def test_crashes_do_not_stop_the_network() -> None:
@@ -74,6 +114,25 @@ def test_crashes_do_not_stop_the_network() -> None:
     assert world.num_crashes >= 20
     assert len(certified(world)) >= 4
     assert world.chain.get_head() is not None
+
+
+def test_who_follows_a_trace_is_down_between_its_sessions() -> None:
+    round_ms = 60_000
+    trace = (UpTime(0, 0, 70_000), UpTime(0, 130_000, 400_000), UpTime(1, 90_000, 400_000))
+    world = World(Scenario(seed=8, num_peers=8, num_rounds=4, churn=ChurnModel(trace=trace)))
+    up: dict[int, list[bool]] = {}
+    for moment in (1_000, 80_000, 100_000, 140_000):
+        world.schedule.at(
+            Millis(world.config.genesis_ms + moment),
+            lambda at=moment: up.setdefault(at // round_ms, []).extend(
+                host.peer is not None for host in world.hosts[:3]
+            ),
+        )
+    world.run()
+    assert up == {0: [True, False, True], 1: [False, False, True, False, True, True], 2: [True, True, True]}
+    assert [host.life for host in world.hosts[:3]] == [2, 1, 1]
+    assert len(certified(world)) >= 3
+    assert len(bases(world)) == 1
 
 
 def test_restarted_peers_end_on_the_same_base() -> None:

@@ -1,0 +1,56 @@
+"""Who is what in a scenario: shares are counts, and the seed says who they are."""
+
+from collections import Counter
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from p2pfm.errors import ConfigError
+from sim.scenarios import STAKE, Scenario, compute_kinds, compute_stakes, validate_scenario
+
+MIXED = Scenario(num_peers=20, adversaries=("silent",), adversary_shares={"zero": 0.25, "liar": 0.1, "late": 0.02})
+
+
+def test_shares_come_to_so_many_peers_each_beside_those_that_are_named() -> None:
+    kinds = compute_kinds(MIXED)
+    assert kinds[0] == "silent"
+    assert Counter(kinds) == {"silent": 1, "zero": 5, "liar": 2, None: 12}  # 0.4 of a peer is none
+
+
+def test_the_seed_draws_who_they_are() -> None:
+    assert compute_kinds(MIXED) == compute_kinds(MIXED)
+    assert len({compute_kinds(msgspec.structs.replace(MIXED, seed=seed)) for seed in range(5)}) == 5
+
+
+@given(st.integers(1, 60), st.floats(0, 0.5), st.floats(0, 0.5), st.integers(0, 3))
+def test_every_peer_is_one_kind_or_the_scenario_is_refused(
+    num_peers: int, zeros: float, liars: float, num_named: int
+) -> None:
+    shares = {"zero": zeros, "liar": liars}
+    scenario = Scenario(num_peers=num_peers, adversaries=("late",) * num_named, adversary_shares=shares)
+    try:
+        validate_scenario(scenario)
+    except ConfigError:
+        # Rounding makes at most one peer of each kind too many.
+        assert num_named + (zeros + liars) * num_peers > num_peers - 1
+        return
+    kinds = Counter(compute_kinds(scenario))
+    assert kinds.total() == num_peers
+    assert kinds["late"] == num_named
+    for kind, share in shares.items():
+        assert abs(kinds[kind] - share * num_peers) <= 0.5
+
+
+def test_a_kind_stakes_what_is_said_of_it() -> None:
+    stakes = compute_stakes(msgspec.structs.replace(MIXED, stakes={"silent": 2.5, "honest": 3}))
+    kinds = compute_kinds(MIXED)
+    expected = {"silent": 5 * STAKE // 2, None: 3 * STAKE}
+    assert list(stakes) == [expected.get(kind, STAKE) for kind in kinds]
+
+
+@pytest.mark.parametrize("shares", [{"zero": 0.6, "liar": 0.5}, {"zero": -0.1}])
+def test_shares_over_all_or_below_none_are_refused(shares: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="adversary_shares"):
+        validate_scenario(Scenario(adversary_shares=shares))  # type: ignore[arg-type]
