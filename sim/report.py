@@ -16,7 +16,7 @@ from p2pfm.errors import ConfigError
 from p2pfm.settlement.memory_ledger import InMemoryLedger
 from p2pfm.types import NANO, PeerId
 from sim.recorder import HONEST, Record, Recorder
-from sim.scenarios import Scenario, compute_kinds, compute_stakes
+from sim.scenarios import STAKE, Scenario, compute_kinds
 from sim.workshop import Workshop
 from sim.world import World
 
@@ -258,10 +258,7 @@ def compute_kinds_report(report: SimReport) -> tuple[KindReport, ...]:
     honest_pfm = fmean(honest) if honest else 0.0
     spread_pfm = stdev(honest) if len(honest) > 1 else 0.0
     own_gas = sum(report.gas.get(name, 0) for name in OWN_TRANSACTIONS) / max(1, len(report.peers))
-    stakes = {
-        kind or HONEST: s
-        for kind, s in zip(compute_kinds(report.scenario), compute_stakes(report.scenario), strict=True)
-    }
+    stakes = {str(kind): times for kind, times in report.scenario.stakes.items()}
     reports = []
     for kind in kinds if num_rounds else ():
         peers = [peer for peer in report.peers if peer.kind == kind]
@@ -278,7 +275,7 @@ def compute_kinds_report(report: SimReport) -> tuple[KindReport, ...]:
                 gain_error_pfm=0.0 if kind == HONEST else spread_pfm * sqrt(1 / len(peers) + 1 / max(1, len(honest))),
                 sent_bytes=fmean(peer.bytes_sent for peer in peers) / num_rounds,
                 received_bytes=fmean(peer.bytes_received for peer in peers) / num_rounds,
-                stake_pfm=stakes[kind] / WEI_PER_PFM,
+                stake_pfm=STAKE / WEI_PER_PFM * stakes.get(kind, 1.0),
                 gas=own_gas if report.gas else None,
             )
         )
