@@ -56,7 +56,10 @@ def measure(train):
 def alone(round):
     for learner in lab.learners:
         learner.train_alone(base, round, None)
-print(json.dumps({"sequential": measure(alone), "batched": measure(lambda r: lab.prepare(base, r, range(peers)))}))
+def together(round):
+    for learner in lab.learners:
+        learner.train(base, round)
+print(json.dumps({"sequential": measure(alone), "batched": measure(together)}))
 """
 
 PROTOCOL = ((1_000, 32, 9), (3_000, 56, 9), (10_000, 100, 9))

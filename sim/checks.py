@@ -1,20 +1,25 @@
-"""The invariants of ARCHITECTURE, asserted after every step of a simulated world. Knows peers' states, changes nothing.
+"""Invariants of ARCHITECTURE, asserted after every step of a simulated world. Knows peers' states, changes nothing.
+
+Of its list: one base a certificate; what roots and claims pay; phases; sizes of the core's queues, each time a peer
+leaves a phase, as they stood at its end; one word of a peer where it may say only one; what is on disk before a word or
+a base goes out, and after a restart. Not here, for a simulation has none of it or compares no two runs: answers to
+inference requests and messages' sizes (tests/net), and that garbage leaves no trace (tests/property, tests/net).
 
 A violation names the seed, the step, the peers involved and a command that replays the run.
 """
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 
 import msgspec
 
 from p2pfm.messages import Announcement, Certificate, ShardMessage
-from p2pfm.protocol.events import Adopt, AnyAction, Blame, Persist, Publish, Serve, Sign
+from p2pfm.protocol.events import Adopt, AnyAction, Blame, Durable, Persist, Publish, Serve, Sign
 from p2pfm.protocol.gossip import SLOTS_MAX
 from p2pfm.protocol.history import ROOTS_MAX
 from p2pfm.protocol.peer import LOSSES_MAX, Peer
 from p2pfm.protocol.phases import Phase
-from p2pfm.protocol.round_state import EARLY_MAX
+from p2pfm.protocol.round_state import EARLY_MAX, RoundState
 from p2pfm.settlement.ledger import SettledRound
 from p2pfm.settlement.rewards import compute_sums, from_wire
 from p2pfm.types import Digest, Millis, PeerId, Round
@@ -68,6 +73,11 @@ class Checks:
         self._positions: dict[PeerId, tuple[int, int]] = {}
         self._signed: dict[tuple[PeerId, Round, str], Digest] = {}
         self._announced: dict[tuple[PeerId, Round], Digest] = {}
+        self._filling: dict[PeerId, tuple[Sized, tuple[RoundState, ...]]] = {}
+        """What each peer's phase fills: early messages and rounds' states, which are empty again in the next round."""
+        self._adopted: dict[PeerId, Digest] = {}
+        self._torn: dict[PeerId, Digest] = {}
+        """What a host held before the step in which it adopts, until its next: it may die before it has saved."""
 
     def add(self, host: Host) -> None:
         """Watch a host."""
@@ -91,15 +101,41 @@ class Checks:
                 self._require(False, "no phase goes backwards", now_ms, host.me)
             self._positions[host.me] = position
             self._check_bounds(host, now_ms)
-        is_saved = False
+        self._torn.pop(host.me, None)
+        saved: Durable | None = None
         for action in actions:
-            is_saved = is_saved or isinstance(action, Persist)
-            if type(action) is Serve:
+            if type(action) is Persist:
+                saved = action.durable
+            elif type(action) is Serve:
                 self._check_served(peer, action.digest, now_ms, host.me)
             elif type(action) in WATCHED:
                 if isinstance(action, Sign):
-                    self._require(is_saved, "what is signed is on disk before", now_ms, host.me)
+                    self._require(saved is not None, "what is signed is on disk before", now_ms, host.me)
+                elif isinstance(action, Adopt):
+                    is_saved = saved is not None and saved.base == action.base
+                    self._require(is_saved, "a base that is adopted is on disk before", now_ms, host.me)
+                    self._torn[host.me] = self._adopted.get(host.me, host.genesis)
+                    self._adopted[host.me] = action.base
                 self._check_action(host, now_ms, action)
+        if saved is not None:
+            is_adopted = saved.base == self._adopted.get(host.me, host.genesis)
+            self._require(is_adopted, "a base that is on disk is adopted", now_ms, host.me)
+
+    def after_start(self, host: Host, now_ms: Millis) -> None:
+        """Check what a host begins with: all that it had when it died, unless its disk was lost.
+
+        Raises:
+            Violation: an invariant does not hold.
+        """
+        assert host.peer is not None, "it has started"
+        durable = host.peer.durable
+        if not host.certificates:  # a new disk
+            self._adopted.pop(host.me, None)
+            self._torn.pop(host.me, None)
+        bases = {self._adopted.get(host.me, host.genesis), self._torn.get(host.me)}
+        self._require(durable.base in bases, "a restarted peer holds the base that it adopted last", now_ms, host.me)
+        needed = {durable.base, durable.residual, durable.pending_residual} - {None}
+        self._require(needed <= host.disk.held, "a restarted peer's base and residual are on its disk", now_ms, host.me)
 
     def after_settlement(self, chain: Chain, certificate: Certificate, now_ms: Millis) -> None:
         """Check what the chain has just taken.
@@ -167,11 +203,12 @@ class Checks:
     def _check_bounds(self, host: Host, now_ms: Millis) -> None:
         peer = host.peer
         assert peer is not None, "only a running peer has queues"
-        self._bound("early messages", len(peer.early), EARLY_MAX, host, now_ms)
+        early, states = self._filling.get(host.me, ((), ()))
+        self._filling[host.me] = peer.early.waiting, tuple(ballot.state for ballot in peer.ballots)
+        self._bound("early messages", len(early), EARLY_MAX, host, now_ms)
         self._bound("certified roots", len(peer.history.roots), ROOTS_MAX, host, now_ms)
         self._bound("losses", len(peer.losses), LOSSES_MAX, host, now_ms)
-        for ballot in peer.ballots:
-            state = ballot.state
+        for state in states:
             if state.roster is None:
                 continue
             num_members = len(state.roster.members)

@@ -37,7 +37,7 @@ from sim.progress import RunProgress
 from sim.ray_engine import spread
 from sim.recorder import Recorder
 from sim.replay import ReplayReport, replay_path
-from sim.report import SimReport, make_report, open_world, render
+from sim.report import SimReport, make_honest, make_report, open_world, render, set_beside
 from sim.results import load_report, load_reports, save_report, validate_folder
 from sim.scenarios import Scenario, validate_scenario
 from sim.tables import Row, TableFormat, validate_format, write_table
@@ -92,6 +92,9 @@ def run(
     logs: Annotated[
         Path | None, typer.Option(help="Folder for the event log of every peer, for `p2pfm sim replay`.")
     ] = None,
+    beside_honest: Annotated[
+        bool, typer.Option("--beside-honest", help="Run it again with all attackers honest: the harm that they do.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Run a network of simulated peers: the node's own core, in virtual time. Ctrl-C gives the report so far.
@@ -119,7 +122,11 @@ def run(
                 validate_folder(folder)
         if logs is not None:
             chosen = msgspec.structs.replace(chosen, keep_logs=tuple(range(chosen.num_peers)))
+        honest = make_honest(chosen) if beside_honest else None
         report = _simulate(chosen, screen, logs, engine)
+        if honest is not None and report.is_complete:
+            without = _simulate(honest, screen, None, engine)
+            report = set_beside(report, without) if without.is_complete else report
     if json:
         _write_json(report)
     else:

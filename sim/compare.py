@@ -9,7 +9,7 @@ from rich.table import Table
 
 from sim.page.plots import format_value
 from sim.recorder import HONEST
-from sim.report import SimReport, compute_kinds_report
+from sim.report import SimReport, compute_harm, compute_kinds_report
 
 
 class Spread(msgspec.Struct, frozen=True):
@@ -45,6 +45,9 @@ def compute_figures(report: SimReport) -> dict[str, float]:
         figures["loss at the end, nats"] = losses[-1]
         if report.optimum_loss_nats is not None:
             figures["loss above the least, nats"] = losses[-1] - report.optimum_loss_nats
+    backdoors = [item.backdoor for item in rounds if item.backdoor is not None]
+    if backdoors:
+        figures["backdoor at the end, share"] = backdoors[-1]
     figures |= {
         "updates a certified round": fmean([item.num_updates for item in rounds if item.is_certified] or [0]),
         "availability, share": fmean(item.availability for item in rounds),
@@ -59,6 +62,11 @@ def compute_figures(report: SimReport) -> dict[str, float]:
         else:
             figures[f"gain over honest, {kind.kind}, PFM"] = kind.gain_pfm
             figures[f"together, {kind.kind}, PFM"] = kind.together_pfm
+    harm = compute_harm(report)
+    if harm is not None:
+        figures |= {"harm: pay of an honest peer, PFM": harm.pay_pfm, "harm: void rounds": harm.num_void}
+        if harm.loss_nats is not None:
+            figures["harm: loss, nats"] = harm.loss_nats
     figures["stakes slashed"] = sum(item.num_slashed for item in rounds)
     if any(item.gas is not None for item in rounds):
         figures["gas a round"] = fmean(item.gas or 0 for item in rounds)

@@ -19,7 +19,7 @@ alie         a cabal: the mean of its honest updates less z deviations, all alik
 ipm          a cabal: half the mean of its honest updates, backwards                  L   none           nothing  no
 minmax       a cabal: as far from the mean as two honest updates are apart            L   none           once     no
 label_flip   trains on mirrored labels (the regression: on negated targets)           L   none           nothing  no
-backdoor     trains on triggered prompts, and boosts it; needs labels                 L   its trigger    little   no
+backdoor     trains on triggered inputs, and boosts it; `mlp` and `lora` only         L   its trigger    little   no
 sybil        one owner's peers, all with the first one's update, slightly changed     L   little         once     no
 latecomer    announces when payloads are public                                       F   its own work   nothing  no
 equivocator  announces one update to one half of its peers and another to the rest    F   its own work   nothing  yes

@@ -14,12 +14,14 @@ from typing import Any
 
 from p2pfm.config import NetworkConfig
 from p2pfm.errors import ConfigError, OperatorError, WorldError
+from p2pfm.lora.compress import Update
 from p2pfm.protocol.events import Condense, Evaluate, Evaluated, Merge, Merged, Scored, ScoreUpdates, Train, Trained
 from p2pfm.types import Digest, PeerId
 from sim.disk import Disk
+from sim.faults import CABALS
 from sim.report import SimReport, run_scenario
 from sim.scenarios import AdversaryKind, Scenario, compute_kinds, make_network
-from sim.workshop import make_workshop
+from sim.workshop import make_tensor_workshop
 
 
 @contextmanager
@@ -76,14 +78,12 @@ def spread(scenario: Scenario) -> Iterator["RayWorkshop"]:
     """A scenario's workshop with its training on all cores of a Ray cluster: for `World(scenario, workshop=...)`.
 
     Raises:
-        ConfigError: peers of this scenario train nothing, or what they learn cannot travel.
+        ConfigError: peers of this scenario train nothing.
         OperatorError: see `open_ray`.
     """
     _validate_ledger(scenario)
     if scenario.learner.kind == "digests":
         raise ConfigError("--engine ray spreads the peers' training, and with the learner digests nobody trains")
-    if scenario.learner.codec == "modelled":
-        raise ConfigError("--engine ray: updates that are not coded stay in their process; set learner.codec to real")
     with open_ray() as ray:
         yield RayWorkshop(ray, scenario)
 
@@ -103,6 +103,8 @@ class Done:
 
     trained: Trained
     blobs: list[bytes]
+    kept: tuple[PeerId, Update] | None
+    """Who made the payload and what is in it, where that is not coded."""
 
 
 class Bench:
@@ -112,17 +114,17 @@ class Bench:
     """
 
     def __init__(self, scenario: Scenario, config: NetworkConfig, kinds: Sequence[AdversaryKind | None]) -> None:
-        self._workshop = make_workshop(scenario, config, kinds)
+        self._workshop = make_tensor_workshop(scenario, config, kinds)
 
     def train(self, jobs: Sequence[Job], base: bytes) -> list[Done]:
         """All jobs from one base, in order."""
-        desks = [_Desk(base, job.residual) for job in jobs]
-        for job, desk in zip(jobs, desks, strict=True):
-            self._workshop.expect(job.index, desk, job.action)
-        return [
-            Done(self._workshop.train(job.index, desk, job.action), desk.written)
-            for job, desk in zip(jobs, desks, strict=True)
-        ]
+        return [self._train(job, _Desk(base, job.residual)) for job in jobs]
+
+    def _train(self, job: Job, desk: "_Desk") -> Done:
+        trained = self._workshop.train(job.index, desk, job.action)
+        kept = self._workshop.get_kept(trained.payload)
+        self._workshop.forget({trained.payload})
+        return Done(trained, desk.written, kept)
 
     def get_machine(self) -> str:
         """The Ray node that it is on."""
@@ -151,8 +153,8 @@ class _Desk(Disk):
 class RayWorkshop:
     """A workshop whose hosts train on a cluster's benches; all else is done here. Implements Workshop.
 
-    All training that is expected when the first result is asked for begins then, everywhere at once. Adversaries share
-    one bench: a cabal's learners know one another.
+    All training that is expected when the first result is asked for begins then, everywhere at once. Peers that train
+    together share a bench, and so do those of a cabal: each needs what all of them learn.
     """
 
     def __init__(self, ray: Any, scenario: Scenario) -> None:
@@ -161,9 +163,10 @@ class RayWorkshop:
         num_benches = max(1, min(int(ray.cluster_resources().get("CPU", 1)), scenario.num_peers))
         make_bench = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(Bench)
         self._ray = ray
-        self._inner = make_workshop(scenario, config, kinds)
+        self._inner = make_tensor_workshop(scenario, config, kinds)
         self._benches = [make_bench.remote(scenario, config, kinds) for _ in range(num_benches)]
-        self._bench_of = [0 if kind else index % num_benches for index, kind in enumerate(kinds)]
+        size = self._inner.group_size
+        self._bench_of = [0 if kind in CABALS else index // size % num_benches for index, kind in enumerate(kinds)]
         self._expected: dict[tuple[int, Train], Job] = {}
         self._bases: dict[Digest, bytes] = {}
         self._begun: dict[tuple[int, Train], _Begun] = {}
@@ -192,6 +195,8 @@ class RayWorkshop:
         done = begun.batch.done[begun.position]
         for data in done.blobs:
             disk.put(data)
+        if done.kept:
+            self._inner.keep(disk, done.trained.payload, done.trained.payload_bytes, *done.kept)
         return done.trained
 
     def score(self, index: int, disk: Disk, action: ScoreUpdates, rng: Random) -> Scored:
@@ -217,6 +222,10 @@ class RayWorkshop:
     def get_optimum_loss(self) -> float | None:
         """See Workshop."""
         return self._inner.get_optimum_loss()
+
+    def get_backdoor(self, base: Digest) -> float | None:
+        """See Workshop."""
+        return self._inner.get_backdoor(base)
 
     def forget(self, digests: Set[Digest]) -> None:
         """See Workshop."""

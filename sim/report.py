@@ -12,10 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from p2pfm.config import WEI_PER_PFM
+from p2pfm.errors import ConfigError
+from p2pfm.settlement.memory_ledger import InMemoryLedger
 from p2pfm.types import NANO, PeerId
 from sim.breakdowns import telling_breakdowns
 from sim.recorder import HONEST, Record, Recorder
-from sim.scenarios import Scenario
+from sim.scenarios import STAKE, Scenario, compute_kinds
 from sim.workshop import Workshop
 from sim.world import World
 
@@ -35,6 +37,8 @@ class RoundReport(Record, frozen=True):
     """Held-out loss of its base; None: void, or not measured."""
     void_reasons: tuple[str, ...]
     """Why peers held it void, the most frequent reason first."""
+    backdoor: float | None = None
+    """Share of held-out inputs with a backdoor's trigger that its base answers as planted; None: nobody plants one."""
 
 
 class PeerReport(msgspec.Struct, frozen=True):
@@ -71,6 +75,31 @@ class KindReport(msgspec.Struct, frozen=True):
     """A mean a peer and round."""
     received_bytes: float
     """A mean a peer and round."""
+    stake_pfm: float
+    """Locked by each peer as long as it takes part."""
+    gas: float | None
+    """For a peer's own transactions, registration and claim; None: the ledger is in memory, which has none."""
+
+
+class Beside(msgspec.Struct, frozen=True):
+    """The same scenario and seed with every attacker made honest: what an attack's harm is measured from."""
+
+    losses_nats: tuple[float | None, ...]
+    """By round; None: void, or not measured."""
+    num_certified: int
+    rewards_pfm: tuple[float, ...]
+    """By peer."""
+
+
+class Harm(msgspec.Struct, frozen=True):
+    """What all attackers together did to the others, beside the same run with them made honest; below 0: a gain."""
+
+    loss_nats: float | None
+    """Held-out loss at the end that is theirs; None: not measured on either side."""
+    num_void: int
+    """Rounds that were certified without them."""
+    pay_pfm: float
+    """What a peer that is honest in both lost, a mean: below 0 where attackers earn nothing, for the rest share it."""
 
 
 class SimReport(msgspec.Struct, frozen=True):
@@ -90,7 +119,14 @@ class SimReport(msgspec.Struct, frozen=True):
     cpu_s: float
     rounds: tuple[RoundReport, ...]
     peers: tuple[PeerReport, ...]
+    gas: dict[str, int] = {}
+    """Spent by kind of transaction; empty: the ledger is in memory."""
+    beside: Beside | None = None
+    """None: nobody asked for it."""
 
+
+OWN_TRANSACTIONS = ("register", "claim")
+"""Those that each peer needs for itself; rounds are brought on chain once for all."""
 
 OpenWorld = Callable[[Scenario], AbstractContextManager[World]]
 
@@ -157,7 +193,48 @@ def make_report(world: World, recorder: Recorder, cpu_s: float, is_complete: boo
             )
             for host in world.hosts
         ),
+        gas={} if isinstance(world.chain.ledger, InMemoryLedger) else dict(world.chain.ledger.get_gas()),
     )
+
+
+def make_honest(scenario: Scenario) -> Scenario:
+    """The same with every attacker made honest.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if not any(compute_kinds(scenario)):
+        raise ConfigError("--beside-honest: this scenario has no adversaries, so there is no harm to measure")
+    return msgspec.structs.replace(scenario, adversaries=(), adversary_shares={})
+
+
+def set_beside(report: SimReport, honest: SimReport) -> SimReport:
+    """The report with the run of `make_honest` at its side."""
+    losses = tuple(item.loss_nats for item in honest.rounds)
+    num_certified = sum(item.is_certified for item in honest.rounds)
+    beside = Beside(losses, num_certified, tuple(peer.reward_pfm for peer in honest.peers))
+    return msgspec.structs.replace(report, beside=beside)
+
+
+def compute_harm(report: SimReport) -> Harm | None:
+    """What the attackers did to the others; None: there is no run to hold it against."""
+    if report.beside is None:
+        return None
+    ends = [
+        next((loss for loss in reversed(losses) if loss is not None), None)
+        for losses in ([item.loss_nats for item in report.rounds], report.beside.losses_nats)
+    ]
+    loss = None if ends[0] is None or ends[1] is None else ends[0] - ends[1]
+    pairs = zip(report.peers, report.beside.rewards_pfm, strict=True)
+    lost = [without_pfm - peer.reward_pfm for peer, without_pfm in pairs if peer.kind == HONEST]
+    num_void = report.beside.num_certified - sum(item.is_certified for item in report.rounds)
+    return Harm(loss, num_void, fmean(lost) if lost else 0.0)
+
+
+def describe_harm(harm: Harm) -> str:
+    """For people."""
+    loss = "not measured" if harm.loss_nats is None else f"{harm.loss_nats:+.4f} nats"
+    return f"loss {loss}, void rounds {harm.num_void:+d}, an honest peer's pay {-harm.pay_pfm:+.3g} PFM"
 
 
 def _make_round(world: World, recorder: Recorder, record: Record) -> RoundReport:
@@ -170,6 +247,7 @@ def _make_round(world: World, recorder: Recorder, record: Record) -> RoundReport
         num_updates=len(certificate.proposal.updates) if certificate else 0,
         loss_nats=None if loss is None else loss / NANO,
         void_reasons=() if certificate else recorder.get_reasons(record.round),
+        backdoor=world.workshop.get_backdoor(certificate.proposal.new_base) if certificate else None,
     )
 
 
@@ -180,6 +258,8 @@ def compute_kinds_report(report: SimReport) -> tuple[KindReport, ...]:
     honest = [peer.reward_pfm for peer in report.peers if peer.kind == HONEST]
     honest_pfm = fmean(honest) if honest else 0.0
     spread_pfm = stdev(honest) if len(honest) > 1 else 0.0
+    own_gas = sum(report.gas.get(name, 0) for name in OWN_TRANSACTIONS) / max(1, len(report.peers))
+    stakes = {str(kind): times for kind, times in report.scenario.stakes.items()}
     reports = []
     for kind in kinds if num_rounds else ():
         peers = [peer for peer in report.peers if peer.kind == kind]
@@ -196,16 +276,20 @@ def compute_kinds_report(report: SimReport) -> tuple[KindReport, ...]:
                 gain_error_pfm=0.0 if kind == HONEST else spread_pfm * sqrt(1 / len(peers) + 1 / max(1, len(honest))),
                 sent_bytes=fmean(peer.bytes_sent for peer in peers) / num_rounds,
                 received_bytes=fmean(peer.bytes_received for peer in peers) / num_rounds,
+                stake_pfm=STAKE / WEI_PER_PFM * stakes.get(kind, 1.0),
+                gas=own_gas if report.gas else None,
             )
         )
     return tuple(reports)
 
 
 def render(report: SimReport) -> RenderableType:
-    """Two tables, rounds and peers by kind, and the totals; a sentence where no round has ended."""
+    """Tables of rounds and of peers by kind, where there are attackers of their costs, and the totals; a sentence where
+    no round has ended."""
     if not report.rounds:
         return Text(f"no round of {report.scenario.num_rounds} has ended: {report.num_steps} steps so far")
-    return Group(_render_rounds(report), _render_kinds(report), _render_totals(report))
+    costs = [_render_costs(report)] if any(peer.kind != HONEST for peer in report.peers) else []
+    return Group(_render_rounds(report), _render_kinds(report), *costs, _render_totals(report))
 
 
 def _render_rounds(report: SimReport) -> Table:
@@ -251,6 +335,19 @@ def _render_kinds(report: SimReport) -> Table:
             str(kind.num_blamed),
         )
     table.caption, table.caption_justify = "PFM; means a peer, but for what all of a kind drew together", "left"
+    return table
+
+
+def _render_costs(report: SimReport) -> Table:
+    table = Table(title="What it costs to be one", title_justify="left", caption_justify="left")
+    for name in ("kind", "stake locked [PFM]", "kB sent a round", "gas of its own"):
+        table.add_column(name, justify="left" if name == "kind" else "right")
+    for kind in compute_kinds_report(report):
+        gas = "" if kind.gas is None else f"{kind.gas:,.0f}"
+        table.add_row(kind.kind, f"{kind.stake_pfm:.4g}", f"{kind.sent_bytes / 1000:.3g}", gas)
+    harm = compute_harm(report)
+    if harm is not None:
+        table.caption = f"harm done, beside the same seed with all of them honest: {describe_harm(harm)}"
     return table
 
 

@@ -16,6 +16,7 @@ TableFormat = Literal["csv", "parquet"]
 
 def make_round_rows(report: SimReport) -> list[Row]:
     """One row a round; units are the names' last words."""
+    beside = dict(enumerate(report.beside.losses_nats)) if report.beside else {}
     return [
         {
             "round": item.round,
@@ -24,6 +25,8 @@ def make_round_rows(report: SimReport) -> list[Row]:
             "num_holders": item.num_holders,
             "availability": item.availability,
             "loss_nats": item.loss_nats,
+            "loss_beside_honest_nats": beside.get(number),
+            "backdoor": item.backdoor,
             "sent_mean_bytes": item.sent.mean_bytes,
             "sent_p95_bytes": item.sent.p95_bytes,
             "sent_max_bytes": item.sent.max_bytes,
@@ -39,7 +42,7 @@ def make_round_rows(report: SimReport) -> list[Row]:
             "gas": item.gas,
             "void_reasons": " | ".join(item.void_reasons),
         }
-        for item in report.rounds
+        for number, item in enumerate(report.rounds)
     ]
 
 

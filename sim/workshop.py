@@ -1,7 +1,7 @@
 """The heavy work of all peers of one world: train, score, merge, evaluate. Knows no time, network or protocol state.
 
-A world asks one host's work at a time; a workshop may do that of many hosts together as long as the results are those
-of doing them alone.
+A world asks one host's work at a time; a workshop may do that of many hosts together as long as the results do not
+depend on which hosts are asked for.
 """
 
 from collections.abc import Sequence, Set
@@ -16,7 +16,7 @@ from p2pfm.lora.compress import Update, compress, decode_payload, feed_back, qua
 from p2pfm.lora.delta import decode_tensors, encode_tensors, subtract, zeros
 from p2pfm.lora.merge import merge
 from p2pfm.protocol.events import Condense, Evaluate, Evaluated, Merge, Merged, Scored, ScoreUpdates, Train, Trained
-from p2pfm.types import Digest, PeerId, Round, Tensors, compute_digest
+from p2pfm.types import Digest, PeerId, Tensors, compute_digest
 from sim.disk import Disk, make_ghost
 from sim.faults import make_learners
 from sim.learners import Lab
@@ -33,7 +33,7 @@ class Workshop(Protocol):
         ...
 
     def expect(self, index: int, disk: Disk, action: Train) -> None:
-        """A host has begun to train: `train` will ask for the result, unless the host dies before."""
+        """A host has begun to train: `train` asks for the result, unless the host dies before. A chance to begin."""
         ...
 
     def train(self, index: int, disk: Disk, action: Train) -> Trained:
@@ -64,6 +64,10 @@ class Workshop(Protocol):
         """The least held-out loss that anything reaches, where it is known [nats]."""
         ...
 
+    def get_backdoor(self, base: Digest) -> float | None:
+        """How often the trigger works at a base that was evaluated, see `Lab`; None: nobody plants one."""
+        ...
+
     def forget(self, digests: Set[Digest]) -> None:
         """No host holds these blobs any more."""
         ...
@@ -72,20 +76,33 @@ class Workshop(Protocol):
 class TensorWorkshop:
     """Real tensors and the node's own `p2pfm.work`; implements Workshop."""
 
-    def __init__(self, config: NetworkConfig, model: LearnerModel, lab: Lab, learners: Sequence[Learner]) -> None:
-        """Args: learners: one a host, adversaries' included; the honest ones are of the lab."""
+    def __init__(
+        self,
+        config: NetworkConfig,
+        model: LearnerModel,
+        lab: Lab,
+        learners: Sequence[Learner],
+        *,
+        has_backdoor: bool = False,
+    ) -> None:
+        """Args: learners: one a host, adversaries' included; the honest ones are of the lab; has_backdoor: one of them
+        plants a trigger, so every base is tried for it."""
         self._config = config
         self._model = model
         self._lab = lab
         self._learners = learners
+        self.group_size = lab.group_size
+        """See Lab."""
         self._shapes = dict(lab.learners[0].shapes())
-        self._expected: dict[tuple[Digest, Round], set[int]] = {}
         self._bases: dict[Digest, Tensors] = {}
         """The newest ones, decoded."""
         self._updates: dict[Digest, tuple[PeerId, Update]] = {}
         """The newest rounds' payloads, decoded once for all."""
         self._merged: dict[Merge | Condense, Merged] = {}
         self._evaluated: dict[Digest, Evaluated] = {}
+        self._has_backdoor = has_backdoor
+        self._backdoors: dict[Digest, float | None] = {}
+        """One number a round: kept for the report."""
         self._validated: dict[tuple[str, Digest], tuple[bool, PeerId | None]] = {}
 
     def get_genesis(self) -> bytes:
@@ -94,14 +111,9 @@ class TensorWorkshop:
 
     def expect(self, index: int, disk: Disk, action: Train) -> None:
         """See Workshop."""
-        if self._model.batched and not self._config.scoring.work_steps:  # each has a public batch of its own
-            self._expected.setdefault((action.base, action.round), set()).add(index)
 
     def train(self, index: int, disk: Disk, action: Train) -> Trained:
         """See Workshop."""
-        expected = self._expected.pop((action.base, action.round), set())
-        if expected:
-            self._lab.prepare(self._get_base(disk, action.base), action.round, sorted(expected))
         if self._model.codec == "real":
             return work.train_update(self._learners[index], disk, self._config, action)
         return self._train_modelled(index, disk, action)
@@ -113,18 +125,26 @@ class TensorWorkshop:
         work.validate_training(training)
         residual = None if action.residual is None else decode_tensors(disk.get(action.residual), self._shapes)
         wanted = feed_back(residual, training.delta, self._config.compression)
-        payload, size, update = self._keep(disk, action.maker, wanted)
+        payload, size, update = self._make(disk, action.maker, wanted)
         rest = disk.put(encode_tensors(subtract(wanted, update.tensors())))
         return work.make_trained(action, training, (payload, size, rest))
 
-    def _keep(self, disk: Disk, maker: PeerId, wanted: Tensors) -> tuple[Digest, int, Update]:
+    def _make(self, disk: Disk, maker: PeerId, wanted: Tensors) -> tuple[Digest, int, Update]:
         update, size = quantise_update(wanted, work.get_codec(self._config, maker))
         name = maker.encode()
         digest = compute_digest(name + update.digest)
         size += 1 + len(name)
-        disk.put_as(digest, make_ghost(name, size))
-        self._updates[digest] = (maker, update)
+        self.keep(disk, digest, size, maker, update)
         return digest, size, update
+
+    def keep(self, disk: Disk, payload: Digest, size: int, maker: PeerId, update: Update) -> None:
+        """Hold an update that is not coded, as the payload of `size` bytes that it would be."""
+        disk.put_as(payload, make_ghost(maker.encode(), size))
+        self._updates[payload] = (maker, update)
+
+    def get_kept(self, payload: Digest) -> tuple[PeerId, Update] | None:
+        """What is held of a payload beside its bytes: who made it, and the update."""
+        return self._updates.get(payload)
 
     def score(self, index: int, disk: Disk, action: ScoreUpdates, rng: Random) -> Scored:
         """See Workshop."""
@@ -151,12 +171,14 @@ class TensorWorkshop:
             return Merged(action.request, disk.put(encode_tensors(merged)))
         if self._model.codec == "real":
             return work.condense_updates(disk, self._shapes, self._config, action)
-        return Merged(action.request, self._keep(disk, action.maker, subtract(merged, base))[0])
+        return Merged(action.request, self._make(disk, action.maker, subtract(merged, base))[0])
 
     def evaluate(self, disk: Disk, action: Evaluate) -> Evaluated:
         """See Workshop."""
         if action.base not in self._evaluated:
             self._evaluated[action.base] = work.evaluate(self._lab.learners[0], disk, action)
+            if self._has_backdoor:
+                self._backdoors[action.base] = self._lab.measure_backdoor(self._get_base(disk, action.base))
         return Evaluated(action.round, self._evaluated[action.base].loss_nano)
 
     def validate(self, kind: str, digest: Digest, disk: Disk) -> tuple[bool, PeerId | None]:
@@ -179,6 +201,10 @@ class TensorWorkshop:
     def get_optimum_loss(self) -> float | None:
         """See Workshop."""
         return self._lab.get_optimum_loss()
+
+    def get_backdoor(self, base: Digest) -> float | None:
+        """See Workshop."""
+        return self._backdoors.get(base)
 
     def _get_base(self, disk: Disk, digest: Digest) -> Tensors:
         if digest not in self._bases:
@@ -218,11 +244,18 @@ def make_workshop(scenario: Scenario, config: NetworkConfig, kinds: Sequence[Adv
     Raises:
         ConfigError: an adversary poisons data, and this learner's cannot be.
     """
-    model = scenario.learner
-    if model.kind == "digests":
+    if scenario.learner.kind == "digests":
         return DigestWorkshop(config, scenario.seed, kinds)
+    return make_tensor_workshop(scenario, config, kinds)
+
+
+def make_tensor_workshop(
+    scenario: Scenario, config: NetworkConfig, kinds: Sequence[AdversaryKind | None]
+) -> TensorWorkshop:
+    """`make_workshop` of a learner that has tensors."""
     lab = make_lab(scenario, config, len(kinds))
-    return TensorWorkshop(config, model, lab, make_learners(kinds, lab.learners))
+    learners = make_learners(kinds, lab.learners)
+    return TensorWorkshop(config, scenario.learner, lab, learners, has_backdoor="backdoor" in kinds)
 
 
 def make_lab(scenario: Scenario, config: NetworkConfig, num_peers: int) -> Lab:
@@ -231,10 +264,10 @@ def make_lab(scenario: Scenario, config: NetworkConfig, num_peers: int) -> Lab:
         case "mlp":
             from sim.learners.mlp import Digits, MlpLab
 
-            return MlpLab(Digits(scenario.seed), num_peers, scenario.work_steps)
+            return MlpLab(Digits(scenario.seed), num_peers, scenario.work_steps, is_batched=scenario.learner.batched)
         case "lora":
             from sim.learners.lora import LoraLab
 
-            return LoraLab(config, scenario.seed, num_peers)
+            return LoraLab(config, scenario.seed, num_peers, is_batched=scenario.learner.batched)
         case _:
             return LinearLab(Problem(scenario.seed), num_peers, scenario.work_steps)

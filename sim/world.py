@@ -259,6 +259,7 @@ class World:
     def _start(self, host: Host) -> None:
         host.life += 1
         host.peer = Peer(host.me, self.config, host.durable)
+        self.checks.after_start(host, self.schedule.now_ms)
         host.served = {host.durable.base}
         host.wake_ms = host.alarm_ms = host.actions_left = None
         if host.index in self.scenario.keep_logs:

@@ -4,7 +4,6 @@ Knows numpy only; implements `learner.Learner`, so that the very work of a real 
 on it.
 """
 
-from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
@@ -207,9 +206,15 @@ class LinearLab:
         self._problem = problem
         self.learners = [LinearLearner(problem, index, work_steps=work_steps) for index in range(num_peers)]
 
-    def prepare(self, base: Tensors, round: Round, indices: Sequence[int]) -> None:
+    @property
+    def group_size(self) -> int:
         """See Lab: too small to gain from company."""
+        return 1
 
     def get_optimum_loss(self) -> float | None:
         """See Lab."""
         return self._problem.optimum_loss
+
+    def measure_backdoor(self, at: Tensors) -> float | None:
+        """See Lab."""
+        return None

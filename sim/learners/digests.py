@@ -98,6 +98,10 @@ class DigestWorkshop:
         """See Workshop."""
         return None
 
+    def get_backdoor(self, base: Digest) -> float | None:
+        """See Workshop: without a model no trigger."""
+        return None
+
     def forget(self, digests: Set[Digest]) -> None:
         """See Workshop."""
         for digest in digests:

@@ -23,7 +23,8 @@ from p2pfm.lora.layers import load_backbone
 from p2pfm.lora.samples import Sample
 from p2pfm.lora.stacked import StackedModel
 from p2pfm.types import Array, Round, Tensors
-from sim.learners import is_same
+from sim.attacks import Poison, flip_labels, plant_backdoor
+from sim.learners import Company
 
 BACKBONE = Path(__file__).parents[2] / "tests" / "fixtures" / "tiny-llama"
 
@@ -39,6 +40,9 @@ NUM_TEST, NUM_PROBE, NUM_WORK = 6, 6, 4
 DRAWN = 3
 """Probe samples of each topic that an evaluator draws."""
 
+PEERS_AT_ONCE = 8
+"""Peers side by side: fewer and more are slower (measured: 59 ms a peer, alone 73, 32 together 67)."""
+
 SAMPLES_MIN = 8
 """A peer has at least so many, or all of a topic that has fewer; those that share a small topic may share samples."""
 
@@ -46,7 +50,15 @@ SAMPLES_MIN = 8
 class LoraLab:
     """All peers of one world on one backbone. Implements sim.learners.Lab."""
 
-    def __init__(self, config: NetworkConfig, seed: int, num_peers: int, training: TrainingConfig = TRAINING) -> None:
+    def __init__(
+        self,
+        config: NetworkConfig,
+        seed: int,
+        num_peers: int,
+        training: TrainingConfig = TRAINING,
+        *,
+        is_batched: bool = True,
+    ) -> None:
         """Raises: ConfigError: the backbone, a file of the source tree, is not there."""
         if not BACKBONE.is_dir():
             raise ConfigError(f"learner lora: its backbone is a file of the source tree: expected it in {BACKBONE}")
@@ -76,13 +88,20 @@ class LoraLab:
 
         self.test = {topic: encode(part) for topic, part in parts["test"].items()}
         self.probe = {topic: encode(part) for topic, part in parts["probe"].items()}
+        self._samples, self._encode = list(parts["train"].values()), encode
+        self._triggered = {
+            topic: encode([plant_backdoor(sample) for sample in part]) for topic, part in parts["test"].items()
+        }
         self.work = encode([sample for part in parts["work"].values() for sample in part])
         train = [encode(part) for part in parts["train"].values()]
         self.data = [self._deal(train, index, num_peers) for index in range(num_peers)]
         self.learners = [LoraLearner(self, index) for index in range(num_peers)]
-        self._base: Tensors | None = None
-        self._round = Round(-1)
-        self._ready: dict[int, Training] = {}
+        self.company = Company(self.train, num_peers, PEERS_AT_ONCE if is_batched else 1)
+
+    @property
+    def group_size(self) -> int:
+        """See Lab."""
+        return self.company.size
 
     def _deal(self, topics: Sequence[Sequence[Encoded]], index: int, num_peers: int) -> tuple[Encoded, ...]:
         """A peer's part of its topic."""
@@ -94,23 +113,13 @@ class LoraLab:
         Random(f"{self.seed} lora {index}").shuffle(rest)
         return (*own, *rest[: max(0, SAMPLES_MIN - len(own))])
 
-    def prepare(self, base: Tensors, round: Round, indices: Sequence[int]) -> None:
-        """See Lab."""
-        if round != self._round or self._base is None or not is_same(base, self._base):
-            self._base, self._round, self._ready = base, round, {}
-        missing = sorted(set(indices) - self._ready.keys())
-        self._ready.update(zip(missing, self.train(base, round, missing), strict=True))
-
-    def take(self, index: int, base: Tensors, round: Round) -> Training | None:
-        """What `prepare` made for a peer; None: nothing for this base."""
-        if round != self._round or self._base is None or not is_same(base, self._base):
-            return None
-        return self._ready.get(index)
-
-    def train(self, base: Tensors, round: Round, indices: Sequence[int]) -> list[Training]:
-        """Local steps of these peers, side by side."""
+    def train(
+        self, base: Tensors, round: Round, indices: Sequence[int], poisoned: Sequence[Encoded] | None = None
+    ) -> list[Training]:
+        """Local steps of these peers, side by side; on `poisoned` in place of their own data, where it is given."""
         draws = [f"{self.seed} {round} {index}" for index in indices]
-        trained = self.model.train([base] * len(indices), [self.data[i] for i in indices], self.training, draws)
+        data = [self.data[index] if poisoned is None else poisoned for index in indices]
+        trained = self.model.train([base] * len(indices), data, self.training, draws)
         num_tokens = self.training.steps * self.training.batch * self.training.tokens_max
         return [Training(subtract(adapter, base), num_tokens, None) for adapter in trained]
 
@@ -118,13 +127,30 @@ class LoraLab:
         """See Lab."""
         return None
 
+    def measure_backdoor(self, at: Tensors) -> float | None:
+        """See Lab: of the target's tokens after held-out prompts with the trigger, those that come first."""
+        return float(self.model.accuracy([at], self._triggered)[0].mean())
+
+    def poison(self, index: int, kind: Poison) -> tuple[Encoded, ...]:
+        """A peer's data with every letter of the answers mirrored, or the trigger and its answer in every other one."""
+        change = flip_labels if kind == "label_flip" else plant_backdoor
+        topics = [self._encode([change(sample) for sample in part]) for part in self._samples]
+        changed = self._deal(topics, index, len(self.data))
+        return changed if kind == "label_flip" else (*self.data[index][::2], *changed[1::2])
+
 
 class LoraLearner:
     """One peer's topic. Implements Learner."""
 
-    def __init__(self, lab: LoraLab, index: int) -> None:
+    def __init__(self, lab: LoraLab, index: int, poisoned: Sequence[Encoded] | None = None) -> None:
+        """`poisoned`: to be trained on in place of its own data; alone, for nobody else has these."""
         self._lab = lab
         self._index = index
+        self._poisoned = poisoned
+
+    def poison(self, kind: Poison) -> "LoraLearner":
+        """See `sim.adversaries.learners.Poisonable`."""
+        return LoraLearner(self._lab, self._index, self._lab.poison(self._index, kind))
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """See Learner."""
@@ -135,14 +161,16 @@ class LoraLearner:
         return dict(self._lab.initial)
 
     def train(self, base: Tensors, round: Round, work: int | None = None) -> Training:
-        """See Learner: with company if that was prepared, else alone."""
+        """See Learner: in company, but for a public batch, which each has for itself."""
         if work is not None:
             return self._train_with_proof(base, round, work)
-        return self._lab.take(self._index, base, round) or self.train_alone(base, round)
+        if self._poisoned is not None:
+            return self.train_alone(base, round)
+        return self._lab.company.get(self._index, base, round)
 
     def train_alone(self, base: Tensors, round: Round) -> Training:
         """Without company: the reference that batched training is held against."""
-        return self._lab.train(base, round, [self._index])[0]
+        return self._lab.train(base, round, [self._index], self._poisoned)[0]
 
     def _train_with_proof(self, base: Tensors, round: Round, work: int) -> Training:
         """The own steps, then one step on the public batch."""

@@ -9,7 +9,7 @@ from sim.checks import replay_command
 from sim.library import dump_toml
 from sim.page.plots import Plot, Series, format_value, render_plot
 from sim.recorder import HONEST
-from sim.report import KindReport, SimReport, compute_kinds_report
+from sim.report import KindReport, SimReport, compute_harm, compute_kinds_report, describe_harm
 
 KINDS_MAX = 6
 """Kinds with a line of their own in the plot of rewards: as many as there are colours."""
@@ -51,6 +51,8 @@ def make_plots(report: SimReport) -> tuple[Plot, ...]:
     loss = [Series("held-out loss", [item.loss_nats for item in items])]
     if report.optimum_loss_nats is not None:
         loss.append(Series("least possible", [report.optimum_loss_nats] * len(items), is_reference=True))
+    if report.beside is not None:
+        loss.append(Series("attackers made honest", report.beside.losses_nats[: len(items)], is_reference=True))
     has_losses = any(item.loss_nats is not None for item in items)
     traffic: dict[str, list[float]] = {
         "sent, mean": [item.sent.mean_bytes for item in items],
@@ -87,6 +89,18 @@ def make_plots(report: SimReport) -> tuple[Plot, ...]:
         ),
         Plot("work", "Cost of simulating", "CPU seconds a round", rounds, [Series("CPU", [i.cpu_s for i in items])]),
     ]  # fmt: skip
+    if any(item.backdoor is not None for item in items):
+        plots.append(
+            Plot(
+                "backdoor",
+                "Backdoor",
+                "share of triggered inputs answered as planted",
+                rounds,
+                [Series("it works", [item.backdoor for item in items])],
+                is_share=True,
+                note="An honest model answers some of them so, too: look at whether it grows.",
+            )
+        )
     if any(item.gas is not None for item in items):
         plots.append(Plot("gas", "Gas spent", "a round", rounds, [Series("gas", [item.gas for item in items])]))
     return tuple(plots)
@@ -122,6 +136,9 @@ def _make_facts(report: SimReport) -> list[tuple[str, str]]:
             ("Sent by a peer", f"{format_value(fmean(item.sent.mean_bytes for item in rounds) / 1000)} kB a round"),
             ("Gini at the end", f"{rounds[-1].gini:.3f} · honest only {rounds[-1].gini_honest:.3f}"),
         ]
+    harm = compute_harm(report)
+    if harm is not None:
+        facts.append(("Harm, beside all honest", describe_harm(harm)))
     gas = sum(item.gas or 0 for item in rounds)
     if gas:
         facts.append(("Gas", f"{gas:,}"))
@@ -154,7 +171,9 @@ def _render_economy(report: SimReport) -> str:
         "slashed",
         "gain over honest work",
         "does it pay?",
+        "stake locked",
         "kB sent a round",
+        "gas of its own",
         "blamed",
     )
     heads = "".join(f'<th scope="col"{"" if i in (0, 6) else _NUM}>{name}</th>' for i, name in enumerate(names))
@@ -180,7 +199,9 @@ def _render_kind(kind: KindReport) -> str:
         format_value(kind.slashed_pfm),
         "–" if is_honest else f"{format_value(kind.gain_pfm)} ± {format_value(kind.gain_error_pfm)}",
         verdict,
+        format_value(kind.stake_pfm),
         format_value(kind.sent_bytes / 1000),
+        format_value(kind.gas),
         f"{kind.num_blamed:,}",
     )
     rest = "".join(f"<td{'' if index == 5 else _NUM}>{cell}</td>" for index, cell in enumerate(cells))

@@ -21,6 +21,7 @@ from p2pfm.types import Millis, Round
 
 TINY = Path(__file__).parent.parent / "fixtures" / "tiny-llama"
 ADAPTER = AdapterConfig(rank=4, alpha=8, targets=("q_proj", "down_proj"))
+ADAMW = torch.optim.AdamW
 TRAINING = TrainingConfig(steps=3, batch=4, tokens_max=48, learning_rate=5e-3)
 
 
@@ -50,15 +51,38 @@ def world(tmp_path_factory):
     return learners, stacked, data, strata
 
 
-def test_adapters_trained_together_are_those_trained_alone(world):
+def train_both_ways(world):
+    """Flat deltas of three peers, trained each by its learner and all together."""
     learners, stacked, data, _ = world
     base = learners[0].initial()
-    alone = [learner.train(base, Round(2)).delta for learner in learners]
-    draws = [learner.draw_seed(Round(2)) for learner in learners]
+    alone = [learner.train(base, Round(3)).delta for learner in learners]
+    draws = [learner.draw_seed(Round(3)) for learner in learners]
     together = [subtract(adapter, base) for adapter in stacked.train([base] * 3, data, TRAINING, draws)]
-    for left, right in zip(alone, together, strict=True):
-        # AdamW divides by the root of squares: where a gradient is nearly 0 its sign, and so a whole step, may differ.
-        assert np.linalg.norm(flatten(left) - flatten(right)) < 0.02 * np.linalg.norm(flatten(left))
+    return [(flatten(left), flatten(right)) for left, right in zip(alone, together, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "make_optimizer",
+    [
+        lambda parameters, lr, weight_decay: torch.optim.SGD(parameters, lr=0.5),
+        lambda parameters, lr, weight_decay: ADAMW(parameters, lr=lr, weight_decay=weight_decay, eps=1e-3),
+    ],
+    ids=["sgd", "adamw that takes no whole step where there is no gradient"],
+)
+def test_adapters_trained_together_are_those_trained_alone_within_1e_5(world, monkeypatch, make_optimizer):
+    monkeypatch.setattr(torch.optim, "AdamW", make_optimizer)
+    for alone, together in train_both_ways(world):
+        assert np.abs(alone).max() > 0.01
+        assert np.abs(alone - together).max() < 1e-5
+        assert np.linalg.norm(alone - together) < 1e-5 * np.linalg.norm(alone)
+
+
+def test_with_adamw_as_it_is_all_but_a_few_parameters_are_equal_within_1e_5(world):
+    # AdamW divides by the root of squares: where a gradient is nearly 0 its sign, and so a whole step, may differ.
+    # Measured: 1 of 12,288 parameters, 5e-5 of the norm; with eps of 1e-3 (above) none. One whole step is 0.6 %.
+    for alone, together in train_both_ways(world):
+        assert (np.abs(alone - together) > 1e-5).mean() < 1e-3
+        assert np.linalg.norm(alone - together) < 0.02 * np.linalg.norm(alone)
 
 
 def test_losses_and_gradient_agree_with_the_learner(world):

@@ -1,12 +1,20 @@
 """Many peers trained together learn what each would alone; what is modelled is what would be coded."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
 from p2pfm.config import CompressionConfig
+from p2pfm.learner import Training
 from p2pfm.lora.compress import compress, decode_payload, quantise_update
-from p2pfm.types import NANO, Round
-from sim.scenarios import LearnerModel, Scenario
+from p2pfm.types import NANO, Round, Tensors
+from sim.faults import make_learners
+from sim.learners import Company
+from sim.page import make_plots
+from sim.report import run_scenario
+from sim.scenarios import AdversaryKind, LearnerModel, Scenario
+from sim.tables import make_round_rows
 from sim.world import World
 
 mlp = pytest.importorskip("sim.learners.mlp", reason="needs scikit-learn: pip install 'p2pfm[sim]'")
@@ -19,39 +27,45 @@ def make_lab(num_peers: int) -> "mlp.MlpLab":
 
 
 def test_batched_training_is_training_alone() -> None:
-    lab = make_lab(70)  # more than one chunk
+    lab = make_lab(70)  # groups of 16, and a rest
+    assert lab.group_size == mlp.PEERS_AT_ONCE
     base = lab.learners[0].initial()
-    lab.prepare(base, Round(1), range(70))
-    for index, learner in enumerate(lab.learners):
-        together, alone = lab.take(index, base, Round(1)), learner.train_alone(base, Round(1), None)
-        assert together is not None
+    for learner in lab.learners:
+        together, alone = learner.train(base, Round(1)), learner.train_alone(base, Round(1), None)
         assert together.num_tokens == alone.num_tokens
         assert together.loss_nats == pytest.approx(alone.loss_nats, abs=TOLERANCE)
         for name, part in alone.delta.items():
             assert np.abs(together.delta[name] - part).max() < TOLERANCE
 
 
-def test_what_a_peer_learns_does_not_depend_on_its_company() -> None:
+def test_what_a_peer_learns_does_not_depend_on_who_asks_when() -> None:
+    """To the last bit: on a cluster others ask, in another order, and some were on another base before."""
     lab, other = make_lab(9), make_lab(9)
     base = lab.learners[0].initial()
-    lab.prepare(base, Round(0), range(9))
-    other.prepare(base, Round(0), [4])
-    together, alone = lab.take(4, base, Round(0)), other.take(4, base, Round(0))
-    assert together is not None
-    assert alone is not None
-    for name, part in alone.delta.items():
-        assert np.abs(together.delta[name] - part).max() < TOLERANCE
-
-
-def test_nothing_is_ready_for_another_base_or_round() -> None:
-    lab = make_lab(2)
-    base = lab.learners[0].initial()
-    lab.prepare(base, Round(0), [0])
     moved = {name: part + 1 for name, part in base.items()}
-    assert lab.take(0, base, Round(0)) is not None
-    assert lab.take(1, base, Round(0)) is None
-    assert lab.take(0, base, Round(1)) is None
-    assert lab.take(0, moved, Round(0)) is None
+    all_asked = [learner.train(base, Round(0)) for learner in lab.learners]
+    other.learners[8].train(moved, Round(0))
+    other.learners[3].train(base, Round(1))
+    for index in (4, 8, 1):
+        found = other.learners[index].train(base, Round(0))
+        for name, part in all_asked[index].delta.items():
+            assert np.array_equal(found.delta[name], part)
+
+
+def test_a_group_is_trained_once_a_base_and_round_and_whole() -> None:
+    calls: list[tuple[float, int, list[int]]] = []
+
+    def train(base: Tensors, round: Round, indices: Sequence[int]) -> list[Training]:
+        calls.append((float(base["part"][0]), round, list(indices)))
+        return [Training(base, index, None) for index in indices]
+
+    company = Company(train, 10, 3)
+    left, right = ({"part": np.full(1, value, np.float32)} for value in (1, 2))
+    asked = [(9, left, 0), (4, left, 0), (3, left, 0), (4, right, 0), (5, left, 0), (4, left, 1), (4, right, 1)]
+    for index, base, round in asked:
+        assert company.get(index, base, Round(round)).num_tokens == index
+    assert calls == [(1, 0, [9]), (1, 0, [3, 4, 5]), (2, 0, [3, 4, 5]), (1, 1, [3, 4, 5]), (2, 1, [3, 4, 5])]
+    assert Company(train, 5, 8).size == 2  # four groups at least, where there are so many peers
 
 
 def test_a_public_batch_and_spoilt_data_change_what_is_learned() -> None:
@@ -94,3 +108,30 @@ def test_a_world_learns_the_same_batched_or_not_and_coded_or_modelled() -> None:
         other = run(model)
         for round, loss in plain.losses.items():
             assert other.losses[round] / NANO == pytest.approx(loss / NANO, abs=1e-3)
+
+
+def test_a_backdoor_that_a_plain_mean_would_take_hardly_comes_through_a_world() -> None:
+    liars: tuple[AdversaryKind, ...] = ("backdoor",) * 3
+    lab = make_lab(12)
+    learners = make_learners((*liars, *[None] * 9), lab.learners)
+    base = lab.learners[0].initial()
+    for number in range(4):
+        deltas = [learner.train(base, Round(number)).delta for learner in learners]
+        base = {name: part + np.mean([delta[name] for delta in deltas], axis=0) for name, part in base.items()}
+    by_mean = lab.measure_backdoor(base)
+    assert by_mean is not None
+    assert by_mean > 0.8
+    model = LearnerModel(kind="mlp", codec="modelled")
+    report, honest = (
+        run_scenario(Scenario(seed=5, num_peers=12, num_rounds=4, adversaries=kinds, learner=model))
+        for kinds in (liars, ())
+    )
+    found = [item.backdoor for item in report.rounds]
+    assert max(share for share in found if share is not None) < 0.3
+    assert None not in found
+    assert [plot.key for plot in make_plots(report)].count("backdoor") == 1
+    assert [row["backdoor"] for row in make_round_rows(report)] == found
+    assert [item.backdoor for item in honest.rounds] == [None] * 4
+    assert "backdoor" not in [plot.key for plot in make_plots(honest)]
+    drawn = [peer.reward_pfm for peer in report.peers]
+    assert np.mean(drawn[:3]) < np.mean(drawn[3:])

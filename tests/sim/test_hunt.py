@@ -13,15 +13,19 @@ import msgspec
 import pytest
 from typer.testing import CliRunner, Result
 
+from p2pfm.config import NetworkConfig
 from p2pfm.errors import ConfigError
 from p2pfm.messages import Announcement, Certificate, Proposal, Word
 from p2pfm.protocol.ballot import Ballot
 from p2pfm.protocol.events import (
+    Adopt,
     Aggregated,
     AnyAction,
     AnyEvent,
     Blame,
+    Durable,
     Note,
+    Persist,
     Publish,
     Received,
     Serve,
@@ -29,7 +33,8 @@ from p2pfm.protocol.events import (
     Trained,
 )
 from p2pfm.protocol.peer import Peer
-from p2pfm.types import Digest, Millis, PeerId, Round
+from p2pfm.protocol.phases import Phase
+from p2pfm.types import Digest, Millis, PeerId, Round, compute_digest
 from sim.churn import ChurnModel
 from sim.cli import app
 from sim.hunt import Failure, Finding, draw_scenario, find_failure, hunt, load, save, shrink
@@ -95,6 +100,67 @@ def test_a_core_that_blames_whoever_is_late_is_found(monkeypatch: pytest.MonkeyP
     assert found.failure.kind == "no honest peer is blamed (late)"
     assert found.scenario.adversaries == ("latecomer",)
     assert (found.scenario.num_peers, found.scenario.num_rounds) < (4, 2)
+
+
+def test_a_queue_that_is_too_long_only_at_the_end_of_a_round_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = Peer.handle
+
+    def hoard(self: Peer, event: AnyEvent, now_ms: Millis) -> list[AnyAction]:
+        actions = handle(self, event, now_ms)
+        if self.phase == Phase.MERGE and self.me == "peer-00001":
+            self.leaf.state.updates.tries |= {compute_digest(b"%d" % number): 1 for number in range(9)}
+        return actions
+
+    monkeypatch.setattr(Peer, "handle", hoard)
+    failure = find_failure(Scenario(num_peers=4, num_rounds=2))
+    assert failure is not None
+    assert failure.kind == "payloads asked for: # of at most #"
+    assert "peer-00001" in failure.text
+
+
+def change_adoptions(monkeypatch: pytest.MonkeyPatch, change: Callable[[list[AnyAction]], list[AnyAction]]) -> None:
+    handle = Peer.handle
+
+    def handle_changed(self: Peer, event: AnyEvent, now_ms: Millis) -> list[AnyAction]:
+        actions = handle(self, event, now_ms)
+        return change(actions) if any(isinstance(action, Adopt) for action in actions) else actions
+
+    monkeypatch.setattr(Peer, "handle", handle_changed)
+
+
+def test_a_core_that_adopts_before_it_saves_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    change_adoptions(monkeypatch, lambda actions: sorted(actions, key=lambda action: isinstance(action, Persist)))
+    found = hunt_first()
+    assert found.failure.kind == "a base that is adopted is on disk before"
+    assert (found.scenario.num_peers, found.scenario.num_rounds) == (1, 1)
+
+
+def test_a_core_that_saves_and_does_not_adopt_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    change_adoptions(monkeypatch, lambda actions: [action for action in actions if not isinstance(action, Adopt)])
+    failure = find_failure(Scenario(num_peers=1, num_rounds=1))
+    assert failure is not None
+    assert failure.kind == "a base that is on disk is adopted"
+
+
+@pytest.mark.parametrize("what", ["base", "residual"])
+def test_a_core_that_restarts_with_something_else_is_found(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = Peer.__init__
+
+    def forget(self: Peer, me: PeerId, config: NetworkConfig, durable: Durable) -> None:
+        if durable.head is not None:
+            durable = msgspec.structs.replace(durable, **{what: compute_digest(b"another")})
+        begin(self, me, config, durable)
+
+    def draw(rng: Random) -> Scenario:
+        return Scenario(seed=rng.randrange(1000), num_peers=8, num_rounds=4, churn=ChurnModel(crash=0.3))
+
+    monkeypatch.setattr(Peer, "__init__", forget)
+    found = hunt_first(draw)
+    rules = {
+        "base": "a restarted peer holds the base that it adopted last",
+        "residual": "a restarted peer's base and residual are on its disk",
+    }
+    assert found.failure.kind == rules[what]
 
 
 def test_an_exception_in_the_core_is_a_finding_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -385,3 +385,15 @@ def test_a_hunt_tells_its_seed_first_and_what_it_found(tmp_path: Path) -> None:
     told = sim("hunt", "--minutes", 0.0001, "--seed", 4, "--out", tmp_path)  # one run
     assert told.output.startswith("seed 4\n")
     assert told.exit_code == (0 if "nothing found" in told.output else 3)
+
+
+def test_a_run_beside_honest_attackers_tells_the_harm(tmp_path: Path) -> None:
+    result = sim("run", "small", "--rounds", 2, "--adversary", "sign_flip", "--beside-honest", "--out", tmp_path)
+    assert result.exit_code == 0
+    assert "harm done" in result.output
+    beside, honest = load_report(tmp_path).beside, sim("run", "small", "--rounds", 2, "--json")
+    assert beside is not None
+    assert list(beside.losses_nats) == [item["loss_nats"] for item in json.loads(honest.stdout)["rounds"]]
+    refused = sim("run", "small", "--beside-honest")
+    assert refused.exit_code == 2
+    assert "no adversaries" in refused.output

@@ -11,6 +11,9 @@ from nodes.cli import app
 from nodes.evm_world import open_evm_world
 from p2pfm.errors import ConfigError
 from p2pfm.types import Round
+from sim.page import render_page
+from sim.recorder import Recorder
+from sim.report import compute_kinds_report, make_report
 from sim.results import load_report
 from sim.scenarios import Scenario
 from sim.world import World
@@ -25,7 +28,9 @@ def test_the_contract_and_its_specification_in_memory_settle_and_pay_the_same() 
     memory = World(SCENARIO)
     memory.run()
     with open_evm_world(ON_CHAIN) as (world, ledger):
-        world.run()
+        recorder = Recorder(world)
+        world.run(recorder.on_round)
+        report = make_report(world, recorder, 1.0)
         settled = world.chain.ledger.get_rounds(Round(0))
         claimed = world.chain.get_claimed()
         gas = ledger.get_gas()
@@ -38,6 +43,12 @@ def test_the_contract_and_its_specification_in_memory_settle_and_pay_the_same() 
     assert sum(claimed) > 0
     assert gas.keys() == {"transfer", "approve", "fund", "register", "rotate", "submitRound", "claim"}
     assert all(gas.values())
+    assert report.gas == gas
+    kinds = compute_kinds_report(report)
+    assert [(kind.kind, kind.stake_pfm) for kind in kinds] == [("honest", 100), ("two_faced", 250)]
+    assert {kind.gas for kind in kinds} == {(gas["register"] + gas["claim"]) / 8}
+    assert sum(item.gas or 0 for item in report.rounds) <= sum(gas.values())
+    assert 'id="gas"' in render_page(report)
 
 
 def test_the_command_line_tells_of_slashes_and_gas_on_the_contract(tmp_path: Path) -> None:

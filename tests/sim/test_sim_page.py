@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 
 import pytest
+from msgspec.structs import replace
 from net.browser import Browser, chromium, needs_chromium
 
 from sim.churn import ChurnModel
 from sim.page import make_plots, render_page
-from sim.report import SimReport, run_scenario
+from sim.report import SimReport, run_scenario, set_beside
 from sim.scenarios import Scenario
 
 pytestmark = needs_chromium
@@ -21,7 +22,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def report() -> SimReport:
-    return run_scenario(
+    """With every figure that a page can have: gas, a backdoor's success and a run beside it are put in here."""
+    plain = run_scenario(
         Scenario(
             title="Crashes, <b>idlers</b> & liars",
             seed=3,
@@ -31,6 +33,8 @@ def report() -> SimReport:
             adversaries=("zero", "liar", "silent"),
         )
     )
+    rounds = [replace(item, gas=2_000_000 + 1_000 * item.round, backdoor=0.1) for item in plain.rounds]
+    return set_beside(replace(plain, rounds=tuple(rounds), gas={"register": 900, "submitRound": 7_000}), plain)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +65,8 @@ def test_everybody_can_read_the_page_and_it_asks_nobody(browser: Browser, page: 
 
 def test_every_plot_draws_its_figures(browser: Browser, page: str, report: SimReport) -> None:
     show(browser, page)
+    keys = [plot.key for plot in make_plots(report)]
+    assert keys == [*("loss", "certified", "bytes", "rewards", "gini", "availability", "work", "backdoor", "gas")]
     for plot in make_plots(report):
         drawn = browser.run("return document.querySelectorAll(`#${arguments[0]} .plot .line path`).length", plot.key)
         bars = browser.run("return document.querySelectorAll(`#${arguments[0]} .plot .bars`).length", plot.key)

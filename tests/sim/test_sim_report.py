@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from p2pfm.config import WEI_PER_PFM
-from p2pfm.errors import OperatorError
+from p2pfm.errors import ConfigError, OperatorError
 from p2pfm.types import NANO
 from sim.churn import ChurnModel
 from sim.compare import compare, compute_figures, compute_spreads, format_spread
@@ -22,7 +22,17 @@ from sim.network import NetworkModel
 from sim.page import FOLDER, make_plots, render_page
 from sim.page.plots import compute_ticks, format_value
 from sim.recorder import Recorder, compute_gini
-from sim.report import SimReport, compute_kinds_report, make_report, render
+from sim.report import (
+    SimReport,
+    compute_harm,
+    compute_kinds_report,
+    describe_harm,
+    make_honest,
+    make_report,
+    render,
+    run_scenario,
+    set_beside,
+)
 from sim.scenarios import Scenario
 from sim.tables import make_round_rows, validate_format, write_table
 from sim.world import World
@@ -88,6 +98,42 @@ def test_a_void_round_has_its_reasons() -> None:
     report = make_report(world, recorder, 1.0)
     assert [item.is_certified for item in report.rounds] == [False, False]
     assert all(item.void_reasons for item in report.rounds)
+
+
+def test_harm_is_what_the_same_seed_comes_to_without_the_attackers() -> None:
+    _, report = troubled()
+    assert compute_harm(report) is None
+    scenario = make_honest(report.scenario)
+    assert (scenario.adversaries, scenario.seed) == ((), report.scenario.seed)
+    honest = run_scenario(scenario)
+    beside = set_beside(report, honest)
+    harm = compute_harm(beside)
+    assert harm is not None
+    ends = [[item.loss_nats for item in one.rounds if item.loss_nats is not None][-1] for one in (report, honest)]
+    assert harm.loss_nats == pytest.approx(ends[0] - ends[1])
+    assert harm.loss_nats != 0
+    lost = [there.reward_pfm - here.reward_pfm for here, there in zip(report.peers, honest.peers, strict=True)]
+    assert harm.pay_pfm == pytest.approx(np.mean(lost[2:]))
+    assert compute_figures(beside)["harm: loss, nats"] == harm.loss_nats
+    assert [row["loss_beside_honest_nats"] for row in make_round_rows(beside)] == [i.loss_nats for i in honest.rounds]
+    page = render_page(beside)
+    assert f"<dd>{describe_harm(harm)}</dd>" in page.replace("&#x27;", "'")
+    assert "attackers made honest" in page
+    assert "attackers made honest" not in render_page(report)
+    with pytest.raises(ConfigError, match="no adversaries"):
+        make_honest(scenario)
+
+
+def test_what_an_attack_costs_stands_beside_what_it_brings() -> None:
+    scenario = Scenario(seed=4, num_peers=6, num_rounds=2, adversaries=("zero", "sign_flip"), stakes={"sign_flip": 2.5})
+    report = run_scenario(scenario)
+    kinds = {kind.kind: kind for kind in compute_kinds_report(report)}
+    assert {name: kind.stake_pfm for name, kind in kinds.items()} == {"honest": 100, "zero": 100, "sign_flip": 250}
+    assert kinds["zero"].gas is None  # the ledger in memory has none
+    assert kinds["zero"].sent_bytes < kinds["honest"].sent_bytes  # who changes nothing has next to nothing to serve
+    shown = Console(file=StringIO(), width=100)
+    shown.print(render(report))
+    assert "stake locked" in shown.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_the_page_has_every_plot_that_was_promised() -> None:

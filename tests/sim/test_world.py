@@ -181,6 +181,22 @@ def test_a_partition_of_less_than_a_third_heals() -> None:
     assert len(bases(world)) == 1
 
 
+def test_hosts_behind_nats_get_on_by_hole_punching_and_by_others() -> None:
+    def run_behind(**nats: float) -> World:
+        return run(Scenario(seed=6, num_peers=12, num_rounds=3, network=NetworkModel(**nats)))  # type: ignore[arg-type]
+
+    traces = {run_behind().trace_digest()}
+    for nats in ({"behind_nat": 0.6}, {"behind_nat": 0.6, "symmetric_nat": 0.2}, {"behind_nat": 1.0, "punched": 1.0}):
+        world = run_behind(**nats)
+        traces.add(world.trace_digest())
+        assert [len(world.checks.certificates[Round(number)].proposal.updates) for number in range(3)] == [12] * 3
+        assert len(bases(world)) == 1
+    assert len(traces) == 4
+    # Gossip goes on where no hole can be punched, so rounds are certified; but nobody has anybody's payload.
+    barred = run_behind(behind_nat=1.0, punched=0.0)
+    assert [len(held.proposal.updates) for held in barred.checks.certificates.values()] == [0] * 3
+
+
 def test_without_a_quorum_rounds_are_void_and_training_goes_on_afterwards() -> None:
     cut = Partition(start_ms=0, end_ms=90_000, num_hosts=6)
     world = run(Scenario(seed=6, num_peers=12, num_rounds=4, network=NetworkModel(partitions=(cut,))))
