@@ -172,7 +172,7 @@ class World:
             self._step_all,
             self._deliver,
         )
-        self._rotation = Rotation(scenario.committee_size, scenario.rounds_per_epoch)
+        self._rotation = Rotation(self.config.scoring.committee_size, self.config.settlement.rounds_per_epoch)
         self._neighbours = self._connect()
         self._noticing: set[int] = set()
 
