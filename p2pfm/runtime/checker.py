@@ -1,10 +1,10 @@
 """The replica's side of re-checks: what this node's model makes of claimed tokens, and its signature under its own.
 
-Knows trio and the engine through a protocol; no peer's name, and nothing of what gaps prove.
+Knows trio and the engine through a protocol; nothing of other peers, and nothing of what gaps prove.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Protocol
 
 import msgspec
@@ -16,7 +16,7 @@ from p2pfm.messages import LIST_MAX, CheckReply, CheckRequest, GenerateRequest, 
 from p2pfm.serving.recheck import compute_gap
 from p2pfm.serving.sampling import compute_logprobs
 from p2pfm.serving.session import BUSY, FAILED, INVALID, UNKNOWN_VERSION, BrokenLogits, UnknownVersion
-from p2pfm.types import Array, Digest, compute_digest
+from p2pfm.types import Array, Digest, PeerId, compute_digest
 
 CHECK_DUTY = 0.2
 """Part of the time that a check may compute while streams are served."""
@@ -48,38 +48,59 @@ class LogitsSource(Protocol):
         ...
 
 
+Prepare = Callable[[Digest, PeerId | None], Awaitable[str]]
+"""`Gateway.prepare`: has a user's adapter in the engine; a refusal, or ""."""
+
+
+async def prepare_nothing(version: Digest, asker: PeerId | None) -> str:
+    """Of a node without users' adapters: what its engine has not, it has not."""
+    return ""
+
+
 class Checker:
     """The replica's side: one check at a time, in the pauses of serving."""
 
     def __init__(
-        self, engine: LogitsSource | None, sign: Callable[[Vouch], bytes], is_idle: Callable[[], bool]
+        self,
+        engine: LogitsSource | None,
+        sign: Callable[[Vouch], bytes],
+        is_idle: Callable[[], bool],
+        prepare: Prepare = prepare_nothing,
     ) -> None:
         """`sign`: this peer's signature of a vouch; `is_idle`: nobody is served now."""
         self._engine = engine
         self._sign = sign
         self._is_idle = is_idle
+        self._prepare = prepare
         self._turn = trio.Lock()
         self._given: OrderedDict[Digest, tuple[int, ...]] = OrderedDict()
         self._num_given_tokens = 0
 
     def has(self, version: Digest) -> bool:
-        """Whether answers of `version` can be checked here."""
+        """Whether answers of the announced `version` can be checked here, as those of a user's adapter wherever
+        BACKBONE_VERSION can.
+        """
         return self._engine is not None and version in self._engine.versions()
 
-    async def check(self, request: CheckRequest, *, is_own: bool = False) -> CheckReply:
-        """What this node's model makes of the claimed tokens, or a refusal. Only `is_own` waits for another's check."""
+    async def check(self, request: CheckRequest, asker: PeerId | None = None, *, is_own: bool = False) -> CheckReply:
+        """What this node's model makes of the claimed tokens, or a refusal. Only `is_own` waits for another's check.
+
+        A user's adapter that is not here is fetched first, from `asker` before others.
+        """
         if len(request.claimed.emitted) > LIST_MAX:
             return _refuse(INVALID)
         if self._turn.locked() and not is_own:
             return _refuse(BUSY)
         async with self._turn:
             with trio.move_on_after(float("inf") if is_own else CHECK_S):
-                return await self._check(request.claimed)
+                return await self._check(request.claimed, asker)
         return _refuse(BUSY)
 
-    async def _check(self, claimed: GenerateRequest) -> CheckReply:
+    async def _check(self, claimed: GenerateRequest, asker: PeerId | None) -> CheckReply:
         if self._engine is None:
             return _refuse(UNKNOWN_VERSION)
+        if refusal := await self._prepare(claimed.version, asker):
+            return _refuse(refusal)
         try:
             return await self._measure(self._engine.compute_logits(claimed), claimed)
         except UnknownVersion:

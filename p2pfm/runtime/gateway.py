@@ -281,7 +281,7 @@ class Gateway:
     async def _prepare_and_replicate(
         self, request: GenerateRequest, asker: PeerId | None, *, is_local: bool
     ) -> AsyncGenerator[TokenChunk, None]:
-        refusal = await self._prepare(request.version, asker)
+        refusal = await self.prepare(request.version, asker)
         if refusal:
             yield TokenChunk(len(request.emitted), (), refusal)
             return
@@ -289,8 +289,11 @@ class Gateway:
             async for chunk in chunks:
                 yield chunk
 
-    async def _prepare(self, version: Digest, asker: PeerId | None) -> str:
-        """Have a user's adapter in the engine; returns the refusal, or "" when it may be asked."""
+    async def prepare(self, version: Digest, asker: PeerId | None) -> str:
+        """Have a user's adapter in the engine, for a stream or a check. Returns the refusal, or "": it may be asked.
+
+        `asker`: the peer that wants it; None: this node itself.
+        """
         if self.adapters is None or self._engine is None or self.is_private(version):
             return ""
         if version in self._engine.versions():
@@ -343,7 +346,7 @@ class Gateway:
         except Reject:
             yield TokenChunk(position, (), INVALID)
         except BrokenLogits:  # of a user's adapter that is its user's fault, no replica's
-            yield TokenChunk(position, (), INVALID if self._is_users(request.version) else FAILED)
+            yield TokenChunk(position, (), INVALID if self.is_users(request.version) else FAILED)
         except BackendFailed:
             yield TokenChunk(position, (), FAILED)
         finally:
@@ -493,8 +496,16 @@ class Gateway:
         with suppress(Reject, WorldError):  # without it no replica is found, which says so
             await self.adapters.prepare(version)
 
-    def _is_users(self, version: Digest) -> bool:
+    def is_users(self, version: Digest) -> bool:
+        """Whether it is a user's own adapter, and lies here."""
         return self.adapters is not None and self.adapters.is_known(version)
+
+    def to_announced(self, version: Digest) -> Digest:
+        """What a replica that can serve or check `version` announces.
+
+        That is `version` itself, but for a user's adapter the bare backbone: it is fetched where it is not.
+        """
+        return BACKBONE_VERSION if self.is_users(version) else version
 
     def _choose(self, session: Session, tried: Collection[PeerId], *, is_free: bool = False) -> PeerId | None:
         """The best replica that was not tried; with `is_free` none that is full or has just failed."""
@@ -507,15 +518,14 @@ class Gateway:
             live = tuple(
                 state for state in live if not (state.is_full() or state.is_stale(now_ms) or state.is_paused(now_ms))
             )
-        # who serves the bare backbone serves any user's adapter on it: it is fetched where it is not
-        version = BACKBONE_VERSION if self._is_users(session.version) else session.version
+        version = self.to_announced(session.version)
         candidates = choose(live, version, self.local, self._config.local, now_ms, frozenset(tried))
         return candidates[0] if candidates else None
 
     def _check_hope(self, session: Session, tried: dict[PeerId, str], idle_s: float) -> None:
         """Raise unless it makes sense to wait for a replica."""
         name = session.version.hex()[:16]
-        if self._is_users(session.version) and INVALID in tried.values():
+        if self.is_users(session.version) and INVALID in tried.values():
             raise Reject(f"the adapter {name} gives no numbers on this text, or does not fit the backbone")
         if session.version in self._private_names and tried.get(self.local) == UNKNOWN_VERSION:
             raise NoReplica("this private adapter was replaced by newer ones before its stream began; ask again")

@@ -2,7 +2,8 @@
 
 Knows trio, and engine and peers through protocols; what gaps prove is in `serving.recheck`. Users' prompts are shown to
 at most CHECKERS_MAX more replicas, to none where the own engine can check, and never published: evidence is made with
-synthetic ones.
+synthetic ones. Nor is the digest of a user's LoRA, since whoever knows it may fetch the LoRA: who cheats with one loses
+this gateway's routing, and others are told only if it cheats with what all serve.
 """
 
 import logging
@@ -244,6 +245,7 @@ class Rechecker:
     async def _probe(self, peer: PeerId, version: Digest) -> None:
         """Synthetic requests to who gave a wrong answer: they convict it or clear it, and others may see them."""
         evidence: CheatReport | None = None
+        is_secret = self._gateway.is_users(version)
         for _ in range(CANARIES_MAX):
             answer = await self._ask_canary(peer, version)
             if answer is None:
@@ -255,8 +257,9 @@ class Rechecker:
             self._note(peer, judgement)
             if report is not None and judgement.excess_micro >= EVIDENCE_MICRO:
                 evidence = report
-            if evidence is not None and self._table.is_banned(peer, self._now_ms()):
-                await self._report(evidence)
+            if self._table.is_banned(peer, self._now_ms()) and (evidence is not None or is_secret):
+                if evidence is not None and not is_secret:
+                    await self._report(evidence)
                 break
 
     async def _ask_canary(self, peer: PeerId, version: Digest) -> Answer | None:
@@ -303,7 +306,7 @@ class Rechecker:
         request = make_check(answer)
         if request is None:
             return {}
-        if self._checker.has(request.claimed.version):
+        if self._checker.has(self._gateway.to_announced(request.claimed.version)):
             reply = await self._checker.check(request, is_own=True)
             judged = {} if reply.refusal else judge(answer, reply)
         else:
@@ -325,7 +328,7 @@ class Rechecker:
 
     def _choose_checkers(self, answer: Answer) -> list[PeerId]:
         """In the order of asking: at random, so that no cheat can place a friend."""
-        version, makers = answer.request.version, set(answer.makers)
+        version, makers = self._gateway.to_announced(answer.request.version), set(answer.makers)
         able = [
             state.record.peer
             for state in self._table.live(self._now_ms())

@@ -116,7 +116,7 @@ async def answer_stream(
         case GenerateRequest() as request:
             await _answer_generate(gateway, checker, request, send, asker)
         case CheckRequest() as request:
-            await send(encode(await checker.check(request)))
+            await send(encode(await checker.check(request, asker)))
         case Vouch() as vouch:
             await send(encode(checker.vouch(vouch)))
         case ReceiptOffer(sealed=sealed):

@@ -97,6 +97,7 @@ class ServingSide:
             own,
             lambda vouch: sign_vouch(keys, node.network_id, vouch),
             lambda: not self.gateway.num_sessions,
+            self.gateway.prepare,
         )
         self.rechecker = Rechecker(
             self.gateway,

@@ -3,6 +3,7 @@
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from random import Random
 
 import msgspec
@@ -16,7 +17,9 @@ from serving_world import TINY, V1
 from p2pfm.config import AdapterConfig, ServingConfig
 from p2pfm.errors import PeerUnreachable
 from p2pfm.lora.layers import compute_initial
+from p2pfm.lora.user_adapter import encode_adapter
 from p2pfm.messages import CheatReport, CheckReply, CheckRequest, GenerateRequest, TokenChunk, Vouch, VouchReply
+from p2pfm.runtime.adapter_folder import AdapterFolder
 from p2pfm.runtime.batcher import Batcher
 from p2pfm.runtime.canaries import make_question
 from p2pfm.runtime.checker import Checker
@@ -26,6 +29,8 @@ from p2pfm.runtime.gateway import Gateway, Tokens
 from p2pfm.runtime.keys import Keys
 from p2pfm.runtime.rechecker import Rechecker
 from p2pfm.runtime.text import TextCodec
+from p2pfm.runtime.user_adapters import UserAdapters
+from p2pfm.serving.routing import Policy
 from p2pfm.types import Digest, Millis, PeerId
 
 BARE = Digest(b"\x00" * 32)
@@ -50,6 +55,20 @@ def make_engine() -> Engine:
 def make_keys(number: int) -> Keys:
     seed = bytes([number]) * 32
     return Keys(PeerId(str(ID.from_pubkey(create_new_key_pair(seed).public_key))), "0x", seed, seed, 1)
+
+
+def make_lora(engine: Engine, seed: int = 3) -> bytes:
+    """A user's LoRA of some of the tiny model's layers; strong enough that it changes what the model says."""
+    rng = np.random.default_rng(seed)
+    factors = {
+        name: (
+            rng.normal(0, 0.3, (2, fan_in)).astype(np.float32),
+            rng.normal(0, 0.3, (fan_out, 2)).astype(np.float32),
+        )
+        for name, (fan_out, fan_in) in engine.lora_sizes().items()
+        if name.endswith(("q_proj", "down_proj"))
+    }
+    return encode_adapter("tiny", factors)
 
 
 # --- cheats -----------------------------------------------------------------------------------------------------------
@@ -102,6 +121,7 @@ class Replica:
     gateway: Gateway
     checker: Checker
     keys: Keys
+    adapters: UserAdapters | None = None
     alter: Alter | None = None
     lie: Lie | None = None
     num_checks: int = 0
@@ -120,7 +140,8 @@ class Network:
             raise PeerUnreachable("no such peer")
         replica = self.replicas[peer]
         given: list[int] = []
-        serve = replica.alter(replica.gateway, request) if replica.alter else replica.gateway.serve(request)
+        asker = PeerId("home")
+        serve = replica.alter(replica.gateway, request) if replica.alter else replica.gateway.serve(request, asker)
         async with aclosing(serve) as chunks:
             async for chunk in chunks:
                 if replica.cut_after and len(given) >= replica.cut_after:
@@ -133,7 +154,7 @@ class Network:
     async def check(self, peer: PeerId, request: CheckRequest) -> CheckReply:
         replica = self.replicas[peer]
         replica.num_checks += 1
-        reply = await replica.checker.check(request)
+        reply = await replica.checker.check(request, PeerId("home"))
         return replica.lie(request, reply) if replica.lie else reply
 
     async def vouch(self, peer: PeerId, vouch: Vouch) -> VouchReply:
@@ -148,6 +169,7 @@ class Home:
     rechecker: Rechecker
     registry: CollectorRegistry
     published: list[CheatReport]
+    adapters: UserAdapters | None = None
 
     def count(self, name: str) -> float:
         return self.registry.get_sample_value(f"p2pfm_{name}_total") or 0
@@ -162,8 +184,10 @@ class Home:
 
 
 class World:
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, folder: Path | None = None) -> None:
+        """`folder`: where all keep users' LoRA, each its own; None: they serve none."""
         self.engine = engine
+        self.folder = folder
         self.codec = TextCodec(engine.tokenizer, engine.vocabulary)
         self.network = Network()
         self.peers = [make_keys(number + 1).peer for number in range(5)]
@@ -171,27 +195,49 @@ class World:
             self._add_replica(make_keys(number + 1))
         self._seed = 0
 
-    def _gateway(self, peer: PeerId, engine: Engine | None, registry: CollectorRegistry) -> Gateway:
-        batcher = Batcher(engine) if engine else None
-        return Gateway(peer, ServingConfig(), batcher, self.engine.vocabulary, self.network, registry, self.now_ms)
+    def _gateway(
+        self, peer: PeerId, batcher: Batcher | None, registry: CollectorRegistry, local: Policy = "prefer"
+    ) -> tuple[Gateway, UserAdapters | None]:
+        config = ServingConfig(local=local)
+        gateway = Gateway(peer, config, batcher, self.engine.vocabulary, self.network, registry, self.now_ms)
+        if self.folder is not None:
+            folder = AdapterFolder(self.folder / str(peer), 1 << 30)
+            gateway.adapters = adapters = UserAdapters("tiny", config, folder, batcher, self._fetch)
+            return gateway, adapters
+        return gateway, None
+
+    async def _fetch(self, digest: Digest, asker: PeerId | None, bytes_max: int) -> bytes:
+        """From the home gateway alone, and only for who was asked by it."""
+        assert self.folder is not None
+        data = AdapterFolder(self.folder / "home", 1 << 30).find(digest) if asker == "home" else None
+        if data is None:
+            raise PeerUnreachable("nobody has it")
+        return data
 
     def now_ms(self) -> Millis:
         return Millis(1_000_000 + int(trio.current_time() * 1000))
 
     def _add_replica(self, keys: Keys) -> None:
-        checker = Checker(Batcher(self.engine), lambda vouch: sign_vouch(keys, NETWORK_ID, vouch), lambda: True)
-        self.network.replicas[keys.peer] = Replica(
-            self._gateway(keys.peer, self.engine, CollectorRegistry()), checker, keys
-        )
+        batcher = Batcher(self.engine)
+        gateway, adapters = self._gateway(keys.peer, batcher, CollectorRegistry())
+        checker = Checker(batcher, lambda vouch: sign_vouch(keys, NETWORK_ID, vouch), lambda: True, gateway.prepare)
+        self.network.replicas[keys.peer] = Replica(gateway, checker, keys, adapters)
 
     def make_request(
-        self, num_tokens: int = 32, temperature_milli: int = 0, top_p_milli: int = 1000, num_logprobs: int = 0
+        self,
+        num_tokens: int = 32,
+        temperature_milli: int = 0,
+        top_p_milli: int = 1000,
+        num_logprobs: int = 0,
+        version: Digest = V1,
     ) -> GenerateRequest:
         """Another question each time."""
         self._seed += 1
         text = make_question(Random(self._seed))
         prompt = self.codec.encode_chat([{"role": "user", "content": text}])
-        return GenerateRequest(V1, prompt, (), num_tokens, temperature_milli, top_p_milli, self._seed, num_logprobs)
+        return GenerateRequest(
+            version, prompt, (), num_tokens, temperature_milli, top_p_milli, self._seed, num_logprobs
+        )
 
     @asynccontextmanager
     async def home(
@@ -199,13 +245,15 @@ class World:
     ) -> AsyncIterator[Home]:
         """A gateway that knows all replicas; `first` has no load, the others are full."""
         registry, published = CollectorRegistry(), []
-        gateway = self._gateway(PeerId("home"), None, registry)
+        batcher = Batcher(self.engine) if has_engine else None
+        # checks need an engine; streams are to go to the others as long as they are free
+        gateway, adapters = self._gateway(PeerId("home"), batcher if self.folder else None, registry, local="avoid")
 
         async def publish(report: CheatReport) -> None:
             published.append(report)
 
         words = Random(5)
-        checker = Checker(Batcher(self.engine) if has_engine else None, lambda vouch: b"", lambda: True)
+        checker = Checker(batcher, lambda vouch: b"", lambda: True, gateway.prepare)
         rechecker = Rechecker(
             gateway,
             share,
@@ -219,7 +267,7 @@ class World:
         )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(rechecker.run)
-            home = Home(gateway, rechecker, registry, published)
+            home = Home(gateway, rechecker, registry, published, adapters)
             self.announce(home, first)
             yield home
             nursery.cancel_scope.cancel()

@@ -1,6 +1,7 @@
 """Wrong answers are found by real re-checks, their makers lose routing, and liars get nobody banned."""
 
 from contextlib import aclosing
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -12,12 +13,13 @@ from recheck_world import (
     World,
     make_engine,
     make_keys,
+    make_lora,
     serve_altered,
     serve_bare,
     serve_hotter,
     serve_short,
 )
-from serving_world import V2
+from serving_world import V1, V2
 
 from p2pfm.errors import Reject
 from p2pfm.messages import LIST_MAX, CheatReport, CheckReply, CheckRequest, Vouch
@@ -27,7 +29,7 @@ from p2pfm.runtime.network.transport import Libp2pTransport
 from p2pfm.runtime.rechecker import DISSENTS_MAX, FALSE_REPORTS_MAX
 from p2pfm.runtime.replica_streams import ReplicaStreams, answer_stream
 from p2pfm.serving.recheck import GAP_MICRO_MAX
-from p2pfm.types import PeerId
+from p2pfm.types import Digest, PeerId
 
 SAMPLINGS = ((0, 1000), (700, 950), (1000, 1000))
 
@@ -41,13 +43,15 @@ def everything_is_wrong(request: CheckRequest, reply: CheckReply) -> CheckReply:
     return msgspec.structs.replace(reply, gaps_micro=(GAP_MICRO_MAX,) * len(reply.gaps_micro))
 
 
-async def ask_until_banned(world: World, home, cheat: PeerId, requests_max: int, temperature_milli: int | None) -> int:
+async def ask_until_banned(
+    world: World, home, cheat: PeerId, requests_max: int, temperature_milli: int | None, version: Digest = V1
+) -> int:
     """How many of its answers it took."""
     num_answers = 0
     for number in range(1, 2 * requests_max + 1):  # one that comes late is hedged, and may be another's
         temperature, top_p = SAMPLINGS[number % 3] if temperature_milli is None else (temperature_milli, 1000)
         world.announce(home, cheat)
-        pieces = await home.complete(world.make_request(32, temperature, top_p))
+        pieces = await home.complete(world.make_request(32, temperature, top_p, version=version))
         num_answers += any(piece.replica == cheat for piece in pieces)
         if home.gateway.table.is_banned(cheat, world.now_ms()):
             assert 0 < num_answers <= requests_max
@@ -73,6 +77,69 @@ def test_who_serves_the_bare_backbone_loses_routing_and_is_reported(engine: Engi
             assert report.replica == cheat
             verify_vouch(NETWORK_ID, cheat, report.vouch, report.signature)
             assert world.network.replicas[cheat].num_checks == 0  # nobody judges itself
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("has_engine", [True, False], ids=["by the own engine", "by two other replicas"])
+def test_who_serves_the_bare_backbone_for_a_users_lora_loses_routing(
+    engine: Engine, tmp_path: Path, has_engine: bool
+) -> None:
+    """Checkers fetch the LoRA from who asks them. It is not reported: whoever knows its digest could fetch it."""
+
+    async def main() -> None:
+        world = World(engine, tmp_path)
+        cheat = world.peers[0]
+        world.network.replicas[cheat].alter = serve_bare
+        async with world.home(has_engine=has_engine, first=cheat) as home:
+            version = home.adapters.folder.put(make_lora(engine))
+            await ask_until_banned(world, home, cheat, 4, None, version)
+            world.announce(home, cheat)
+            pieces = await home.complete(world.make_request(version=version))
+            assert pieces[0].replica != cheat
+            assert home.count("cheats") == 1
+            assert home.published == []
+            checkers = [peer for peer in world.peers[1:] if world.network.replicas[peer].num_checks]
+            assert not checkers if has_engine else len(checkers) >= 2
+            for peer in checkers:
+                assert world.network.replicas[peer].adapters.loaded() == (version,)
+            assert world.network.replicas[cheat].num_checks == 0
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("has_engine", [True, False])
+def test_honest_replicas_are_never_accused_for_a_users_lora(engine: Engine, tmp_path: Path, has_engine: bool) -> None:
+    """Its answers are checked, and it does not matter that most checkers had never heard of it."""
+
+    async def main() -> None:
+        world = World(engine, tmp_path)
+        num_tokens = 0
+        async with world.home(has_engine=has_engine) as home:
+            version = home.adapters.folder.put(make_lora(engine))
+            for number in range(12):
+                world.announce(home, world.peers[number % 5])
+                temperature, top_p = SAMPLINGS[number % 3]
+                pieces = await home.complete(world.make_request(12, temperature, top_p, version=version))
+                num_tokens += sum(len(piece.tokens) for piece in pieces if piece.replica != "home")
+            assert num_tokens
+            assert home.count("rechecked_tokens") == num_tokens
+            assert home.count("wrong_answers") == home.count("cheats") == 0
+
+    trio.run(main)
+
+
+def test_a_lora_that_cannot_be_had_is_not_checked_and_nobody_is_blamed(engine: Engine, tmp_path: Path) -> None:
+    async def main() -> None:
+        world = World(engine, tmp_path)
+        unknown = Digest(b"\x77" * 32)
+        claimed = msgspec.structs.replace(world.make_request(version=unknown), emitted=(5, 6))
+        async with world.home() as home:
+            junk = home.adapters.folder.put(b"no adapter" * 1000)
+            checker = world.network.replicas[world.peers[0]].checker
+            assert (await checker.check(CheckRequest(claimed), PeerId("home"))).refusal == "unknown_version"
+            of_junk = msgspec.structs.replace(claimed, version=junk)
+            assert (await checker.check(CheckRequest(of_junk), PeerId("home"))).refusal == "invalid"
 
     trio.run(main)
 
