@@ -6,12 +6,17 @@ Twenty members, each a gateway and a replica, with unequal stakes, speeds and tr
 over replicas by their speed and its own liking (Dirichlet); "sparse" ones use four only. A coalition holds a share of
 the stake. Idle: its replicas serve nobody, its gateways attest each other. Hoarding: they serve others as before, but
 their gateways attest nobody but one of their own. Spreading: nobody but their own, and all alike. Inflating: the same
-with a thousand times the tokens. Income is part of the pool; gain is income less what the truth would have brought.
+with a thousand times the tokens. Mild: 30% of their words go to their own, the rest stays true. Income is part of the
+pool; gain is income less what the truth would have brought.
+
+What is wanted is GAIN_TARGET, and the rule misses it. What docs/decisions/why-receipts-need-agreement.md claims
+instead, GAIN_CLAIMED, --check judges with --quick as well.
 
 Rules: tokens (by the sum of attested tokens), budgets (each gateway spends its stake's part of the pool), median (by
 each replica's stake-weighted median share, made up to a whole), agreement (`serving.receipts.compute_shares`).
 """
 
+import sys
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -30,11 +35,21 @@ COALITIONS = (0.1, 0.2, 0.33, 0.45)
 TRAFFICS = {"even": 40.0, "uneven": 4.0, "sparse": 0.0}
 """Dirichlet concentration per replica; 0: four replicas a gateway."""
 
+GAIN_TARGET = 0.005
+"""Of the pool, for a coalition with a third of the stake: what would be nothing beside the scatter of honest income."""
+
+GAIN_CLAIMED = 0.05
+"""What the page says that it is at most; beyond it the page is wrong."""
+
+MILD = 0.3
+"""Of its words, what a mild coalition shifts."""
+
 KINDS = {
     "idle": "Income of a coalition that serves nobody [part of the pool]",
     "hoarding": "Gain of a coalition that attests one of its own [part of the pool]",
     "spreading": "Gain of one that attests all of its own alike",
     "inflating": "The same, with a thousand times the tokens",
+    "mild": "Gain of one that shifts 30% of its words to its own",
 }
 
 
@@ -118,6 +133,11 @@ def attack(tokens: Matrix, coalition: NDArray[np.int64], kind: str) -> Matrix:
             changed[gateway, coalition] = tokens[gateway].sum() * (1000 if kind == "inflating" else 1) / len(coalition)
             changed[gateway, gateway] = 0
             continue
+        if kind == "mild":
+            changed[gateway] = (1 - MILD) * tokens[gateway]
+            changed[gateway, coalition] += MILD * tokens[gateway].sum() / len(coalition)
+            changed[gateway, gateway] = 0
+            continue
         friend = coalition[(number + 1) % len(coalition)] if kind == "idle" else coalition[0]
         friend = coalition[1] if friend == gateway else friend
         changed[gateway, friend] = tokens[gateway].sum()
@@ -167,9 +187,11 @@ def main() -> None:
         "paid": {name: float(np.mean(values)) for name, values in paid.items()},
         "means": {", ".join(map(str, key)): value for key, value in means.items()},
     }
-    targets = [Target(f"{kind}_to_a_third_of_stake", value, 0.005, "less") for kind, value in worst.items()]
+    targets = [Target(f"{kind}_to_a_third_of_stake", value, GAIN_TARGET, "less") for kind, value in worst.items()]
     targets.append(Target("honest_paid_even_traffic", figures["paid"]["agreement, even"], 0.8, "more"))
     finish(options, figures, targets)
+    if options.check and max(worst.values()) > GAIN_CLAIMED:
+        sys.exit(f"expected gains of at most {GAIN_CLAIMED}, as docs/decisions says, got {max(worst.values()):.4f}")
 
 
 if __name__ == "__main__":
