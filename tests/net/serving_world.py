@@ -1,5 +1,6 @@
 """Real gateways on one engine in one process, with links that break where a test says, and a real HTTP side."""
 
+import base64
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -8,18 +9,24 @@ import numpy as np
 import openai
 import trio
 from prometheus_client import CollectorRegistry
+from safetensors.numpy import save
 
 from p2pfm.config import AdapterConfig, HttpConfig, ServingConfig
 from p2pfm.errors import PeerUnreachable
+from p2pfm.lora.checkpoint import read_lora
 from p2pfm.lora.layers import compute_initial
 from p2pfm.messages import GenerateRequest, TokenChunk
+from p2pfm.runtime.adapter_api import OPERATIONS, AdapterApi
+from p2pfm.runtime.adapter_folder import AdapterFolder
 from p2pfm.runtime.api_keys import ApiKeys
 from p2pfm.runtime.batcher import Batcher
 from p2pfm.runtime.engine import Engine
 from p2pfm.runtime.gateway import Gateway, Patience
 from p2pfm.runtime.http_api import NO_KEYS, HttpApi
 from p2pfm.runtime.http_server import serve_http
+from p2pfm.runtime.stream_keeper import StreamKeeper
 from p2pfm.runtime.text import TextCodec
+from p2pfm.runtime.user_adapters import UserAdapters
 from p2pfm.types import Digest, Millis, PeerId, Tensors
 
 TINY = Path(__file__).parents[1] / "fixtures" / "tiny-llama"
@@ -84,6 +91,23 @@ def make_engine() -> Engine:
     return made
 
 
+def make_files(engine: Engine, seed: int, targets: tuple[str, ...] = ("q_proj", "down_proj"), rank: int = 2):
+    """(adapter_config.json, adapter_model.safetensors) of a LoRA of some of the tiny model's layers."""
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for name, (fan_out, fan_in) in engine.lora_sizes().items():
+        if name.endswith(targets):
+            tensors[f"base_model.model.{name}.lora_A.weight"] = rng.normal(0, 0.2, (rank, fan_in)).astype(np.float32)
+            tensors[f"base_model.model.{name}.lora_B.weight"] = rng.normal(0, 0.2, (fan_out, rank)).astype(np.float32)
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": list(targets), "bias": "none"}
+    return config, tensors
+
+
+def make_body(engine: Engine, seed: int, name: str = "", **options) -> dict:
+    config, tensors = make_files(engine, seed, **options)
+    return {"name": name, "config": config, "weights": base64.b64encode(save(tensors)).decode()}
+
+
 class World:
     """Three peers on one engine (their backbones are equal anyway); `home` has the HTTP side."""
 
@@ -107,6 +131,14 @@ async def no_blobs(digest: Digest) -> bytes | None:
     """This node serves none."""
 
 
+async def ask_nobody(peer: PeerId, data: bytes, seconds: float) -> bytes:
+    raise PeerUnreachable("no such peer")
+
+
+async def fetch_from_nobody(digest: Digest, asker: PeerId | None, bytes_max: int) -> bytes:
+    raise PeerUnreachable("no peer has it")
+
+
 @asynccontextmanager
 async def running(
     engine: Engine,
@@ -116,7 +148,9 @@ async def running(
     bounds: HttpConfig | None = None,
     keys: ApiKeys = NO_KEYS,
     find_blob: FindBlob = no_blobs,
+    folder: Path | None = None,
 ) -> AsyncIterator[World]:
+    """`folder`: the home node has all that a real one has: it keeps streams, and users' adapters there."""
     bounds = bounds or HttpConfig()
     memory = Memory()
     clock = lambda: Millis(int(trio.current_time() * 1000))  # noqa: E731
@@ -135,6 +169,13 @@ async def running(
     for peer, other in memory.gateways.items():
         home.on_presence(peer, other.presence())
     await home.adopt(V1, make_adapter(engine.shapes, 1))
+    adapters, keeper = None, None
+    if folder is not None:
+        adapters = UserAdapters(
+            "tiny", config, AdapterFolder(folder, 1 << 30), Batcher(engine), fetch_from_nobody, read_lora
+        )
+        home.adapters = adapters
+        keeper = StreamKeeper(home.local, config, ask_nobody, home.live_gateways, clock)
     api = HttpApi(
         home,
         TextCodec(engine.tokenizer, vocabulary),
@@ -145,8 +186,13 @@ async def running(
         find_blob,
         bounds,
         keys,
+        AdapterApi(adapters, "tiny", config, bounds).routes() if adapters else (),
+        OPERATIONS if adapters else (),
+        keeper,
     )
     async with trio.open_nursery() as nursery:
+        if keeper is not None:
+            nursery.start_soon(keeper.run)
         port = await nursery.start(serve_http, api.app(), "127.0.0.1", 0, bounds)
         yield World(engine, memory, port, home, registry)
         nursery.cancel_scope.cancel()

@@ -1,5 +1,6 @@
 """Schemathesis makes requests from the node's own OpenAPI document, good and bad, and checks every answer by it."""
 
+import json
 from pathlib import Path
 
 import httpx
@@ -8,7 +9,7 @@ import schemathesis
 from schemathesis.config import SchemathesisConfig
 from schemathesis.engine import Status, from_schema
 from schemathesis.engine.events import FatalError, NonFatalError, ScenarioFinished
-from serving_world import World, make_engine, with_world
+from serving_world import QUESTION, World, make_body, make_engine, with_world
 
 from p2pfm.config import HttpConfig
 from p2pfm.runtime.api_keys import ApiKeys
@@ -29,6 +30,9 @@ stateful.enabled = false
 """
 TOKENS_MAX, CHOICES_MAX = 1, 2
 """What is valid is answered; a few tokens are enough."""
+known_streams: list[str] = []
+known_bodies: list[dict] = []
+"""A stream that is kept and an adapter that can be served: nobody guesses such."""
 NUM_TOKENS = 256
 """The model's vocabulary has so many and more."""
 
@@ -41,8 +45,15 @@ def engine() -> Engine:
 @schemathesis.hook
 def before_call(context, case, kwargs) -> None:
     """Most bodies ask for the model that there is, and mind what no schema can say, so that they are answered."""
+    if case.path == "/v1/streams/{name}" and len(str(case.path_parameters["name"])) % 2:
+        case.path_parameters["name"] = known_streams[0]
     body = case.body
     if not isinstance(body, dict):
+        return
+    if case.path == "/v1/adapters":
+        if case.meta.generation.mode.is_positive:  # what is a LoRA of this backbone, no schema can say
+            body.update(known_bodies[0], name="mine" if len(body) % 2 else "")
+            body.pop("path", None)
         return
     if isinstance(body.get("model"), str) and len(body["model"]) % 8 != 7:
         body["model"] = "tiny+base"
@@ -69,22 +80,41 @@ def test_every_answer_is_as_the_document_says(engine: Engine, tmp_path: Path) ->
             properties = document["components"]["schemas"][name]["properties"]
             for key in set(UNSUPPORTED) - {"tools", "suffix", "top_k"}:
                 del properties[key]
+        assert {"/v1/streams/{name}", "/v1/adapters", "/v1/adapters/{name}"} <= document["paths"].keys()
+        begin(world)
         config = SchemathesisConfig.from_str(OPTIONS.format(url=world.url, secret=SECRET))
         schema = schemathesis.openapi.from_dict(document, config=config)
-        tried, failures = set(), []
+        tried, failures, answers = set(), [], set()
         for event in from_schema(schema).execute():
             assert not isinstance(event, FatalError | NonFatalError), event
             if isinstance(event, ScenarioFinished):
                 tried.add(event.label)
+                answers |= {
+                    (event.label, response.status_code)
+                    for case in event.recorder.cases
+                    if (response := event.recorder.find_response(case_id=case)) is not None
+                }
                 if event.status in (Status.FAILURE, Status.ERROR):
                     failures += describe(event)
         assert not failures, "\n\n".join(failures)
         assert tried == {f"{method.upper()} {path}" for path, ways in document["paths"].items() for method in ways}
         answered = world.registry.get_sample_value("p2pfm_http_completions_total", {"outcome": "ok"})
         assert answered > 10  # not only refusals were checked
+        assert {("GET /v1/streams/{name}", 200), ("POST /v1/adapters", 201), ("GET /v1/adapters", 200)} <= answers
 
-    options = {"is_home_serving": True, "bounds": HttpConfig(body_bytes_max=65_536)}
+    options = {"is_home_serving": True, "bounds": HttpConfig(body_bytes_max=65_536), "folder": tmp_path}
+    known_bodies[:] = [make_body(engine, 1)]
     with_world(engine, check, **options, keys=ApiKeys({"tester": SECRET}))
+
+
+def begin(world: World) -> None:
+    """A stream that can be resumed."""
+    body = {"model": "tiny+base", "messages": QUESTION, "max_tokens": 2, "stream": True}
+    answer = httpx.post(
+        f"{world.url}/v1/chat/completions", json=body, headers={"authorization": f"Bearer {SECRET}"}, timeout=30
+    )
+    first = next(line for line in answer.text.splitlines() if line.startswith("data: {"))
+    known_streams[:] = [json.loads(first[6:])["id"]]
 
 
 def describe(event: ScenarioFinished) -> list[str]:

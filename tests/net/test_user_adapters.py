@@ -13,7 +13,7 @@ import trio
 from net_hosts import make_transport, until
 from prometheus_client import CollectorRegistry
 from safetensors.numpy import save
-from serving_world import V1, V2, make_adapter, make_engine
+from serving_world import V1, V2, make_adapter, make_body, make_engine, make_files
 
 from p2pfm.config import HttpConfig, ServingConfig
 from p2pfm.errors import PeerUnreachable
@@ -98,23 +98,6 @@ async def node(
 
 async def fetch_blob(digest: Digest) -> bytes | None:
     return None
-
-
-def make_files(engine: Engine, seed: int, targets: tuple[str, ...] = ("q_proj", "down_proj"), rank: int = 2):
-    """(adapter_config.json, adapter_model.safetensors) of a LoRA of some of the tiny model's layers."""
-    rng = np.random.default_rng(seed)
-    tensors = {}
-    for name, (fan_out, fan_in) in engine.lora_sizes().items():
-        if name.endswith(targets):
-            tensors[f"base_model.model.{name}.lora_A.weight"] = rng.normal(0, 0.2, (rank, fan_in)).astype(np.float32)
-            tensors[f"base_model.model.{name}.lora_B.weight"] = rng.normal(0, 0.2, (fan_out, rank)).astype(np.float32)
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": list(targets), "bias": "none"}
-    return config, tensors
-
-
-def make_body(engine: Engine, seed: int, name: str = "", **options) -> dict:
-    config, tensors = make_files(engine, seed, **options)
-    return {"name": name, "config": config, "weights": base64.b64encode(save(tensors)).decode()}
 
 
 def make_blob(engine: Engine, seed: int) -> bytes:
