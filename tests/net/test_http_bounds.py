@@ -2,6 +2,7 @@
 
 import json
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -9,9 +10,10 @@ import httpx
 import psutil
 import pytest
 import trio
-from serving_world import V1, World, make_engine, running, with_world
+import trio.testing
+from serving_world import TINY, V1, World, make_adapter, make_engine, running, with_world
 
-from p2pfm.config import HttpConfig
+from p2pfm.config import AdapterConfig, HttpConfig
 from p2pfm.runtime.engine import Engine
 from p2pfm.types import Digest
 
@@ -192,19 +194,63 @@ def test_bad_text_is_the_askers_fault(engine: Engine) -> None:
     with_world(engine, check)
 
 
-def test_a_cancelled_request_stops_all_of_its_choices_within_a_token(engine: Engine) -> None:
+class HeldEngine(Engine):
+    """Counts its steps and tokens; a step that was begun does not end while it is held."""
+
+    def __init__(self) -> None:
+        super().__init__(str(TINY), AdapterConfig(), versions_max=3)
+        self.add_version(V1, make_adapter(self.shapes, 1))
+        self.num_steps = self.num_tokens = self.num_running = 0
+        self.counting, self.free = threading.Lock(), threading.Event()
+        self.free.set()
+
+    def step(self, streams):
+        with self.counting:
+            self.num_running += 1
+        self.free.wait(20)
+        results = super().step(streams)
+        with self.counting:
+            self.num_running -= 1
+            self.num_steps += 1
+            self.num_tokens += sum(len(getattr(chunk, "tokens", ())) for _, chunk in results)
+        return results
+
+
+@pytest.mark.parametrize("is_stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("is_home_serving", [False, True], ids=["by other peers", "by this node"])
+@pytest.mark.parametrize("num_choices", [1, 4])
+def test_a_cancelled_request_stops_within_a_token(is_stream: bool, is_home_serving: bool, num_choices: int) -> None:
+    """When its client leaves, the step under way is the last: a token more of each choice, of each engine."""
+    engine = HeldEngine()
+    body = {"model": "tiny+base", "prompt": "We", "max_tokens": 900, "n": num_choices, "temperature": 0.5}
+
     async def main() -> None:
-        async with running(engine) as world:
-            body = {"model": "tiny+base", "prompt": "We", "max_tokens": 900, "n": 4, "temperature": 0.5}
-            async with trio.open_nursery() as nursery:
-                client = httpx.AsyncClient()
-                nursery.start_soon(lambda: client.post(f"{world.url}/v1/completions", json=body, timeout=60))
-                while sum(gateway.num_sessions for gateway in world.memory.gateways.values()) < 4:
+        async with running(engine, is_home_serving=is_home_serving) as world:
+            gateways = [world.home, *world.memory.gateways.values()]
+            async with httpx.AsyncClient() as client, trio.open_nursery() as nursery:
+
+                async def ask() -> None:
+                    url = f"{world.url}/v1/completions"
+                    async with client.stream("POST", url, json={**body, "stream": is_stream}, timeout=60) as answer:
+                        async for _ in answer.aiter_lines():
+                            pass
+
+                nursery.start_soon(ask)
+                while sum(gateway.num_sessions for gateway in gateways) < num_choices or engine.num_tokens < 20:
                     await trio.sleep(0.001)
+                engine.free.clear()
+                while not engine.num_running:
+                    await trio.sleep(0.001)
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                num_tokens, num_steps, num_running = engine.num_tokens, engine.num_steps, engine.num_running
                 nursery.cancel_scope.cancel()
+            await trio.testing.wait_all_tasks_blocked(0.05)  # the node sees it while the step lasts
+            engine.free.set()
             with trio.fail_after(5):
-                while any(gateway.num_sessions for gateway in world.memory.gateways.values()):
+                while any(gateway.num_sessions for gateway in gateways) or engine.num_running:
                     await trio.sleep(0.001)
+            assert engine.num_steps == num_steps + num_running
+            assert engine.num_tokens <= num_tokens + num_choices
             assert V1 in world.home.versions()
 
     trio.run(main)
