@@ -65,6 +65,10 @@ class UserAdapterSource(Protocol):
         """It is a user's adapter, and lies here."""
         ...
 
+    def is_loaded(self, version: Digest) -> bool:
+        """It is in the engine now."""
+        ...
+
     async def prepare(self, version: Digest, asker: PeerId | None = None) -> None:
         """Return when the engine can serve it. Raises: UnknownVersion, WorldError, or Reject: it is no such adapter."""
         ...
@@ -490,8 +494,11 @@ class Gateway:
         return version in self._private_names
 
     async def _find_users(self, version: Digest) -> None:
-        """Have a user's adapter that nobody announces: a stream may come from another gateway that held it."""
-        if self.adapters is None or self.is_private(version) or version in self.versions():
+        """Have a user's adapter that nobody announces: a stream may come from another gateway that held it.
+
+        One that lies here is not loaded for that: it may be warm at another replica.
+        """
+        if self.adapters is None or self.is_private(version) or self.is_users(version) or version in self.versions():
             return
         with suppress(Reject, WorldError):  # without it no replica is found, which says so
             await self.adapters.prepare(version)
@@ -519,7 +526,10 @@ class Gateway:
                 state for state in live if not (state.is_full() or state.is_stale(now_ms) or state.is_paused(now_ms))
             )
         version = self.to_announced(session.version)
-        candidates = choose(live, version, self.local, self._config.local, now_ms, frozenset(tried))
+        is_warm = self.adapters is None or version == session.version or self.adapters.is_loaded(session.version)
+        candidates = choose(
+            live, version, self.local, self._config.local, now_ms, frozenset(tried), is_local_warm=is_warm
+        )
         return candidates[0] if candidates else None
 
     def _check_hope(self, session: Session, tried: dict[PeerId, str], idle_s: float) -> None:

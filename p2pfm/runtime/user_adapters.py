@@ -128,6 +128,10 @@ class UserAdapters:
         """It is a user's adapter, and lies here: any peer that knows its digest may fetch it."""
         return self.folder.has(version)
 
+    def is_loaded(self, version: Digest) -> bool:
+        """It is in the engine now: an answer need not wait for it."""
+        return version in self._loaded
+
     def loaded(self) -> tuple[Digest, ...]:
         """What is in the engine, least recently asked for first."""
         return tuple(self._loaded)

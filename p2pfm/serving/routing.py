@@ -58,8 +58,11 @@ SPEED_UNKNOWN = 20.0
 ANSWER_TOKENS = 64
 """Length of the answer for which replicas are compared: a near one and a fast one both count."""
 
-LOCAL_MARGIN = 2.0
-"""This node's own replica is preferred until it is expected to take so many times as long as the best other."""
+LOCAL_MARGIN = 1.2
+"""This node's own replica is preferred until it is expected to take so many times as long as the best other. What is
+expected is a moving average of a few answers, which scatters about as much: at 1 the local replica would lose half of
+all streams to one that is no faster. More would keep clients waiting for a replica that is known to be slower.
+"""
 
 FIRST_TOKENS_MAX = 256
 FIRST_TOKENS_MIN = 10
@@ -271,12 +274,15 @@ def choose(
     policy: Policy,
     now_ms: Millis,
     exclude: Set[PeerId] = frozenset(),
+    *,
+    is_local_warm: bool = True,
 ) -> tuple[PeerId, ...]:
     """Candidates for a stream of `version`, best first: not paused, not stale, not full, then by expected time.
 
     Paused, stale and full replicas stand last instead of missing, because a request has to finish while any replica
-    lives. The own replica stands first while it is none of these, and not much slower than the best other. Equal ones
-    are ordered differently by each gateway, so that not all run to the same.
+    lives. The own replica stands first while it is none of these, has the version in memory (`is_local_warm`), and is
+    not slower than the best other by more than LOCAL_MARGIN. Equal ones are ordered differently by each gateway: not
+    all run to the same.
     """
     candidates = [state for state in replicas if version in state.record.versions and state.record.peer not in exclude]
     if policy == "only":
@@ -301,7 +307,8 @@ def choose(
         is_paused = state.is_paused(now_ms)
         place = 1
         if peer == local:
-            place = 2 if policy == "avoid" else 0 if expect(state) <= patience_ms else 1
+            is_first = is_local_warm and expect(state) <= patience_ms
+            place = 2 if policy == "avoid" else 0 if is_first else 1
         tie = sha256(f"{local} {peer}".encode()).digest()
         paused_until_ms = state.paused_until_ms if is_paused else 0
         is_stale = state.is_stale(now_ms)

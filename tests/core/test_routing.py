@@ -11,6 +11,7 @@ from p2pfm.serving.routing import (
     FIRST_TOKENS_MAX,
     FIRST_TOKENS_MIN,
     HEDGES_SAVED_MAX,
+    LOCAL_MARGIN,
     STREAMS_PER_HEDGE,
     TTL_MS_MAX,
     AdaptiveDeadline,
@@ -18,6 +19,7 @@ from p2pfm.serving.routing import (
     HedgeBudget,
     Pace,
     ReplicaTable,
+    Typical,
     choose,
 )
 from p2pfm.types import Digest, Millis, PeerId
@@ -100,11 +102,32 @@ def test_of_two_that_were_never_asked_the_nearer_comes_first() -> None:
     assert order(table) == (B, C)
 
 
+def test_the_local_replica_is_first_while_it_is_not_slower_by_more_than_the_scatter() -> None:
+    speeds = {20_000: 20_000, 17_000: 20_000, 16_000: 20_000, 40_000: 20_000}
+    for own, other in speeds.items():
+        table = table_of(record(A, speed_milli=own), record(B, speed_milli=other))
+        for peer in (A, B):
+            table.on_first_token(peer, 100.0)
+        times = {s.record.peer: s.expected_ms(Typical(0.0, 0.0, 1.0)) for s in table.live(NOW)}
+        is_slower = times[A] > LOCAL_MARGIN * times[B]
+        assert is_slower == (own == 16_000)
+        assert order(table)[0] == (B if is_slower else A)
+
+
+def test_a_cold_local_replica_has_no_first_place_and_comes_where_its_time_puts_it() -> None:
+    table = table_of(record(A), record(B), record(C, waiting=3))
+    for peer, wait_ms in ((A, 300.0), (B, 290.0), (C, 300.0)):
+        table.on_first_token(peer, wait_ms)
+    assert order(table) == (A, B, C)
+    assert choose(table.live(NOW), V1, A, "prefer", NOW, is_local_warm=False) == (B, A, C)
+    assert choose(table.live(NOW), V1, A, "only", NOW, is_local_warm=False) == (A,)
+
+
 def test_the_local_replica_is_first_until_another_is_much_faster() -> None:
     table = table_of(record(A), record(B), record(C))
     table.on_first_token(A, 900.0)
     table.on_first_token(B, 500.0)
-    assert order(table)[0] == A
+    assert order(table)[0] == A  # of the answer's tokens both are expected to make the same, 3.2 s
     table.on_speed(B, 200.0)
     for _ in range(20):
         table.on_first_token(A, 9_000.0)
