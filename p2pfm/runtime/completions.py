@@ -97,7 +97,17 @@ class Completions:
     async def one_model(self, request: Request) -> Response:
         """GET /v1/models/NAME."""
         name = request.path_params["name"]
-        return make_json(self._describe(name, await self._names.resolve(name)))
+        version, _ = await self._resolve(name)
+        return make_json(self._describe(name, version))
+
+    async def _resolve(self, name: str) -> tuple[Digest, float]:
+        """The version that `name` means, and the seconds that it took: a user's adapter may come from peers first."""
+        began_s = trio.current_time()
+        with trio.move_on_after(self._bounds.request_s_max):
+            return await self._names.resolve(name), trio.current_time() - began_s
+        raise ApiError(
+            504, f"model: it was not here within {self._bounds.request_s_max:g} s; ask again later.", "timeout", "model"
+        )
 
     def _describe(self, name: str, version: Digest) -> dict[str, Any]:
         told = {"id": name, "object": "model", "created": self._now_ms() // 1000, "owned_by": "p2pfm"}
@@ -106,45 +116,45 @@ class Completions:
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
         body = decode_body(await read_body(request, self._bounds), ChatBody)
-        version = await self._names.resolve(body.model)
+        version, spent_s = await self._resolve(body.model)
         turns = [message.plain() for message in body.messages]
         try:
             prompt = await trio.to_thread.run_sync(self._codec.encode_chat, turns, limiter=self._encoding)
         except Reject as error:
             raise ApiError(400, f"messages: {error}.", "invalid_value", "messages") from error
-        return self._make_answer(request, body, prompt, version)
+        return self._make_answer(request, body, prompt, version, spent_s)
 
     async def text(self, request: Request) -> Response:
         """POST /v1/completions."""
         body = decode_body(await read_body(request, self._bounds), TextBody)
-        version = await self._names.resolve(body.model)
+        version, spent_s = await self._resolve(body.model)
         prompt = body.one_prompt()
         if isinstance(prompt, str):
             prompt = await trio.to_thread.run_sync(self._codec.encode, prompt, limiter=self._encoding)
-        return self._make_answer(request, body, prompt, version)
+        return self._make_answer(request, body, prompt, version, spent_s)
 
     def _make_answer(
-        self, request: Request, body: ChatBody | TextBody, prompt: tuple[int, ...], version: Digest
+        self, request: Request, body: ChatBody | TextBody, prompt: tuple[int, ...], version: Digest, spent_s: float
     ) -> "_Answer":
         client = get_client(request)
         completion = build_completion(body, prompt, version, self._codec.vocabulary, self._asked, client)
-        return self._resume(request, completion)
+        return self._resume(request, completion, spent_s)
 
-    def _resume(self, request: Request, completion: Completion) -> "_Answer":
+    def _resume(self, request: Request, completion: Completion, spent_s: float = 0.0) -> "_Answer":
         address = request.client.host if request.client is not None else ""
-        return _Answer(self, completion, get_client(request) or address)
+        return _Answer(self, completion, get_client(request) or address, spent_s)
 
-    async def answer(self, completion: Completion, client: str, send: Send) -> None:
+    async def answer(self, completion: Completion, client: str, spent_s: float, send: Send) -> None:
         """Generate, and write the answer or an error. Returns when all is written; cancel it when the client leaves.
 
-        `client`: whose share of this node it takes.
+        `client`: whose share of this node it takes; `spent_s`: of `request_s_max`, before it was known what to do.
         """
         answer = self._answer_stream if completion.is_stream else self._answer_whole
         outcome = "cancelled"
         started: list[None] = []  # of a stream, with its first piece: an error before that has a status of its own
         try:
             async with self._admission.admit(client, completion.num_choices):
-                with trio.move_on_after(self._bounds.request_s_max) as patience:
+                with trio.move_on_after(self._bounds.request_s_max - spent_s) as patience:
                     outcome = await answer(completion, send, started)
             if patience.cancelled_caught:
                 outcome = "late"
@@ -317,14 +327,14 @@ class Completions:
 class _Answer(Response):
     """Runs a completion while it watches for the client to go away."""
 
-    def __init__(self, api: Completions, completion: Completion, client: str) -> None:
+    def __init__(self, api: Completions, completion: Completion, client: str, spent_s: float) -> None:
         super().__init__()
-        self._api, self._completion, self._client = api, completion, client
+        self._api, self._completion, self._client, self._spent_s = api, completion, client, spent_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_cancel_on_disconnect, receive, nursery.cancel_scope)
-            await self._api.answer(self._completion, self._client, send)
+            await self._api.answer(self._completion, self._client, self._spent_s, send)
             nursery.cancel_scope.cancel()
 
 

@@ -101,7 +101,11 @@ class Operation:
 OPERATIONS = (
     Operation("/v1/models", "Models that can be asked for now, the newest certified one first", ModelList),
     Operation(
-        "/v1/models/{name}", "One of them", ModelCard, errors=(404,), parameters={"name": "As /v1/models lists it"}
+        "/v1/models/{name}",
+        "One of them",
+        ModelCard,
+        errors=(400, 404, 504),
+        parameters={"name": "As /v1/models lists it"},
     ),
     Operation(
         "/v1/chat/completions", "Answer a conversation", ChatAnswer, "post", ChatBody, ChatChunk, COMPLETION_ERRORS

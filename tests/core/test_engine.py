@@ -104,6 +104,21 @@ def test_prompts_that_begin_alike_share_their_beginning(engine: Engine) -> None:
     assert sum(not chunk.tokens for chunk in other) == sum(not chunk.tokens for chunk in expected)
 
 
+def test_a_resume_reads_no_block_of_its_prompt_again_that_is_held(engine: Engine) -> None:
+    """Only what was emitted is read anew, in rows."""
+    request = ask(engine, num_tokens=6, text="Our harvests were good, and our mills were busy, " * 30)
+    fresh = Engine(str(TINY), AdapterConfig(), versions_max=2, prefix_bytes_max=0)
+    fresh.add_version(V1, make_adapter(fresh.shapes, 1))
+    whole = run(engine, request)
+    resume = msgspec.structs.replace(request, emitted=whole[:3], num_logprobs=3)
+    chunks, expected = list(engine.generate(resume)), list(fresh.generate(resume))
+    assert [chunk for chunk in chunks if chunk.tokens] == [chunk for chunk in expected if chunk.tokens]
+    num_blocks = len(split_prompt(request.prompt, engine.vocabulary.ends))
+    assert num_blocks > 3
+    assert sum(not chunk.tokens for chunk in expected) == num_blocks
+    assert sum(not chunk.tokens for chunk in chunks) == 1  # the last block alone, whose logits are in no cache
+
+
 @given(st.lists(st.integers(0, 6), max_size=400), st.lists(st.integers(0, 6), max_size=200))
 def test_blocks_of_a_prompt_depend_on_nothing_that_comes_after_them(prompt: list[int], more: list[int]) -> None:
     ends = frozenset({0})

@@ -7,15 +7,32 @@ import httpx
 import openai
 import pytest
 import trio
-from serving_world import QUESTION, V1, V2, World, make_engine, prompt_of, read_stream, running, with_world
+from prometheus_client import CollectorRegistry
+from serving_world import (
+    QUESTION,
+    TINY,
+    V1,
+    V2,
+    Memory,
+    World,
+    make_engine,
+    no_blobs,
+    prompt_of,
+    read_stream,
+    running,
+    with_world,
+)
 
-from p2pfm.config import HttpConfig
+from p2pfm.config import AdapterConfig, HttpConfig, ServingConfig
 from p2pfm.errors import OperatorError
-from p2pfm.messages import GenerateRequest
+from p2pfm.messages import GenerateRequest, Presence
+from p2pfm.runtime.batcher import Batcher
 from p2pfm.runtime.engine import Engine
+from p2pfm.runtime.gateway import Gateway
 from p2pfm.runtime.http_api import HttpApi
 from p2pfm.runtime.http_server import serve_http
-from p2pfm.types import Digest, PeerId
+from p2pfm.runtime.text import TextCodec
+from p2pfm.types import Digest, Millis, PeerId
 
 
 @pytest.fixture(scope="module")
@@ -259,6 +276,36 @@ def test_a_node_tells_its_health_readiness_metrics_and_status(engine: Engine) ->
         assert get("/ready").status_code == 200
         assert get("/status").json() == {"round": 3}
         assert "p2pfm_sessions" in get("/metrics").text
+
+    with_world(engine, check)
+
+
+def test_a_node_is_not_ready_before_somebody_serves_a_certified_base(engine: Engine) -> None:
+    async def main() -> None:
+        bare = Engine(str(TINY), AdapterConfig(), versions_max=1)  # it can serve the backbone: that is not enough
+        clock = lambda: Millis(int(trio.current_time() * 1000))  # noqa: E731
+        registry = CollectorRegistry()
+        gateway = Gateway(PeerId("home"), ServingConfig(), Batcher(bare), engine.vocabulary, Memory(), registry, clock)
+        codec = TextCodec(engine.tokenizer, engine.vocabulary)
+        api = HttpApi(gateway, codec, "tiny", registry, dict, clock, no_blobs)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(api.app()), base_url="http://127.0.0.1") as client:
+            answer = await client.get("/ready")
+            assert (answer.status_code, answer.json()) == (503, {"ready": False, "versions": 0})
+            assert (await client.get("/health")).status_code == 200
+            gateway.on_presence(PeerId("one"), Presence(PeerId("one"), (V1,), 0, 4, 15_000, 1))
+            answer = await client.get("/ready")
+            assert (answer.status_code, answer.json()) == (200, {"ready": True, "versions": 1})
+
+    trio.run(main)
+
+
+def test_top_p_cuts_the_draw_to_the_likeliest(engine: Engine) -> None:
+    def check(world: World) -> None:
+        ask = partial(world.client().completions.create, model="tiny+base", prompt="We", max_tokens=20, seed=3)
+        greedy = ask(temperature=0).choices[0].text
+        assert ask(temperature=1.5, top_p=0.001).choices[0].text == greedy
+        assert ask(temperature=1.5, top_p=1).choices[0].text != greedy
+        assert ask(temperature=1.5).choices[0].text == ask(temperature=1.5, top_p=1).choices[0].text
 
     with_world(engine, check)
 

@@ -154,6 +154,27 @@ def test_a_client_goes_on_at_another_gateway_when_its_own_dies(engine: Engine, o
     with_nodes(engine, 3, check)
 
 
+def test_a_stream_of_plain_text_goes_on_at_another_gateway_too(engine: Engine) -> None:
+    asked = {"model": "tiny+base", "prompt": "My fellow citizens", "max_tokens": 30, "stream": True, "seed": 7}
+
+    async def check(made: list[Node]) -> None:
+        home, other = made
+        async with httpx.AsyncClient(timeout=30) as client:
+            async with client.stream("POST", f"{other.url}/v1/completions", json=asked) as answer:
+                truth = await read_events(answer.aiter_lines())
+            async with client.stream("POST", f"{home.url}/v1/completions", json=asked) as answer:
+                begun = await read_events(answer.aiter_lines(), 5)
+                home.scope.cancel()
+            name = begun[0][1]["id"]
+            assert name.startswith("cmpl-")
+            async with client.stream("GET", f"{other.url}/v1/streams/{name}?after={begun[-1][0]}") as answer:
+                rest = await read_events(answer.aiter_lines())
+            assert strip(begun + rest) == strip(truth)
+            assert {event["object"] for _, event in begun + rest} == {"text_completion"}
+
+    with_nodes(engine, 2, check)
+
+
 def test_a_stream_with_stop_strings_is_cut_at_the_same_place_after_a_resume(engine: Engine) -> None:
     async def check(made: list[Node]) -> None:
         home, other = made

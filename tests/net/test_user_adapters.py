@@ -2,6 +2,7 @@
 
 import base64
 import json
+import sys
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ import trio
 from net_hosts import make_transport, until
 from prometheus_client import CollectorRegistry
 from safetensors.numpy import save
-from serving_world import V1, V2, make_adapter, make_body, make_engine, make_files
+from serving_world import QUESTION, V1, V2, make_adapter, make_body, make_engine, make_files
 
 from p2pfm.config import HttpConfig, ServingConfig
 from p2pfm.errors import PeerUnreachable
@@ -32,12 +33,13 @@ from p2pfm.runtime.http_server import serve_http
 from p2pfm.runtime.network.exchange import Downloads, answer_blob
 from p2pfm.runtime.replica_streams import ReplicaStreams, answer_stream
 from p2pfm.runtime.text import TextCodec
-from p2pfm.runtime.user_adapters import UserAdapters
+from p2pfm.runtime.user_adapters import FetchBlob, UserAdapters
 from p2pfm.serving.session import INVALID, UNKNOWN_VERSION
 from p2pfm.types import Digest, Millis, PeerId, compute_digest
 
 PROMPT = "The state of the Union is strong, said the president"
 NUM_TOKENS = 12
+OPERATOR = 2
 V3, V4 = Digest(b"\x33" * 32), Digest(b"\x44" * 32)
 
 
@@ -68,12 +70,16 @@ def make_folder(home: Path, bytes_max: int = 1 << 30) -> AdapterFolder:
 
 @asynccontextmanager
 async def node(
-    engine: Engine, home: Path, serving: ServingConfig | None = None
+    engine: Engine,
+    home: Path,
+    serving: ServingConfig | None = None,
+    fetch: FetchBlob = fetch_from_nobody,
+    http: HttpConfig | None = None,
 ) -> AsyncIterator[tuple[Gateway, UserAdapters, httpx.AsyncClient]]:
     """A gateway with its engine, users' adapters and the HTTP side; no peers."""
-    serving, http = serving or ServingConfig(), HttpConfig()
+    serving, http = serving or ServingConfig(), http or HttpConfig()
     batcher, registry = Batcher(engine), CollectorRegistry()
-    adapters = UserAdapters("tiny", serving, make_folder(home), batcher, fetch_from_nobody, read_lora)
+    adapters = UserAdapters("tiny", serving, make_folder(home), batcher, fetch, read_lora)
     gateway = Gateway(PeerId("home"), serving, batcher, engine.vocabulary, NoTransport(), registry, clock)
     gateway.adapters = adapters
     await gateway.adopt(V1, make_adapter(engine.shapes, 1))
@@ -387,6 +393,87 @@ def test_what_is_no_adapter_of_this_backbone_is_a_clear_400_and_the_node_goes_on
     trio.run(main)
 
 
+def test_what_peers_give_for_a_digest_and_is_no_adapter_is_a_400_and_is_not_kept(engine, tmp_path):
+    junk = b"no adapter" * 1000
+
+    async def fetch(digest: Digest, asker: PeerId | None, bytes_max: int) -> bytes:
+        return junk
+
+    async def main() -> None:
+        async with node(engine, tmp_path, fetch=fetch) as (_, adapters, client):
+            for path, more in (("completions", {"prompt": PROMPT}), ("chat/completions", {"messages": QUESTION})):
+                for is_stream in (False, True):
+                    body = {"model": f"tiny+lora@{compute_digest(junk).hex()}", "stream": is_stream, **more}
+                    answer = await client.post(f"/v1/{path}", json=body)
+                    error = answer.json()["error"]
+                    assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_adapter", "model")
+                    assert error["type"] == "invalid_request_error"
+            assert not adapters.held()
+            assert await ask(client, "tiny+base")
+
+    trio.run(main)
+
+
+def test_fetching_an_adapter_counts_to_a_requests_time(engine, tmp_path):
+    blob = make_blob(engine, 5)
+    wait_s = [60.0]
+
+    async def fetch(digest: Digest, asker: PeerId | None, bytes_max: int) -> bytes:
+        await trio.sleep(wait_s[0])
+        return blob
+
+    async def main() -> None:
+        async with node(engine, tmp_path, fetch=fetch, http=HttpConfig(request_s_max=1)) as (_, _, client):
+            body = {"model": f"tiny+lora@{compute_digest(blob).hex()}", "prompt": PROMPT, "max_tokens": 1}
+            started_s = trio.current_time()
+            answer = await client.post("/v1/completions", json=body)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+            assert trio.current_time() - started_s < 5
+            wait_s[0] = 0.0
+            assert (await client.post("/v1/completions", json=body)).status_code == 200, "the next one tries anew"
+
+    trio.run(main)
+
+
+def test_the_command_line_has_a_running_node_serve_a_folder(engine, tmp_path):
+    config, tensors = make_files(engine, 4)
+    folder, bad, broken = tmp_path / "mine", tmp_path / "bad", tmp_path / "broken"
+    for path in (folder, bad, broken):
+        path.mkdir()
+        (path / CONFIG_NAME).write_text(json.dumps(config))
+        (path / WEIGHTS_NAME).write_bytes(save(tensors))
+    (bad / WEIGHTS_NAME).write_bytes(save({key.replace("layers.0", "layers.77"): p for key, p in tensors.items()}))
+    (broken / CONFIG_NAME).write_text("{")
+
+    async def run_cli(*more: str) -> tuple[int, str, str]:
+        command = [sys.executable, "-m", "nodes.cli", "adapter", "serve", *more]
+        done = await trio.run_process(
+            command, cwd=Path(__file__).parents[2], capture_stdout=True, capture_stderr=True, check=False
+        )
+        assert b"Traceback" not in done.stderr
+        return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+    async def main() -> None:
+        async with node(engine, tmp_path / "home") as (_, adapters, client):
+            url = str(client.base_url).rstrip("/")
+            code, told, _ = await run_cli(str(folder), "--name", "mine", "--url", url, "--json")
+            assert code == 0
+            card = json.loads(told)
+            assert card["model"] == "tiny+mine"
+            assert card["rank"] == 2
+            assert await ask(client, "tiny+mine") == await ask(client, card["id"]) != await ask(client, "tiny+base")
+            for path, reason in ((bad, "layers.77"), (broken, CONFIG_NAME), (tmp_path / "none", "no LoRA of peft")):
+                code, _, error = await run_cli(str(path), "--url", url)
+                assert code == OPERATOR, error
+                assert reason in " ".join(error.split())
+            assert adapters.names().keys() == {"mine"}
+        code, _, error = await run_cli(str(folder), "--url", url)
+        assert code == OPERATOR
+        assert "no node answers" in error
+
+    trio.run(main)
+
+
 def test_the_folder_keeps_its_bound_and_what_has_a_name(tmp_path):
     folder = make_folder(tmp_path, 100)
     first, second = folder.put(b"a" * 40), folder.put(b"b" * 40)
@@ -481,6 +568,35 @@ def test_a_replica_fetches_an_adapter_from_who_asks_and_another_gateway_from_the
                     assert [chunk.finish async for chunk in chunks] == [refusal]
             assert not there.folder.has(junk)
             assert await generate(home, request) == truth
+
+    trio.run(main)
+
+
+def test_a_lora_that_is_warm_here_is_served_here_and_one_that_is_not_where_it_is_quickest(engine, tmp_path):
+    async def serve(gateway: Gateway, request: GenerateRequest) -> PeerId:
+        async with aclosing(gateway.complete(request)) as pieces:
+            return (await anext(pieces)).replica
+
+    async def main() -> None:
+        async with (
+            host(engine, tmp_path / "a", 1, is_serving=True) as (first, replica, there),
+            host(engine, tmp_path / "b", 2, first.addresses(), is_serving=True) as (second, home, here),
+        ):
+            await until(lambda: bool(second.connected()), 20)
+            home.on_presence(first.peer_id, replica.presence())
+            home.table.on_presence(home.local, home.presence(), clock())
+            for peer, wait_ms in ((first.peer_id, 100.0), (second.peer_id, 110.0)):
+                home.table.on_first_token(peer, wait_ms)
+            version = here.folder.put(make_blob(engine, 6))
+            request = GenerateRequest(version, (1, 300, 301), (), 1, 0, 1000, 0, 0)
+            assert await serve(home, request) == first.peer_id
+            assert there.is_loaded(version)
+            assert not here.is_loaded(version)
+            await here.prepare(version)
+            for peer, wait_ms in ((first.peer_id, 100.0), (second.peer_id, 110.0)):
+                for _ in range(20):
+                    home.table.on_first_token(peer, wait_ms)
+            assert await serve(home, request) == second.peer_id
 
     trio.run(main)
 
