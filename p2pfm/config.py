@@ -212,6 +212,8 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dtype: Literal["stored", "bf16", "fp32"] = "stored"
     """Number format of the served backbone. bf16 halves the memory of one that is stored in float32, and on processors
     that multiply in bf16 the time as well."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where streams are generated; auto: on CUDA where torch finds one. Training always goes by auto."""
     train_share: float = 0.5
     """Of the time in which streams are served, so much at most is training's and scoring's, above 0 to 1. Too little,
     and a busy node's updates come late."""

@@ -5,7 +5,7 @@ whatever peft calls them inside.
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -50,9 +50,15 @@ def load_backbone(path: str | Path, dtype: torch.dtype | None = None, device: st
     return model.to(device).eval(), tokenizer
 
 
-def choose_device() -> str:
-    """Where training runs: "cuda" where torch finds one, else "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def choose_device(wanted: Literal["auto", "cpu", "cuda"] = "auto") -> str:
+    """Where a model runs: "cpu" or "cuda"; for "auto" on "cuda" where torch finds one.
+
+    Raises:
+        OperatorError: "cuda" is wanted, and torch finds none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise OperatorError('serving.device: torch finds no CUDA on this machine; set "auto" or "cpu"')
+    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 class Frozen(nn.Module):

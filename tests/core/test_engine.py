@@ -7,11 +7,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peer_bench import CONFIG
 
-from p2pfm.config import AdapterConfig
-from p2pfm.errors import Reject
+from nodes.transformer import make_models
+from p2pfm.config import AdapterConfig, NodeConfig, ServingConfig
+from p2pfm.errors import OperatorError, Reject
 from p2pfm.lora.kinds import compute_initial
-from p2pfm.lora.layers import build_peft, get_adapter_tensors, load_backbone, set_adapter_tensors
+from p2pfm.lora.layers import build_peft, choose_device, get_adapter_tensors, load_backbone, set_adapter_tensors
 from p2pfm.messages import GenerateRequest
 from p2pfm.runtime.engine import BLOCK_TOKENS_MAX, Engine, split_prompt
 from p2pfm.serving.sampling import compute_logprobs
@@ -31,9 +33,17 @@ def make_adapter(shapes, seed: int) -> Tensors:
     }
 
 
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA")
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=NO_CUDA)])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def engine() -> Engine:
-    made = Engine(str(TINY), AdapterConfig(), versions_max=2)
+def engine(device: str) -> Engine:
+    made = Engine(str(TINY), AdapterConfig(), versions_max=2, device=device)
     for seed, version in ((1, V1), (2, V2)):
         made.add_version(version, make_adapter(made.shapes, seed))
     return made
@@ -90,10 +100,10 @@ def test_what_else_is_in_the_batch_changes_no_bit(engine: Engine) -> None:
     assert num_steps < sum(map(len, alone)) / 3
 
 
-def test_prompts_that_begin_alike_share_their_beginning(engine: Engine) -> None:
+def test_prompts_that_begin_alike_share_their_beginning(engine: Engine, device: str) -> None:
     text = "Our citizens are free, and brave, and strong, " * 30
     first, second = (ask(engine, num_tokens=6, text=text + end) for end in ("God bless you", "and so are we."))
-    fresh = Engine(str(TINY), AdapterConfig(), versions_max=2, prefix_bytes_max=0)
+    fresh = Engine(str(TINY), AdapterConfig(), versions_max=2, device=device, prefix_bytes_max=0)
     fresh.add_version(V1, make_adapter(fresh.shapes, 1))
     expected = list(fresh.generate(second))
     list(engine.generate(first))
@@ -104,10 +114,10 @@ def test_prompts_that_begin_alike_share_their_beginning(engine: Engine) -> None:
     assert sum(not chunk.tokens for chunk in other) == sum(not chunk.tokens for chunk in expected)
 
 
-def test_a_resume_reads_no_block_of_its_prompt_again_that_is_held(engine: Engine) -> None:
+def test_a_resume_reads_no_block_of_its_prompt_again_that_is_held(engine: Engine, device: str) -> None:
     """Only what was emitted is read anew, in rows."""
     request = ask(engine, num_tokens=6, text="Our harvests were good, and our mills were busy, " * 30)
-    fresh = Engine(str(TINY), AdapterConfig(), versions_max=2, prefix_bytes_max=0)
+    fresh = Engine(str(TINY), AdapterConfig(), versions_max=2, device=device, prefix_bytes_max=0)
     fresh.add_version(V1, make_adapter(fresh.shapes, 1))
     whole = run(engine, request)
     resume = msgspec.structs.replace(request, emitted=whole[:3], num_logprobs=3)
@@ -128,18 +138,20 @@ def test_blocks_of_a_prompt_depend_on_nothing_that_comes_after_them(prompt: list
     assert longer[: max(len(blocks) - 1, 0)] == blocks[:-1]
 
 
-def test_greedy_text_is_that_of_plain_generate(engine: Engine) -> None:
+def test_greedy_text_is_that_of_plain_generate(engine: Engine, device: str) -> None:
     request = ask(engine, num_tokens=24)
-    model = build_peft(load_backbone(TINY)[0], AdapterConfig())
+    model = build_peft(load_backbone(TINY)[0], AdapterConfig()).to(device)
     set_adapter_tensors(model, make_adapter(engine.shapes, 1))
     with torch.inference_mode():
-        theirs = model.generate(torch.tensor([request.prompt]), max_new_tokens=24, do_sample=False, pad_token_id=0)
+        theirs = model.generate(
+            torch.tensor([request.prompt], device=device), max_new_tokens=24, do_sample=False, pad_token_id=0
+        )
     assert run(engine, request) == tuple(theirs[0, len(request.prompt) :].tolist())
 
 
-def test_a_users_lora_of_any_rank_on_any_layer_is_that_of_peft(engine: Engine) -> None:
+def test_a_users_lora_of_any_rank_on_any_layer_is_that_of_peft(engine: Engine, device: str) -> None:
     config = AdapterConfig(rank=3, alpha=48, targets=("down_proj", "o_proj"))
-    model = build_peft(load_backbone(TINY)[0], config)
+    model = build_peft(load_backbone(TINY)[0], config).to(device)
     tensors = make_adapter({name: tuple(part.shape) for name, part in get_adapter_tensors(model).items()}, 4)
     tensors = {name: 2 * part for name, part in tensors.items()}
     set_adapter_tensors(model, tensors)
@@ -150,7 +162,7 @@ def test_a_users_lora_of_any_rank_on_any_layer_is_that_of_peft(engine: Engine) -
     requests = [ask(engine, version, num_tokens=40) for version in (V3, bare, V2)]
     alone = [run(engine, request) for request in requests]
     assert len(set(alone)) == 3
-    prompt = torch.tensor([requests[0].prompt])
+    prompt = torch.tensor([requests[0].prompt], device=device)
     with torch.inference_mode():
         theirs = model.generate(prompt, max_new_tokens=40, do_sample=False, pad_token_id=0)
         with model.disable_adapter():
@@ -189,8 +201,8 @@ def test_interleaved_streams_never_mix_versions(engine: Engine) -> None:
     assert [tuple(tokens) for tokens in together] == alone
 
 
-def test_a_running_stream_keeps_its_version_when_newer_ones_push_it_out() -> None:
-    engine = Engine(str(TINY), AdapterConfig(), versions_max=1)
+def test_a_running_stream_keeps_its_version_when_newer_ones_push_it_out(device: str) -> None:
+    engine = Engine(str(TINY), AdapterConfig(), versions_max=1, device=device)
     engine.add_version(V1, make_adapter(engine.shapes, 1))
     request = ask(engine, V1)
     whole = run(engine, request)
@@ -247,8 +259,8 @@ def test_a_request_beyond_the_context_rejects(engine: Engine) -> None:
         engine.open(ask(engine, num_tokens=engine.vocabulary.context_max))
 
 
-def test_a_diverged_adapter_breaks_its_own_streams_only() -> None:
-    engine = Engine(str(TINY), AdapterConfig(), versions_max=2)
+def test_a_diverged_adapter_breaks_its_own_streams_only(device: str) -> None:
+    engine = Engine(str(TINY), AdapterConfig(), versions_max=2, device=device)
     good = make_adapter(engine.shapes, 1)
     engine.add_version(V1, good)
     engine.add_version(V2, {name: np.full_like(tensor, np.nan) for name, tensor in good.items()})
@@ -259,8 +271,8 @@ def test_a_diverged_adapter_breaks_its_own_streams_only() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_in_every_number_format_a_resume_gives_the_same_text_in_company(dtype: str) -> None:
-    engine = Engine(str(TINY), AdapterConfig(), versions_max=1, dtype=dtype)
+def test_in_every_number_format_a_resume_gives_the_same_text_in_company(device: str, dtype: str) -> None:
+    engine = Engine(str(TINY), AdapterConfig(), versions_max=1, device=device, dtype=dtype)
     engine.add_version(V1, make_adapter(engine.shapes, 1))
     requests = [ask(engine, num_tokens=24, temperature=900, text=text) for text in ("My fellow", "We", "Peace")]
     alone = [run(engine, request) for request in requests]
@@ -273,3 +285,21 @@ def test_in_every_number_format_a_resume_gives_the_same_text_in_company(dtype: s
         for stream, chunk in engine.step(streams):
             together[stream] += chunk.tokens
     assert [tuple(tokens) for tokens in together.values()] == [whole[3 * i :] for i, whole in enumerate(alone)]
+
+
+def test_a_device_is_where_the_operator_wants_it_and_cuda_only_where_there_is_one() -> None:
+    assert choose_device("cpu") == "cpu"
+    if torch.cuda.is_available():
+        assert choose_device("auto") == choose_device("cuda") == "cuda"
+        return
+    assert choose_device("auto") == choose_device() == "cpu"
+    config = NodeConfig(
+        home=".",
+        data="",
+        probe="",
+        rpc="",
+        network=msgspec.structs.replace(CONFIG, backbone="tiny"),
+        serving=ServingConfig(device="cuda"),
+    )
+    with pytest.raises(OperatorError, match=r"serving\.device"):
+        make_models(config, (), lambda learner: learner).engine()
