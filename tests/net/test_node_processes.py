@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,8 +17,10 @@ import openai
 import psutil
 import pytest
 import trio
+from browser import chromium, find_chromium
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.peer.id import ID
+from page_status import find_missing, make_status
 
 from nodes.homes import CONFIG_NAME
 from nodes.localnet import PRESETS, Localnet, LocalNode, localnet
@@ -101,6 +104,32 @@ def test_two_rounds_certify_settle_and_pay_by_contribution(net: Localnet) -> Non
     assert not any(verify_rewards(net.ledger, fetch(net), net.network).values())
     served = fetch(net)(entry.base)
     assert served is not None, "the base that the chain names can be had from a node"
+
+
+def test_the_page_of_a_real_node_shows_what_it_says_of_itself(net: Localnet, tmp_path: Path) -> None:
+    """And the pages' other tests show what a real node says: nobody notices else when a field is renamed."""
+    wait_for_round(net, 1, net.nodes)
+    node = net.nodes[1]
+    status = net.get_status(node)
+    assert find_missing(make_status(), status) == []
+    if find_chromium() is None:
+        return
+    with chromium(tmp_path) as browser:
+        browser.open(node.url)
+        browser.until("return document.querySelector('#peer-rows')")
+        browser.until("return !document.getElementById('send').disabled")
+        assert browser.text("h1") == net.network.name
+        assert re.fullmatch(r"Round \d+", browser.text("#round-title"))
+        assert re.search(r"[\d.]+ PFM", browser.text("#reward-facts"))
+        assert f"of {status['serving']['sessions_max']}" in browser.text("#serving-facts")
+        assert "4" in browser.text("#network-facts")
+        rows = browser.text("#peer-rows")
+        assert rows
+        told = browser.text("body")
+        assert not [word for word in ("undefined", "NaN", "[object", "Infinity") if word in told], told
+        assert browser.complaints() == []
+        assert all(address.startswith(f"{node.url}/") for address in browser.asked())
+        browser.shoot("node-page-real")
 
 
 def test_replicas_are_paid_for_what_other_peers_gateways_attest(net: Localnet) -> None:

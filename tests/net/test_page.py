@@ -1,12 +1,12 @@
 """The page at `/` of a node, in a real browser before the real HTTP side: chat, failures, strangers' text, screens."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import httpx
 import pytest
 from browser import Browser, chromium, needs_chromium
 from doors_world import open_doors
+from page_status import make_status
 from selenium.webdriver.common.keys import Keys
 from serving_world import V1, V2, make_engine
 
@@ -18,34 +18,6 @@ from p2pfm.types import PeerId
 HOSTILE = "<img src=x onerror=window.owned=1>"
 SECRET = "correct-horse-battery-staple"
 ANSWERED = "return document.querySelector('.turn.them:last-child .by, .turn.them:last-child .failed')"
-PHASES = {"TRAIN": 6000, "EXCHANGE": 2000, "SCORE": 4000, "REVEAL": 1500, "ATTEST": 2500, "MERGE": 2000}
-
-
-def make_status(name: str = "tiny-net", stage: str = "running") -> dict[str, Any]:
-    """As `p2pfm.runtime.status` gives it."""
-    status: dict[str, Any] = {
-        "peer": "door0", "account": "0x" + "a1" * 20, "network": {"name": name, "id": "00", "backbone": "tiny"},
-        "stage": stage, "round": 3, "level": None, "phase": "SCORE", "phase_ends_in_ms": 3000, "phases_ms": PHASES,
-        "addresses": ["/ip4/127.0.0.1/tcp/4001"], "peers": ["one", "two", name],
-        "reach": {"bootstrap": {"state": "ok", "found": name}}, "traffic": {},
-        "clock": {"offset_ms": 4, "num_peers": 2, "is_off": False},
-        "chain": {"error": "", "member": 0, "members": 3, "committee": [0, 1], "settled_round": 2},
-    }  # fmt: skip
-    if stage == "running":
-        status["protocol"] = {
-            "waits_for": "commitments: 1 of 2", "certified_round": 2, "losses_nats": {"-1": 5.7, "2": 5.1},
-            "notes": [{"round": 3, "text": name}],
-            "updates": [{"peer": "door0", "contribution_nats": 0.0105}, {"peer": "one", "contribution_nats": -0.002}],
-        }  # fmt: skip
-        status["rewards"] = {
-            "allotted_wei": str(28 * 10**18), "claimed_wei": str(20 * 10**18),
-            "served_wei": str(3 * 10**18), "claimed_served_wei": "0",
-        }  # fmt: skip
-        status["serving"] = {
-            "versions": ["11"], "sessions": 1, "sessions_max": 4, "replicas": 2, "generated_tokens": 1234,
-            "replaced_replicas": 1,
-        }  # fmt: skip
-    return status
 
 
 @pytest.fixture(scope="module")
