@@ -3,11 +3,11 @@ and then (SIGKILL and restarted, or SIGSTOP for some seconds).
 
     python bench/failover.py [--requests 100] [--nodes 6] [--seed 0]
 
-Three runs over the same requests: undisturbed (the reference, and whether two such runs give the same text); replicas
-die behind a gateway that lives; and gateways die too, the clients' own among them, and each client goes on with its
-stream by its id through another node. Requests begin at even intervals, whatever became of those before. A latency
-added at a failure is what the longest pause of a disturbed stream has over the same request's longest pause without.
-No round is trained meanwhile: the first is far away.
+Runs over the same requests: undisturbed (the reference, and whether two such runs give the same text); replicas die
+behind a gateway that lives; gateways die too, the clients' own among them, and each client goes on with its stream by
+its id through another node; and replicas die until one is left beside the gateway's own. Requests begin at even
+intervals, whatever became of those before. A latency added at a failure is what the longest pause of a disturbed stream
+has over the same request's longest pause without. No round is trained meanwhile: the first is far away.
 """
 
 import json
@@ -44,6 +44,13 @@ STOPPED_S = 5.0
 
 READY_MIN = 3
 """Nodes up beside the first, which no fault hits, that a fault leaves."""
+
+LAST = "one is left"
+LAST_READY_MIN, LAST_FAULT_S = 1, 1.0
+"""The same, and FAULT_S, in that run: its nodes come up slower than they are killed."""
+
+LAST_SHARE = 2
+"""It asks one of so many requests, which bounds how long it takes."""
 
 SILENT_S, FIRST_SILENT_S = 2.5, 4.0
 """A client whose gateway says nothing for so long goes to another one. Of a stream that has begun a living gateway says
@@ -152,16 +159,19 @@ def ask_all(choose: Callable[[int], Sequence[LocalNode]], num_requests: int) -> 
 
 
 class Trouble:
-    """Kills and stops nodes in turn until told to end; leaves READY_MIN up."""
+    """Kills and stops a node every `fault_s` until told to end; leaves `ready_min` of them up."""
 
-    def __init__(self, net: Localnet, victims: Sequence[LocalNode], rng: random.Random) -> None:
+    def __init__(
+        self, net: Localnet, victims: Sequence[LocalNode], rng: random.Random, ready_min: int, fault_s: float
+    ) -> None:
         """`victims`: whom it may hit."""
         self._net, self._victims, self._rng = net, victims, rng
+        self._ready_min, self._fault_s = ready_min, fault_s
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._away: dict[int, float] = {}
         """Nodes not up, and until when they are stopped (0: killed)."""
-        self.counts = {"killed": 0, "stopped": 0, "too few up": 0}
+        self.counts = {"killed": 0, "stopped": 0, "too few up": 0, "fewest up": len(victims)}
 
     def __enter__(self) -> "Trouble":
         self._thread.start()
@@ -174,14 +184,14 @@ class Trouble:
             self._wake(node)
 
     def _run(self) -> None:
-        next_s = time.monotonic() + FAULT_S
+        next_s = time.monotonic() + self._fault_s
         while not self._end.wait(0.25):
             self._look()
             if time.monotonic() < next_s:
                 continue
-            next_s += FAULT_S
+            next_s += self._fault_s
             up = [node for node in self._victims if node.index not in self._away]
-            if len(up) <= READY_MIN:
+            if len(up) <= self._ready_min:
                 self.counts["too few up"] += 1
                 continue
             victim = self._rng.choice(up)
@@ -195,6 +205,7 @@ class Trouble:
                 self.counts["stopped"] += 1
                 self._away[victim.index] = time.monotonic() + STOPPED_S
                 victim.process.send_signal(signal.SIGSTOP)
+            self.counts["fewest up"] = min(self.counts["fewest up"], len(up) - 1)
 
     def _look(self) -> None:
         """Who is up again."""
@@ -261,16 +272,25 @@ def run_all(folder: Path, num_nodes: int, num_requests: int, seed: int) -> dict[
         num_again = num_requests // 4
         again = ask_all(lambda index: (net.nodes[index % num_nodes],), num_again)
         runs = [compare("undisturbed", truth, truth), compare("undisturbed, any gateway", again, truth[:num_again])]
-        for name in ("replicas die", "gateways die"):
+        for name in ("replicas die", "gateways die", LAST):
             tell(name)
             net.wait_until("all are up", lambda: all(is_ready(node) for node in net.nodes), 120)
-            with Trouble(net, others, rng) as trouble:
+            bounds = (LAST_READY_MIN, LAST_FAULT_S) if name == LAST else (READY_MIN, FAULT_S)
+            with Trouble(net, others, rng, *bounds) as trouble:
                 if name == "replicas die":
                     answers = ask_all(lambda index: (home,), num_requests)
+                elif name == LAST:
+                    answers = ask_all(lambda index: (home,), num_requests // LAST_SHARE)
                 else:
                     turns = [[*rng.sample(others, len(others)), home] for _ in range(num_requests)]
                     answers = ask_all(turns.__getitem__, num_requests)
-            runs.append({**compare(name, answers, truth), **trouble.counts, "answers": [asdict(a) for a in answers]})
+            runs.append(
+                {
+                    **compare(name, answers, truth[: len(answers)]),
+                    **trouble.counts,
+                    "answers": [asdict(a) for a in answers],
+                }
+            )
     return {"nodes": num_nodes, "tokens": TOKENS, "fault every [s]": FAULT_S, "runs": runs}
 
 
@@ -286,7 +306,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="p2pfm-failover-") as folder:
         figures = run_all(Path(folder) / "net", num_nodes, num_requests, arguments.seed)
     runs = figures["runs"]
-    shown = [name for name in runs[0] if name not in ("run", "errors")] + ["killed", "stopped", "too few up"]
+    shown = [name for name in runs[0] if name not in ("run", "errors")] + [
+        "killed",
+        "stopped",
+        "too few up",
+        "fewest up",
+    ]
     print_table(
         "Runs", ("figure", *(run["run"] for run in runs)), [(n, *(run.get(n, "") for run in runs)) for n in shown]
     )

@@ -27,8 +27,6 @@ import psutil
 import torch
 import trio
 from harness import Target, finish, make_parser, print_table, read_options
-from hypercorn.config import Config as HypercornConfig
-from hypercorn.trio import serve as hypercorn_serve
 from prometheus_client import CollectorRegistry
 
 from nodes.localnet import get_preset
@@ -41,6 +39,7 @@ from p2pfm.runtime.batcher import Batcher
 from p2pfm.runtime.engine import Engine
 from p2pfm.runtime.gateway import Gateway
 from p2pfm.runtime.http_api import HttpApi
+from p2pfm.runtime.http_server import serve_http
 from p2pfm.runtime.text import TextCodec
 from p2pfm.types import Digest, Millis, PeerId, Tensors
 
@@ -172,10 +171,7 @@ def serve_ours(preset: str, port: int) -> None:
         await gateway.adopt(version, adapters[version])
         codec = TextCodec(engine.tokenizer, engine.vocabulary)
         app = HttpApi(gateway, codec, "bench", registry, dict, clock, no_blob).app()
-        config = HypercornConfig()
-        config.bind = [f"127.0.0.1:{port}"]
-        config.accesslog = None
-        await hypercorn_serve(app, config)  # type: ignore[arg-type]
+        await serve_http(app, "127.0.0.1", port)
 
     trio.run(main)
 

@@ -22,3 +22,5 @@ def test_every_stream_ends_with_its_undisturbed_text_while_nodes_die(tmp_path: P
     assert run.returncode == 0, run.stdout + run.stderr
     runs = json.loads(figures.read_text())["runs"]
     assert all(told["killed"] + told["stopped"] >= 3 for told in runs if "killed" in told), "there was trouble"
+    assert runs[-1]["run"] == "one is left"
+    assert runs[-1]["fewest up"] == 1
