@@ -67,7 +67,8 @@ def _make_backend(config: NodeConfig, backbone: str, backends: list[Backend]) ->
 
 
 def _load_engine(config: NodeConfig, backbone: str, versions_max: int, dtype: str) -> Engine:
-    return Engine(backbone, config.network.adapter, versions_max, device=choose_device(config.serving.device), dtype=dtype)
+    device = choose_device(config.serving.device)
+    return Engine(backbone, config.network.adapter, versions_max, device=device, dtype=dtype)
 
 
 def _connect_upstream(config: NodeConfig, backbone: str) -> Upstream:

@@ -1,7 +1,7 @@
 """What a run will need, told before it starts: memory and CPU time by learner, peers and rounds. Knows no World.
 
-A peer costs something by itself and something for every peer of its shard, whose messages it hears and keeps. The
-coefficients are fits to runs on one machine; `bench/estimate.py` measures them again.
+A peer costs something by itself and something for all that it hears of and keeps: every peer of its shard, and every
+shard. The coefficients are fits to runs on one machine; `bench/estimate.py` measures them again.
 """
 
 from pathlib import Path
@@ -23,13 +23,13 @@ class Cost(msgspec.Struct, frozen=True):
     """The interpreter, libraries, data and models that all peers share."""
     peer_bytes: float
     pair_bytes: float
-    """For every other peer of its shard that a peer hears."""
+    """For every peer of its shard, and every shard, that a peer hears of."""
     round_bytes: float
     """What a round leaves behind, for each peer."""
     peer_s: float
     """CPU time a round."""
     pair_s: float
-    """CPU time a round, for every other peer of its shard that a peer hears."""
+    """CPU time a round, for every peer of its shard, and every shard, that a peer hears of."""
 
 
 COSTS: dict[str, Cost] = {
@@ -52,7 +52,7 @@ class Estimate(msgspec.Struct, frozen=True):
 def compute_estimate(scenario: Scenario) -> Estimate:
     """Memory and CPU time of a run of this scenario."""
     cost, num_peers = COSTS[scenario.learner.kind], scenario.num_peers
-    num_pairs = num_peers * min(num_peers, scenario.shard_size)
+    num_pairs = compute_pairs(num_peers, scenario.shard_size)
     return Estimate(
         memory_bytes=cost.base_bytes
         + cost.peer_bytes * num_peers
@@ -60,6 +60,12 @@ def compute_estimate(scenario: Scenario) -> Estimate:
         + cost.round_bytes * num_peers * scenario.num_rounds,
         cpu_s=(cost.peer_s * num_peers + cost.pair_s * num_pairs) * scenario.num_rounds,
     )
+
+
+def compute_pairs(num_peers: int, shard_size: int) -> int:
+    """Of whom all peers together hear: those of their shard, and the other shards."""
+    num_shards = -(-num_peers // shard_size)
+    return num_peers * (-(-num_peers // num_shards) + num_shards - 1)
 
 
 def validate_memory(scenario: Scenario, free_bytes: float) -> Estimate:
