@@ -17,7 +17,7 @@ from p2pfm.contribution.aumann_shapley import Diagonal, Player
 from p2pfm.contribution.duplicates import Limits, find_leaders
 from p2pfm.contribution.repeats import compute_repeated_gains, compute_room
 from p2pfm.contribution.rounding import to_contribution
-from p2pfm.contribution.similarity import Sparse
+from p2pfm.contribution.similarity import Sparse, compute_cosines
 from p2pfm.contribution.work_proof import check_work, draw_work
 from p2pfm.errors import Reject, WorldError
 from p2pfm.learner import Guarantee, Learner, Training
@@ -123,10 +123,13 @@ def score_updates(
     vectors = [_to_sparse(update) for update in updates]
     size = compute_layout(shapes).size
     limits = Limits(config.scoring.duplicate_cosine, config.scoring.duplicate_overlap)
+    earlier, is_counted = _read_earlier(blobs, read, shapes, config, base, action, makers)
+    cosines = compute_cosines([*earlier, *vectors], size)
+    among = cosines[len(earlier) :, len(earlier) :]
     shares = [
         weighted.weight / WEIGHT_ONE * factor if leader == index else 0.0
         for index, (weighted, factor, leader) in enumerate(
-            zip(action.updates, factors, find_leaders(vectors, size, limits), strict=True)
+            zip(action.updates, factors, find_leaders(vectors, size, limits, among), strict=True)
         )
     ]
     players = [Player(update.positions, update.values, share) for update, share in zip(updates, shares, strict=True)]
@@ -135,8 +138,7 @@ def score_updates(
     values = game.earn(slope)
     if not all(math.isfinite(value) for value in values):
         raise WorldError("the probe's loss is no finite number at this base: its contributions cannot be measured")
-    earlier, is_counted = _read_earlier(blobs, read, shapes, config, base, action, makers)
-    gains = compute_repeated_gains(vectors, earlier, slope, is_counted)
+    gains = compute_repeated_gains(vectors, earlier, slope, is_counted, cosines)
     paid = [value - max(0.0, share * gain) for value, share, gain in zip(values, shares, gains, strict=True)]
     proofs: tuple[bool, ...] = ()
     if config.scoring.work_steps:

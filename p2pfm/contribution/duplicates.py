@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from p2pfm.contribution.similarity import Sparse, compute_cosines, compute_overlaps
+from p2pfm.contribution.similarity import Matrix, Sparse, compute_cosines, compute_overlaps
 
 
 class Limits(NamedTuple):
@@ -19,7 +19,7 @@ class Limits(NamedTuple):
     """Of positions, over chance (`similarity.compute_overlaps`)."""
 
 
-def find_leaders(updates: Sequence[Sparse], size: int, limits: Limits) -> list[int]:
+def find_leaders(updates: Sequence[Sparse], size: int, limits: Limits, cosines: Matrix | None = None) -> list[int]:
     """For each update the one that it repeats: the earliest alike that repeats none itself; its own index if none.
 
     Never by way of a third: whoever mixes two honest updates into one that is like both joins one of them, and does not
@@ -27,13 +27,14 @@ def find_leaders(updates: Sequence[Sparse], size: int, limits: Limits) -> list[i
 
     Args:
         updates: in the order in which they were announced.
+        cosines: (num_updates, num_updates) theirs, where they are known.
 
     Raises:
         ValueError: positions that are not sorted and distinct, or outside of the vector.
     """
     is_alike = np.zeros((len(updates), len(updates)), np.bool_)
     if limits.cosine < 1:
-        is_alike |= compute_cosines(updates, size) > limits.cosine
+        is_alike |= (compute_cosines(updates, size) if cosines is None else cosines) > limits.cosine
     if limits.overlap < 1:
         is_alike |= compute_overlaps(updates, size) > limits.overlap
     leaders: list[int] = []
