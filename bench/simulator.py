@@ -1,6 +1,6 @@
 """What a simulated peer-round costs: the whole protocol with a perceptron on digits, and the protocol alone.
 
-    python bench/simulator.py [--json FILE] [--check] [--quick] [--frameworks flwr,fluke]
+    python bench/simulator.py [--json FILE] [--check] [--quick] [--frameworks flwr,fluke,pfl]
 
 Every world runs in a process of its own, one thread, and is measured in CPU seconds of its rounds (set-up, cooling down
 and claims left out). Beside the perceptron stand, in the same run, a plain sequential PyTorch loop over the same peers'
@@ -96,7 +96,7 @@ def measure_learning(sizes: tuple[tuple[int, int, int], ...]) -> list[dict[str, 
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--frameworks", default="", help="flwr,fluke: measured in environments of their own")
+    parser.add_argument("--frameworks", default="", help="flwr,fluke,pfl: measured in environments of their own")
     arguments = parser.parse_args()
     options = read_options(arguments)
     protocol = measure_protocol(((12, 4, 3), (24, 6, 3)) if options.quick else PROTOCOL)

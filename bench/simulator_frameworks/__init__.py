@@ -15,11 +15,11 @@ import psutil
 
 HERE = Path(__file__).parent
 HOME = Path.home() / ".cache" / "p2pfm" / "frameworks"
-PACKAGES = {"flwr": "flwr[simulation]==1.41.0", "fluke": "fluke-fl==0.8.1"}
+PACKAGES = {"flwr": "flwr[simulation]==1.41.0", "fluke": "fluke-fl==0.8.1", "pfl": "pfl[pytorch]==0.6.0"}
 TORCH = "torch==2.13.0"
 """First, and the CPU build where one is offered; a framework that wants another one takes it."""
 
-FEW, MANY = 2, {"flwr": 22, "fluke": 102}
+FEW, MANY = 2, {"flwr": 22, "fluke": 102, "pfl": 102}
 """Rounds: so many more that what the start varies by is small beside them."""
 
 LIMIT_S = 240
