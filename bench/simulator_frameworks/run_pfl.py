@@ -22,11 +22,13 @@ class Perceptron(nn.Module):
         self.layers = make_model()
 
     def loss(self, inputs: torch.Tensor, targets: torch.Tensor, eval: bool = False) -> torch.Tensor:
+        """Of a batch."""
         self.train(not eval)
         return functional.cross_entropy(self.layers(inputs), targets)
 
     @torch.no_grad()
     def metrics(self, inputs: torch.Tensor, targets: torch.Tensor, eval: bool = True) -> dict[str, Weighted]:
+        """Of a batch, for evaluations: none is made in the rounds that are measured."""
         return {"loss": Weighted(self.loss(inputs, targets, eval).item() * len(targets), len(targets))}
 
 
