@@ -17,7 +17,7 @@ from typing import assert_never
 import msgspec
 
 from p2pfm.config import NetworkConfig
-from p2pfm.errors import ChainError, ConfigError, Reverted
+from p2pfm.errors import ConfigError
 from p2pfm.messages import Certificate
 from p2pfm.protocol.events import (
     Accuse,
@@ -52,10 +52,8 @@ from p2pfm.protocol.events import (
     Train,
 )
 from p2pfm.protocol.log import encode_header, encode_record
-from p2pfm.protocol.membership import is_outdated_for
 from p2pfm.protocol.peer import Peer, initial_durable
 from p2pfm.protocol.phases import compute_round_start
-from p2pfm.settlement.rotation import Rotation
 from p2pfm.types import Digest, Millis, PeerId, Round
 from sim.adversaries.filters import Deed, Honest
 from sim.breakdowns import telling_breakdowns
@@ -69,27 +67,13 @@ from sim.host import Host
 from sim.network import Network
 from sim.scenarios import Scenario, compute_kinds, make_network, validate_scenario
 from sim.schedule import Schedule
+from sim.settling import BLOCK_MS, ROTATES_AT, Settling
 from sim.signatures import Signatures
 from sim.transit import Transit
 from sim.workshop import Workshop, make_workshop
 
-BLOCK_MS = 1_000
-"""A transaction is seen by everybody after at most this [ms]."""
-
-RANK_DELAY_MS = 2_000
-"""The k-th ranked waits k times this before it brings a round on chain [ms]."""
-
-SUBMIT_TRIES_MAX = 8
-"""A certificate that the contract refuses this often is given up."""
-
-RETRY_MS = 2_000
-"""How long a host waits before it tries the chain again [ms]."""
-
 COOL_DOWN_MS = 15_000
 """After the last round: time for laggards to catch up and for the last root to be settled [ms]."""
-
-ROTATES_AT = 4
-"""The next committee is drawn when this part of TRAIN is over: a quarter."""
 
 NOTICE_MS = 300
 """A peer's coming or going is noticed by its neighbours after this [ms]."""
@@ -172,7 +156,15 @@ class World:
             self._step_all,
             self._deliver,
         )
-        self._rotation = Rotation(self.config.scoring.committee_size, self.config.settlement.rounds_per_epoch)
+        self.settling = Settling(
+            self.config,
+            self.schedule,
+            self.chain,
+            self.checks,
+            self.hosts,
+            self._deliver,
+            lambda: self._rng["network"].randrange(0, BLOCK_MS, self.network.quantum_ms),
+        )
         self._neighbours = self._connect()
         self._noticing: set[int] = set()
 
@@ -201,15 +193,17 @@ class World:
             end_ms = compute_round_start(self.config, Round(number + 1))
             for departure in self.churn.plan(start_ms, end_ms):
                 self.schedule.at(max(departure.when_ms, self.schedule.now_ms), partial(self._depart, departure))
-            self.schedule.at(start_ms + self.config.phases.train_ms // ROTATES_AT, partial(self._rotate, Round(number)))
+            self.schedule.at(
+                start_ms + self.config.phases.train_ms // ROTATES_AT, partial(self.settling.rotate, Round(number))
+            )
             self.schedule.run(Millis(end_ms - 1))
             self._drop_old_blobs()
             if on_round:
                 on_round(Round(number))
         self._round = Round(self.scenario.num_rounds)
         self.schedule.run(Millis(self.schedule.now_ms + COOL_DOWN_MS))
-        self.schedule.run(Millis(self.schedule.now_ms + 1000 * self._challenge_window_s()))
-        self._claim()
+        self.schedule.run(Millis(self.schedule.now_ms + 1000 * self.chain.ledger.params.challenge_window_s))
+        self.settling.claim()
 
     def tell_moment(self) -> str:
         """How far the run has come, for people."""
@@ -269,7 +263,7 @@ class World:
         if head is not None:
             self._emit(host, 0, SettledChanged(head))
         for certificate in host.unsettled.values():
-            self._settle(host, certificate, 0)
+            self.settling.settle(host, certificate)
         self._notice(host)
 
     def _notice(self, host: Host) -> None:
@@ -433,12 +427,12 @@ class World:
             case Listen(topics=topics):
                 self.transit.listen(host, topics)
             case Accuse():
-                self.schedule.after(BLOCK_MS, partial(self._accuse, host, action))
+                self.settling.accuse(host, action)
             case Adopt() | Note() | Blame():
                 pass  # serving, logs and connections: a simulation has none
             case Settle(certificate=certificate, rank=rank):
                 host.unsettled[certificate.proposal.round] = certificate
-                self._settle(host, certificate, rank * RANK_DELAY_MS)
+                self.settling.settle(host, certificate, rank)
             case _:
                 assert_never(action)
 
@@ -496,84 +490,6 @@ class World:
     def _aggregate(self, action: Aggregate) -> AnyEvent:
         signature = self._signatures.aggregate([attestation.signature for attestation in action.attestations])
         return Aggregated(action.round, action.message, action.absent, signature)
-
-    # --- the chain
-
-    def _settle(self, host: Host, certificate: Certificate, delay_ms: int, tries: int = 0) -> None:
-        self.schedule.after(delay_ms, partial(self._submit, host, host.life, certificate, tries))
-
-    def _submit(self, host: Host, life: int, certificate: Certificate, tries: int) -> None:
-        """In the order of rounds, each root linking to the one before; what the chain refuses is tried again."""
-        if host.life != life or host.peer is None:
-            return
-        round = certificate.proposal.round
-        if round not in host.unsettled:
-            return
-        if is_outdated_for(self.chain.roster, certificate.proposal):
-            del host.unsettled[round]
-            return
-        if min(host.unsettled) < round:
-            self._settle(host, certificate, RETRY_MS, tries)
-            return
-        try:
-            is_new = self.chain.submit(certificate)
-        except Reverted:
-            if tries + 1 < SUBMIT_TRIES_MAX:
-                self._settle(host, certificate, RETRY_MS, tries + 1)
-            else:
-                del host.unsettled[round]
-            return
-        except ChainError:
-            self._settle(host, certificate, RETRY_MS, tries)
-            return
-        del host.unsettled[round]
-        if is_new:
-            self.checks.after_settlement(self.chain, certificate, self.schedule.now_ms)
-            self.tell_chain()
-
-    def _rotate(self, now: Round) -> None:
-        """One of those who are up draws the next committee, where that is due; nobody waits for a turn here."""
-        up = [host for host in self.hosts if host.peer is not None]
-        self._rotation.on_chain(self.chain.roster, self.chain.get_head(), now)
-        has_unsettled = any(host.unsettled for host in up)
-        if not up or self.chain.is_down():
-            return
-        if self._rotation.is_due(self.chain.roster, now, has_unsettled=has_unsettled):
-            self.chain.ledger.rotate()
-            self.tell_chain()
-            self._rotation.on_chain(self.chain.roster, self.chain.get_head(), now)
-
-    def _accuse(self, host: Host, evidence: Accuse) -> None:
-        """All who saw it bring it; the first is heard."""
-        if host.peer is not None and self.chain.accuse(host.index, evidence):
-            self.tell_chain()
-
-    def tell_chain(self) -> None:
-        """Everybody reads the chain: its newest round, and registry and committee where they have changed."""
-        before = self.chain.roster
-        has_changed = self.chain.read_roster() is not before
-        told: dict[int, list[int]] = {}
-        for host in self.hosts:
-            delay_ms = self._rng["network"].randrange(0, BLOCK_MS, self.network.quantum_ms)
-            told.setdefault(delay_ms, []).append(host.index)
-        for delay_ms, targets in told.items():
-            self.schedule.after(delay_ms, partial(self._read_chain, targets, has_changed))
-
-    def _read_chain(self, targets: list[int], has_changed: bool) -> None:
-        """These hosts learn what the chain says at this moment."""
-        self._deliver(targets, SettledChanged(self.chain.get_head()))
-        if has_changed:
-            self._deliver(targets, RosterChanged(self.chain.roster))
-
-    def _claim(self) -> None:
-        """All draw what the newest final round owes them: one that was settled late is still open to challenge."""
-        final = [settled for settled in self.chain.ledger.get_rounds(Round(0)) if settled.is_final]
-        if final:
-            self.chain.claim(self.checks.certificates[final[-1].round])
-        self.checks.after_claims(self.chain, final[-1] if final else None, self.schedule.now_ms)
-
-    def _challenge_window_s(self) -> int:
-        return self.chain.ledger.params.challenge_window_s
 
     # --- memory
 

@@ -48,14 +48,14 @@ class Collusion:
             sums=compute_sums(self.leaves),
         )
         chain.ledger.submit_round(sign(self.world, false, chain.roster.committee[2:]))
-        self.world.tell_chain()
+        self.world.settling.tell()
 
     def prove_it(self) -> None:
         ledger = self.world.chain.ledger
         ledger.prove_reward("auditor", self.round, MemberIndex(0), make_proof(self.leaves, MemberIndex(0)))
         assert ledger.get_held() == ledger.get_owed()
         ledger.rotate()
-        self.world.tell_chain()
+        self.world.settling.tell()
 
 
 def chain_statement(world: World, base: bytes) -> Submission:
@@ -121,7 +121,7 @@ def test_what_was_certified_without_a_chain_dies_with_a_slash_and_all_go_back() 
         assert len(world.checks.certificates) == 4
         chain.ledger.prove_equivocation("auditor", *(sign(world, told, [liar]) for told in statements))
         chain.ledger.rotate()
-        world.tell_chain()
+        world.settling.tell()
 
     world.schedule.at(Millis(compute_round_start(world.config, Round(4)) + 2_000), slash)
     world.run()
