@@ -33,13 +33,14 @@ class Cost(msgspec.Struct, frozen=True):
 
 
 COSTS: dict[str, Cost] = {
-    "digests": Cost(7.5e7, 0.0, 1.6e3, 5.5e3, 0.0024, 3.6e-5),
-    "convex": Cost(7.7e7, 0.0, 1.6e3, 7.9e3, 0.0172, 2.0e-5),
-    "mlp": Cost(3.8e8, 1.2e6, 1.6e3, 7.7e4, 0.03, 0.0),
+    "digests": Cost(8.0e7, 0.0, 1.1e3, 5.0e3, 0.00064, 2.6e-5),
+    "convex": Cost(8.0e7, 2.3e4, 1.1e3, 8.5e3, 0.0042, 2.6e-5),
+    "mlp": Cost(3.6e8, 7.8e5, 3.4e3, 2.7e4, 0.0196, 2.6e-5),
+    "mlp modelled": Cost(3.6e8, 7.8e5, 3.4e3, 2.7e4, 0.0042, 2.6e-5),
     "lora": Cost(1.5e9, 3e6, 1.3e3, 5.1e3, 0.5, 0.0),
 }
-"""Measured by bench/estimate.py with 8 to 2,000 peers and 3 to 24 rounds on one core of an AMD EPYC (Python
-3.11, torch 2.13) in 2026-11. Of lora only the size of its tensors is known: a bound."""
+"""Measured by bench/estimate.py with 8 to 1,000 peers and 3 to 24 rounds, and by bench/simulator.py with up to 10,000,
+on one core (Python 3.11, torch 2.13) in 2026-11. Of lora's memory only the size of its tensors is known: a bound."""
 
 
 class Estimate(msgspec.Struct, frozen=True):
@@ -51,7 +52,8 @@ class Estimate(msgspec.Struct, frozen=True):
 
 def compute_estimate(scenario: Scenario) -> Estimate:
     """Memory and CPU time of a run of this scenario."""
-    cost, num_peers = COSTS[scenario.learner.kind], scenario.num_peers
+    learner, num_peers = scenario.learner, scenario.num_peers
+    cost = COSTS.get(f"{learner.kind} {learner.codec}", COSTS[learner.kind])
     num_pairs = compute_pairs(num_peers, scenario.shard_size)
     return Estimate(
         memory_bytes=cost.base_bytes

@@ -32,7 +32,7 @@ from sim.library import (
     parse_json,
     parse_toml,
 )
-from sim.report import SimReport
+from sim.report import SimReport, run_scenario
 from sim.results import load_report
 from sim.scenarios import LearnerModel, Scenario, validate_scenario
 
@@ -174,6 +174,13 @@ def test_a_run_that_does_not_fit_is_refused_with_what_would() -> None:
     validate_memory(scenario, 2 * needed)
     with pytest.raises(ConfigError, match=r"128 peers with learner lora need about .* GB.*at most [\d,]+ peers fit"):
         validate_memory(scenario, 0.9 * needed)
+
+
+@pytest.mark.parametrize(("num_peers", "shard_size"), [(96, 128), (200, 20)])
+def test_the_estimate_is_near_to_what_a_run_takes(num_peers: int, shard_size: int) -> None:
+    learner = LearnerModel(kind="digests")
+    scenario = Scenario(num_peers=num_peers, shard_size=shard_size, num_rounds=3, learner=learner)
+    assert 1 / 4 < run_scenario(scenario).cpu_s / compute_estimate(scenario).cpu_s < 4
 
 
 @pytest.mark.parametrize("kind", ["digests", "convex", "mlp", "lora"])
