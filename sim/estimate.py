@@ -37,10 +37,10 @@ COSTS: dict[str, Cost] = {
     "convex": Cost(8.0e7, 2.3e4, 1.1e3, 8.5e3, 0.0042, 2.6e-5),
     "mlp": Cost(3.6e8, 7.8e5, 3.4e3, 2.7e4, 0.0196, 2.6e-5),
     "mlp modelled": Cost(3.6e8, 7.8e5, 3.4e3, 2.7e4, 0.0042, 2.6e-5),
-    "lora": Cost(1.5e9, 3e6, 1.3e3, 5.1e3, 0.5, 0.0),
+    "lora": Cost(5.2e8, 8e5, 1.1e3, 1.7e5, 0.2, 0.0),
 }
 """Measured by bench/estimate.py with 8 to 1,000 peers and 3 to 24 rounds, and by bench/simulator.py with up to 10,000,
-on one core (Python 3.11, torch 2.13) in 2026-11. Of lora's memory only the size of its tensors is known: a bound."""
+on one core (Python 3.11, torch 2.13) in 2026-11. Lora was measured up to 96 peers."""
 
 
 class Estimate(msgspec.Struct, frozen=True):
