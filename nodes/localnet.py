@@ -51,6 +51,8 @@ SERVING_PFM = 10
 EPOCHS_FUNDED = 1000
 GAS_WEI = 10 * 10**18
 """Ether a new account gets: more than a day of rounds costs."""
+ROTATION_S = 4
+"""Least time between two draws of a committee [s]: of nodes that draw at once one succeeds."""
 RESPONSE_S = 60
 """To show a leaf that was demanded [s]."""
 CHALLENGE_WINDOW_S = 2
@@ -304,6 +306,7 @@ def create_network(
         challenge_window_s=challenge_window_s,
         pool_per_epoch=Wei(POOL_PFM * WEI_PER_PFM),
         rounds_per_epoch=1,
+        rotation_s=ROTATION_S,
         response_s=RESPONSE_S,
         serving_per_epoch=Wei(SERVING_PFM * WEI_PER_PFM),
     )

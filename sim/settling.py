@@ -104,10 +104,10 @@ class Settling:
         """One of those who are up draws the next committee, where that is due; nobody waits for a turn here."""
         up = [host for host in self._hosts if host.peer is not None]
         self._rotation.on_chain(self._chain.roster, self._chain.get_head(), now)
-        has_unsettled = any(host.unsettled for host in up)
-        if not up or self._chain.is_down():
+        if not up or self._chain.is_down() or not self._rotation.is_due(self._chain.roster, now):
             return
-        if self._rotation.is_due(self._chain.roster, now, has_unsettled=has_unsettled):
+        has_unsettled = any(host.unsettled for host in up)
+        if self._rotation.may_draw(self._chain.roster, now, is_early=True, has_unsettled=has_unsettled):
             self._chain.ledger.rotate()
             self.tell()
             self._rotation.on_chain(self._chain.roster, self._chain.get_head(), now)

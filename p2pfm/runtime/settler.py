@@ -157,15 +157,15 @@ class Settler:
         round = self._get_round()
         start_ms, end_ms = (compute_round_start(self._config, Round(number)) for number in (round, round + 1))
         is_early = self._now_ms() < (start_ms + end_ms) // 2
-        has_unsettled = bool(await trio.to_thread.run_sync(self._store.get_settlements))
-        if not self._rotation.is_due(roster, round, has_unsettled=has_unsettled):
+        if not self._rotation.is_due(roster, round):
             self._due_since = None
             return
         if self._due_since is None:
             self._due_since = trio.current_time()
         waited_s = trio.current_time() - self._due_since - ROTATE_AFTER_S
         turn = round + int(waited_s // RANK_DELAY_S)  # half a round may be too short for more than one turn
-        is_time = self._rotation.may_draw(roster, is_early=is_early)
+        has_unsettled = bool(await trio.to_thread.run_sync(self._store.get_settlements))
+        is_time = self._rotation.may_draw(roster, round, is_early=is_early, has_unsettled=has_unsettled)
         if waited_s < 0 or not is_time or not is_turn(roster, member.index, turn):
             return
         self._rotation.on_tried(round)

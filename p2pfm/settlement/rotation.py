@@ -2,7 +2,8 @@
 
 Anyone may draw, so what matters is that one does: once an epoch, in a round's first half (then all have read of it
 before the next round begins, which keeps the roster that it began with), and when a committee certifies nothing any
-more. Knows no clock and no chain; who looks tells what it saw.
+more. Never twice in one round, nor while a certificate waits: the chain takes one of the committee before, but not of
+the one before that. Knows no clock and no chain; who looks tells what it saw.
 """
 
 from p2pfm.settlement.ledger import Roster, SettledRound
@@ -19,6 +20,8 @@ class Rotation:
         self._head_round = -1
         self._drawn_for = 0
         """The settlement epoch in which the committee was drawn, as far as is known here."""
+        self._drawn_in = -1
+        """The round, by the clock, in which the last draw was seen or tried."""
         self._moved_in = 0
         """The round in which the chain told anything new last."""
 
@@ -26,33 +29,33 @@ class Rotation:
         """What the chain says in round `now`."""
         head_round = head.round if head else -1
         if roster.epoch > self._roster_epoch:
-            # Whoever drew: one draw an epoch is enough, and a second would outdate the round that is under way.
-            self._drawn_for = self._get_epoch(head_round)
+            # Whoever drew: one draw an epoch is enough.
+            self._drawn_for, self._drawn_in = self._get_epoch(head_round), now
         if (roster.epoch, head_round) != (self._roster_epoch, self._head_round):
             self._moved_in = now
         self._roster_epoch, self._head_round = roster.epoch, head_round
 
     def on_tried(self, now: Round) -> None:
         """It was this observer's turn, whatever came of it."""
-        self._drawn_for, self._moved_in = self._get_epoch(self._head_round), now
+        self._drawn_for, self._drawn_in, self._moved_in = self._get_epoch(self._head_round), now, now
 
-    def is_due(self, roster: Roster, now: Round, *, has_unsettled: bool) -> bool:
-        """Whether the next committee is to be drawn as soon as it may be (`may_draw`).
-
-        Args:
-            now: the round by the clock.
-            has_unsettled: certificates wait for the chain: the committee works, and a draw would outdate them.
-        """
+    def is_due(self, roster: Roster, now: Round) -> bool:
+        """Whether the next committee is to be drawn as soon as it may be (`may_draw`); `now`: the round by the clock."""
         if self.has_gap(roster):
             return True
         if len(roster.members) <= self._committee_size:
             return False
-        is_stuck = now - self._moved_in > self._rounds_per_epoch and not has_unsettled
+        is_stuck = now - self._moved_in > self._rounds_per_epoch
         return is_stuck or self._get_epoch(self._head_round) > self._drawn_for
 
-    def may_draw(self, roster: Roster, *, is_early: bool) -> bool:
-        """Whether now is the time for it: in a round's first half, and at any time where a seat is empty."""
-        return is_early or self.has_gap(roster)
+    def may_draw(self, roster: Roster, now: Round, *, is_early: bool, has_unsettled: bool) -> bool:
+        """Whether this is the moment for it; for an empty seat every moment is.
+
+        Args:
+            is_early: this is the round's first half.
+            has_unsettled: certificates wait for the chain: the committee works, and a draw could outdate them.
+        """
+        return self.has_gap(roster) or (is_early and not has_unsettled and self._drawn_in != now)
 
     def has_gap(self, roster: Roster) -> bool:
         """Whether there is room for newcomers, or somebody on the committee was slashed, or leaves."""

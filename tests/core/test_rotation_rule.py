@@ -18,8 +18,10 @@ ZERO = Digest(bytes(32))
 def look(
     rotation: Rotation, head: int | None, now: int, roster: Roster = ROSTER, *, has_unsettled: bool = False
 ) -> bool:
+    """Whether a committee is drawn now, in a round's first half."""
     rotation.on_chain(roster, None if head is None else settled_as(head, ZERO), Round(now))
-    return rotation.is_due(roster, Round(now), has_unsettled=has_unsettled)
+    may_draw = rotation.may_draw(roster, Round(now), is_early=True, has_unsettled=has_unsettled)
+    return may_draw and rotation.is_due(roster, Round(now))
 
 
 def test_a_committee_is_drawn_once_an_epoch() -> None:
@@ -31,6 +33,17 @@ def test_a_committee_is_drawn_once_an_epoch() -> None:
     drawn = msgspec.structs.replace(ROSTER, epoch=ROSTER.epoch + 1)
     assert not look(rotation, 2, 3, roster=drawn), "whoever drew, one draw is enough"
     assert not look(rotation, 3, 4, roster=drawn)
+    assert look(rotation, 4, 5, roster=drawn)
+
+
+def test_no_two_draws_fall_into_one_round_however_late_a_round_reaches_the_chain() -> None:
+    rotation = Rotation(SEATS, 1)
+    look(rotation, 1, 1)
+    rotation.on_tried(Round(2))
+    assert look(rotation, 2, 4), "the moment in round 3 was missed"
+    drawn = msgspec.structs.replace(ROSTER, epoch=ROSTER.epoch + 1)
+    assert not look(rotation, 3, 4, roster=drawn), "round 4 began with the committee before: it would be outdated"
+    assert not look(rotation, 3, 5, roster=drawn, has_unsettled=True), "round 4 waits, and would be outdated"
     assert look(rotation, 4, 5, roster=drawn)
 
 
@@ -57,9 +70,9 @@ def test_only_newcomers_and_gaps_do_not_wait_for_a_round() -> None:
     for committee in ((), SEATED[:2], (*SEATED[:2], MemberIndex(99))):
         rotation, roster = Rotation(SEATS, EPOCH), make_roster(committee=committee)
         assert look(rotation, None, 0, roster)
-        assert rotation.may_draw(roster, is_early=False)
-    assert not rotation.may_draw(ROSTER, is_early=False)
-    assert rotation.may_draw(ROSTER, is_early=True)
+        assert rotation.may_draw(roster, Round(0), is_early=False, has_unsettled=True)
+    assert not rotation.may_draw(ROSTER, Round(1), is_early=False, has_unsettled=False)
+    assert rotation.may_draw(ROSTER, Round(1), is_early=True, has_unsettled=False)
 
 
 def test_a_committee_of_all_members_is_never_drawn_anew() -> None:
