@@ -17,7 +17,7 @@ from p2pfm.contribution.aumann_shapley import Diagonal, Player
 from p2pfm.contribution.duplicates import Limits, find_leaders
 from p2pfm.contribution.repeats import compute_repeated_gains, compute_room
 from p2pfm.contribution.rounding import to_contribution
-from p2pfm.contribution.similarity import Sparse, compute_cosines
+from p2pfm.contribution.similarity import Matrix, Sparse, compute_cosines
 from p2pfm.contribution.work_proof import check_work, draw_work
 from p2pfm.errors import Reject, WorldError
 from p2pfm.learner import Guarantee, Learner, Training
@@ -35,6 +35,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 ReadUpdates = Callable[[Sequence[Digest]], tuple[list[PeerId], list[Update]]]
 """(makers, updates) of payloads that are held."""
+
+CompareUpdates = Callable[[Sequence[Digest], Sequence[Sparse], int], Matrix]
+"""Cosines of named updates of a length, see `compute_cosines`: of equal names they are the same."""
 
 NAME_BYTES_MAX = 128
 """The wire's bound of a peer id."""
@@ -104,6 +107,7 @@ def score_updates(
     seed: int,
     salt: bytes,
     read: ReadUpdates | None = None,
+    compare: CompareUpdates = lambda names, rows, size: compute_cosines(rows, size),
 ) -> Scored:
     """Aumann-Shapley contributions of the round's updates, in the order asked.
 
@@ -114,6 +118,7 @@ def score_updates(
 
     Args:
         read: where decoded updates come from, if not from the payloads' bytes.
+        compare: where cosines come from, if they are not computed anew.
     """
     shapes = learner.shapes()
     read = read or partial(_read_updates, blobs, shapes, config)
@@ -124,8 +129,7 @@ def score_updates(
     size = compute_layout(shapes).size
     limits = Limits(config.scoring.duplicate_cosine, config.scoring.duplicate_overlap)
     earlier, is_counted = _read_earlier(blobs, read, shapes, config, base, action, makers)
-    cosines = compute_cosines([*earlier, *vectors], size)
-    among = cosines[len(earlier) :, len(earlier) :]
+    among = compare([item.payload for item in action.updates], vectors, size)
     shares = [
         weighted.weight / WEIGHT_ONE * factor if leader == index else 0.0
         for index, (weighted, factor, leader) in enumerate(
@@ -138,7 +142,7 @@ def score_updates(
     values = game.earn(slope)
     if not all(math.isfinite(value) for value in values):
         raise WorldError("the probe's loss is no finite number at this base: its contributions cannot be measured")
-    gains = compute_repeated_gains(vectors, earlier, slope, is_counted, cosines)
+    gains = compute_repeated_gains(vectors, earlier, slope, is_counted)
     paid = [value - max(0.0, share * gain) for value, share, gain in zip(values, shares, gains, strict=True)]
     proofs: tuple[bool, ...] = ()
     if config.scoring.work_steps:

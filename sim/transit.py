@@ -52,8 +52,8 @@ PULL_QUANTUM_MS = 50
 FEW_PULLS = 8
 """So many are not worth gathering."""
 
-Pull = tuple[Fetch, int, int]
-"""A blob that is wanted, which of its providers is asked, and its size [bytes] once one gives it."""
+Pull = tuple[Fetch, int, Host, int]
+"""A blob that is wanted, which of its providers is asked, that host, and the size [bytes] once it gives it."""
 
 Step = Callable[[Host, AnyEvent], None]
 StepAll = Callable[[Host, Sequence[AnyEvent]], None]
@@ -207,25 +207,26 @@ class Transit:
 
     def fetch(self, host: Host, wanted: Sequence[Fetch]) -> None:
         """Get blobs from the host's own disk, else each from one provider after the other."""
-        self._pull(host, host.life, [(action, 0, 0) for action in wanted])
+        self._pull(host, host.life, [(action, 0) for action in wanted])
 
-    def _pull(self, host: Host, life: int, pulls: list[Pull]) -> None:
+    def _pull(self, host: Host, life: int, wanted: Iterable[tuple[Fetch, int]]) -> None:
         if host.life != life or host.peer is None:
             return
         asked: list[Pull] = []
-        for pull in pulls:
-            action, attempt, _ = pull
-            if action.digest in host.disk.held:
+        held, by_peer = host.disk.held, self._by_peer
+        for action, attempt in wanted:
+            providers = action.providers
+            if action.digest in held:
                 _, maker = self._workshop.validate(action.kind, action.digest, host.disk)
                 self._later(host, Fetched(action.digest, maker))
-            elif not action.providers or attempt > min(len(action.providers), PROVIDERS_MAX):
+            elif not providers or attempt > min(len(providers), PROVIDERS_MAX):
                 self._later(host, FetchFailed(action.digest, is_malformed=False))
-            else:
-                asked.append(pull)
+            else:  # the first provider twice, since its blob may not be public at the first time
+                asked.append((action, attempt, by_peer[providers[attempt - 1 if attempt else 0]], 0))
         if not asked:
             return
         host.num_bytes_sent += REQUEST_BYTES * len(asked)
-        sources = [self._ask(pull).index for pull in asked]
+        sources = [target.index for _, _, target, _ in asked]
         now_ms = self._schedule.now_ms
         delays = self._network.draw_delays(host.index, sources, REQUEST_BYTES, now_ms)
         self._gather(asked, delays, partial(self._serve, host, life), partial(self._give_up, host, life))
@@ -236,17 +237,18 @@ class Transit:
         sources, sizes = [], []
         refused: list[Pull] = []
         silent: list[Pull] = []
+        read = host.disk.read  # all disks share their bytes
         for pull in pulls:
-            (action, attempt, _), target = pull, self._ask(pull)
+            action, attempt, target, _ = pull
             if target.peer is None:
                 silent.append(pull)
                 continue
             digest = action.digest
-            size = len(target.disk.read(digest)) if digest in target.served and digest in target.disk.held else 0
+            size = len(read(digest)) if digest in target.served and digest in target.disk.held else 0
             if not 0 < size <= action.bytes_max:
                 refused.append(pull)
                 continue
-            given.append((action, attempt, size))
+            given.append((action, attempt, target, size))
             sources.append(target.index)
             sizes.append(size)
             target.num_bytes_sent += size
@@ -264,7 +266,7 @@ class Transit:
             return
         told: list[AnyEvent] = []
         disk, validate = host.disk, self._workshop.validate
-        for action, _, size in pulls:
+        for action, _, _, size in pulls:
             digest = action.digest
             if not disk.can_read(digest):  # under way for rounds, over a slow link: nobody needs it any more
                 told.append(FetchFailed(digest, is_malformed=False))
@@ -283,12 +285,7 @@ class Transit:
         self._schedule.after(TIMEOUT_MS, partial(self._ask_next, host, life, pulls))
 
     def _ask_next(self, host: Host, life: int, pulls: list[Pull]) -> None:
-        self._pull(host, life, [(action, attempt + 1, 0) for action, attempt, _ in pulls])
-
-    def _ask(self, pull: Pull) -> Host:
-        """Who is asked: the first provider twice, since its blob may not be public at the first time."""
-        action, attempt, _ = pull
-        return self._by_peer[action.providers[attempt - 1 if attempt else 0]]
+        self._pull(host, life, [(action, attempt + 1) for action, attempt, *_ in pulls])
 
     def _gather(
         self,

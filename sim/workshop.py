@@ -5,11 +5,15 @@ depend on which hosts are asked for.
 """
 
 from collections.abc import Sequence, Set
+from functools import partial
 from random import Random
 from typing import Protocol
 
+import numpy as np
+
 from p2pfm import work
 from p2pfm.config import NetworkConfig
+from p2pfm.contribution.similarity import Matrix, Sparse, compute_cosines
 from p2pfm.errors import Reject
 from p2pfm.learner import Learner
 from p2pfm.lora.compress import Update, compress, decode_payload, feed_back, quantise_update
@@ -103,6 +107,7 @@ class TensorWorkshop:
         self._has_backdoor = has_backdoor
         self._backdoors: dict[Digest, float | None] = {}
         """One number a round: kept for the report."""
+        self._cosines: dict[tuple[Digest, ...], Matrix] = {}
         self._validated: dict[tuple[str, Digest], tuple[bool, PeerId | None]] = {}
 
     def get_genesis(self) -> bytes:
@@ -126,7 +131,9 @@ class TensorWorkshop:
         residual = None if action.residual is None else decode_tensors(disk.get(action.residual), self._shapes)
         wanted = feed_back(residual, training.delta, self._config.compression)
         payload, size, update = self._make(disk, action.maker, wanted)
-        rest = disk.put(encode_tensors(subtract(wanted, update.tensors())))
+        # Named after what it follows from: 50,000 parameters take half as long to hash as to train.
+        name = compute_digest(b"residual" + payload + action.base + (action.residual or b""))
+        rest = disk.put_as(name, encode_tensors(subtract(wanted, update.tensors())))
         return work.make_trained(action, training, (payload, size, rest))
 
     def _make(self, disk: Disk, maker: PeerId, wanted: Tensors) -> tuple[Digest, int, Update]:
@@ -150,9 +157,19 @@ class TensorWorkshop:
         """See Workshop."""
         seed, salt = rng.getrandbits(63), rng.randbytes(32)
         learner = self._learners[index]
-        return work.score_updates(
-            learner, disk, self._config, action, seed, salt, lambda payloads: self._read(disk, payloads)
-        )
+        read = partial(self._read, disk)
+        return work.score_updates(learner, disk, self._config, action, seed, salt, read, self._compare)
+
+    def _compare(self, names: Sequence[Digest], rows: Sequence[Sparse], size: int) -> Matrix:
+        """Cosines, computed once for all evaluators of a shard, each of which heard of its updates in another order."""
+        order = sorted(range(len(names)), key=names.__getitem__)
+        key = tuple(names[row] for row in order)
+        if key not in self._cosines:
+            if len(self._cosines) >= COSINES_MAX:
+                del self._cosines[next(iter(self._cosines))]
+            self._cosines[key] = compute_cosines([rows[row] for row in order], size)
+        places = np.argsort(order)
+        return self._cosines[key][np.ix_(places, places)]
 
     def merge(self, index: int, disk: Disk, action: Merge | Condense) -> Merged:
         """See Workshop."""
@@ -233,6 +250,9 @@ class TensorWorkshop:
         self._validated = {key: found for key, found in self._validated.items() if key[1] not in digests}
         self._merged = {action: merged for action, merged in self._merged.items() if merged.new_base not in digests}
 
+
+COSINES_MAX = 128
+"""Matrices of cosines that are kept: shards score at one time."""
 
 BASES_MAX = 4
 """Decoded bases that are kept: after a partition there are two."""

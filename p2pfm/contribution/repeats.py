@@ -33,24 +33,19 @@ def compute_repeated_gains(
     earlier: Sequence[Sparse],
     slope: NDArray[np.float64],
     counts: NDArray[np.bool_],
-    cosines: Matrix | None = None,
 ) -> list[float]:
     """What each update gains by its part in the span of earlier ones [nats/token at weight 1]; 0 where nothing counts.
 
     Args:
         slope: (num_parameters,) gradient of the loss: a step v gains -v . slope.
         counts: (num_updates, num_earlier) which earlier vectors count against which update.
-        cosines: of earlier vectors and updates, in this order, where they are known.
 
     Raises:
         ValueError: positions that are not sorted and distinct, or outside of the vector.
     """
     if not earlier or not updates:
         return [0.0] * len(updates)
-    if cosines is None:
-        cosines = compute_cosines([*earlier, *updates], slope.size)
-    num_earlier = len(earlier)
-    among, between = cosines[:num_earlier, :num_earlier], cosines[:num_earlier, num_earlier:]
+    among, between = compute_cosines(earlier, slope.size), compute_cosines(earlier, slope.size, updates)
     norms = compute_norms(updates)
     lengths = np.maximum(compute_norms(earlier), np.finfo(np.float64).tiny)
     unit_gains = np.array([-_dot(slope, vector) for vector in earlier]) / lengths

@@ -4,7 +4,7 @@ Knows sparse vectors only; no model, peer, stake or threshold. What is done with
 `repeats`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,9 @@ Matrix = NDArray[np.float64]
 
 BLOCK = 32_768
 """Parameters multiplied at once: 384 rows of float32 are 50 MB."""
+
+FEW = 8
+"""So few rows are compared with others one by one: to make those dense would take longer."""
 
 
 class Sparse(NamedTuple):
@@ -28,23 +31,27 @@ def compute_norms(rows: Sequence[Sparse]) -> Matrix:
     return np.array([np.sqrt(np.sum(row.values.astype(np.float64) ** 2)) for row in rows], np.float64)
 
 
-def compute_cosines(rows: Sequence[Sparse], size: int) -> Matrix:
-    """(num_rows, num_rows) cosines; 0 for a row of zeros, also with itself.
+def compute_cosines(rows: Sequence[Sparse], size: int, others: Sequence[Sparse] | None = None) -> Matrix:
+    """(num_rows, num_others) cosines; 0 for a row of zeros, also with itself.
 
     Good to about 1e-6: products of float32, summed in float64 from block to block.
 
     Args:
         size: length of the vectors; bounds what is held at once to BLOCK columns.
+        others: what the rows are compared with; None: with each other.
 
     Raises:
         ValueError: positions that are not sorted and distinct, or outside of the vector.
     """
+    return _multiply(_to_units(rows), size, None if others is None else _to_units(others))
+
+
+def _to_units(rows: Sequence[Sparse]) -> list[Sparse]:
     norms = compute_norms(rows)
     scales = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
-    units = [
+    return [
         Sparse(row.positions, (row.values * scale).astype(np.float32)) for row, scale in zip(rows, scales, strict=True)
     ]
-    return _multiply(units, size)
 
 
 def compute_overlaps(rows: Sequence[Sparse], size: int) -> Matrix:
@@ -65,20 +72,38 @@ def compute_overlaps(rows: Sequence[Sparse], size: int) -> Matrix:
     return np.divide(share - chance, 1 - chance, out=np.zeros_like(share), where=(chance < 1) & (smaller > 0))
 
 
-def _multiply(rows: Sequence[Sparse], size: int) -> Matrix:
-    """All inner products."""
+def _multiply(rows: Sequence[Sparse], size: int, others: Sequence[Sparse] | None = None) -> Matrix:
+    """All inner products, with each other or with `others`."""
+    if others is not None and len(rows) <= FEW:
+        return np.stack([_gather(row, others, size) for row in rows]) if rows else np.zeros((0, len(others)))
+    products = np.zeros((len(rows), len(rows if others is None else others)), np.float64)
+    right = None if others is None else _spread(others, size)
+    for block in _spread(rows, size):
+        products += block @ (block if right is None else next(right)).T
+    return products
+
+
+def _gather(row: Sparse, others: Sequence[Sparse], size: int) -> Matrix:
+    """Inner products of one row, without making the others dense."""
+    for one in (row, *others):
+        _validate(one, size)
+    dense = np.zeros(size, np.float32)
+    dense[row.positions] = row.values
+    return np.array([dense[other.positions] @ other.values for other in others], np.float64)
+
+
+def _spread(rows: Sequence[Sparse], size: int) -> Iterator[NDArray[np.float32]]:
+    """Dense blocks of at most BLOCK columns."""
     for row in rows:
         _validate(row, size)
     starts = range(0, size, BLOCK)
     cuts = [np.searchsorted(row.positions, [*starts, size]) for row in rows]
-    products = np.zeros((len(rows), len(rows)), np.float64)
     for number, start in enumerate(starts):
         block = np.zeros((len(rows), min(BLOCK, size - start)), np.float32)
         for index, (row, cut) in enumerate(zip(rows, cuts, strict=True)):
             part = slice(cut[number], cut[number + 1])
             block[index, row.positions[part] - start] = row.values[part]
-        products += block @ block.T
-    return products
+        yield block
 
 
 def _validate(row: Sparse, size: int) -> None:

@@ -187,9 +187,13 @@ def _lloyd(magnitudes: Array, groups: NDArray[np.int64], num_groups: int) -> tup
     end = np.append(begin[1:], len(keys))
     runs = np.stack([begin, end], axis=1)
     low = high = threshold = _sums(ordered, runs)[:, 0] / np.maximum(end - begin, 1)
+    runs[:, 1] = -1
     for _ in range(LLOYD_STEPS):
         split = np.searchsorted(keys, base | threshold.astype(np.float32).view(np.uint32))
-        runs[:, 1] = np.clip(split, begin, end)
+        split = np.minimum(np.maximum(split, begin), end)
+        if (split == runs[:, 1]).all():
+            break  # nothing moves any more
+        runs[:, 1] = split
         sums, sizes = _sums(ordered, runs), np.stack([runs[:, 1] - begin, end - runs[:, 1]], axis=1)
         means = sums / np.maximum(sizes, 1)
         low = np.where(sizes[:, 0] > 0, means[:, 0], means[:, 1])

@@ -12,6 +12,7 @@ from p2pfm.messages import (
     Announcement,
     Attestation,
     Certificate,
+    Envelope,
     Proposal,
     Score,
     ScoreCommit,
@@ -58,8 +59,8 @@ from p2pfm.protocol.shards import (
     Deal,
     compute_shard_shares,
     compute_shares_of,
+    get_committee_topic,
     get_shard_name,
-    get_shard_topic,
 )
 from p2pfm.protocol.standing import Standing
 from p2pfm.protocol.updates import FETCH_TRIES_MAX
@@ -82,6 +83,8 @@ class Ballot:
         self.shard = shard
         self._certified: dict[Digest, tuple[int, Proposal]] = {}
         """Shards' certificates heard, by the payload that they certify."""
+        self._lacking: list[Digest] = []
+        """Payloads of the valid proposal of which the last one is not here; empty: to be looked at."""
         member = get_member(state.roster, standing.me) if state.roster else None
         is_seated = state.roster is not None and member is not None and member.index in state.roster.committee
         self._my_index = member.index if member is not None and is_seated else None
@@ -90,11 +93,30 @@ class Ballot:
         """This peer's registry index, if it sits on the committee."""
         return self._my_index
 
+    def is_outside(self) -> bool:
+        """Whether this peer is told the result only: in a large network all before it is for the committee."""
+        return self.dealt is not None and self._my_index is None
+
     def say(self, message: Word) -> Publish:
         """Gossip a word of this round to those whom it concerns."""
-        if self.shard is not None:
-            return Publish(ShardMessage(self.shard, message), get_shard_topic(self.shard))
-        return Publish(message, EVERYBODY if self.dealt is None else TOP)
+        if self.dealt is None:
+            return Publish(message, EVERYBODY)
+        if self.shard is None:
+            return Publish(message, TOP)
+        seats = self.dealt.seats[self.shard] if self.is_outside() else ()
+        return Publish(ShardMessage(self.shard, message), get_committee_topic(self.shard), seats)
+
+    def tell(self, peer: PeerId, have: tuple[Digest, ...]) -> tuple[Envelope, ...]:
+        """What of this round another peer lacks and has a use for."""
+        state = self.state
+        if self.dealt is None:
+            return state.log.missing(have)
+        member = get_member(state.roster, peer) if state.roster else None
+        if state.roster is None or member is None:
+            return ()
+        if member.index in state.roster.committee:
+            return state.log.missing(have)
+        return state.log.missing(have, Certificate) if self.shard is not None else ()
 
     def enter(self, phase: Phase) -> list[AnyAction]:
         """A phase begins."""
@@ -121,18 +143,30 @@ class Ballot:
         state = self.state
         if state.phase == Phase.TRAIN or state.round < 0 or state.is_certified:
             return []
-        if self.level == Level.TOP and self.get_my_index() is None and not state.is_proposal_valid:
+        if self.is_outside() and not state.is_proposal_valid:
             return []  # only who scores needs all of them
         return [
             *state.updates.fetch_missing(self._proposed() if state.is_proposal_valid else frozenset(), self._holders)
         ]
 
+    def fetch_own_shard(self, shard: MemberIndex, proposal: Proposal) -> list[AnyAction]:
+        """What this peer's shard made: it gives it to others once the committee above is done with it."""
+        updates = self.state.updates
+        updates.add(self._announce_shard(shard, proposal), is_late=True)
+        return [*updates.fetch_missing(frozenset((proposal.new_base,)), self._holders)]
+
     def _holders(self, author: PeerId) -> tuple[PeerId, ...]:
-        """Who may hold an author's payload beside itself: neighbours; in a large network, the members of the shard."""
+        """Who may hold an author's payload beside itself: neighbours; in a large network, its shard's committee, and
+        when the shard is done its other members, too.
+        """
         if self.dealt is None:
             return self.standing.peers
+        me = self.standing.me
         number = self.shard if self.shard is not None else int(author.removeprefix("shard-"))
-        return self.dealt.list_holders(number, self.standing.number, self.standing.me)
+        is_early = self.shard is not None or self._my_index is not None or self.dealt.shard_of.get(me) == number
+        if not is_early:
+            return self.dealt.list_holders(number, self.standing.number, me)
+        return tuple(peer for peer in self.dealt.seats[number] if peer != me)
 
     def _proposed(self) -> frozenset[Digest]:
         """Payloads that the received proposal includes, be it right or wrong."""
@@ -146,8 +180,12 @@ class Ballot:
         except Reject as error:
             return self._blame(updates.by_payload()[event.digest].peer, str(error))
         actions: list[AnyAction] = [*blames, Serve(event.digest)]
-        if self.state.is_proposal_valid and not self._proposed() <= updates.makers.keys():
-            return actions  # the others are under way, or resting
+        if self.state.is_proposal_valid:
+            lacking = self._lacking = self._lacking or list(self._proposed() - updates.makers.keys())
+            while lacking and lacking[-1] in updates.makers:
+                lacking.pop()
+            if lacking:
+                return actions  # the others are under way, or resting
         return actions + self.consider_proposal()
 
     def on_fetch_failed(self, digest: Digest, is_malformed: bool) -> list[AnyAction]:
@@ -415,15 +453,18 @@ class Ballot:
         state, proposal = self.state, certificate.proposal
         if proposal.base != self.standing.durable.base or proposal.new_base == proposal.base:
             return []  # of another history, or nobody contributed anything there
-        name = get_shard_name(number)
         self._certified[proposal.new_base] = (number, proposal)
-        bytes_max = self.standing.config.limits.payload_bytes_max
-        held = Announcement(proposal.round, name, proposal.base, proposal.new_base, bytes_max, 0)
+        held = self._announce_shard(number, proposal)
         is_late = state.phase > Phase.TRAIN and state.saw_train
-        first = state.updates.announcements.get(name)
+        first = state.updates.announcements.get(held.peer)
         if first is None or first.payload != proposal.new_base:
             state.updates.add(held, is_late=is_late)
         return self.fetch_missing() + self.consider_proposal()
+
+    def _announce_shard(self, number: int, proposal: Proposal) -> Announcement:
+        bytes_max = self.standing.config.limits.payload_bytes_max
+        name = get_shard_name(number)
+        return Announcement(proposal.round, name, proposal.base, proposal.new_base, bytes_max, 0)
 
     def can_follow(self, proposal: Proposal) -> bool:
         """Whether what was certified is made of shards that are known here, in this round and from this base."""
@@ -440,7 +481,7 @@ class Ballot:
         for held in _announce(proposal, self.standing.config.limits.payload_bytes_max):
             if held.payload not in state.updates.makers:
                 state.updates.add(held, is_late=True)
-        state.proposal, state.is_proposal_valid = proposal, True
+        state.proposal, state.is_proposal_valid, self._lacking = proposal, True, []
         return self.fetch_missing() + self._merge(proposal)
 
     def remember(self) -> tuple[Remembered, ...]:

@@ -220,12 +220,16 @@ class Publish(Action, frozen=True, tag="publish"):
     message: Message
     topic: str = "all"
     """Who hears it (`protocol.shards`)."""
+    hearers: tuple[PeerId, ...] = ()
+    """Who hears it for certain, where the speaker may be connected to nobody who does."""
 
 
 class Listen(Action, frozen=True, tag="listen"):
     """From now on hear these topics beside "all", and no others."""
 
     topics: tuple[str, ...]
+    mates: tuple[tuple[PeerId, ...], ...] = ()
+    """By topic: who hears it, too; of each some are to be connected."""
 
 
 class Serve(Action, frozen=True, tag="serve"):

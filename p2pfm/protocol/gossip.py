@@ -57,9 +57,10 @@ class RoundLog:
             self._sorted = tuple(sorted(self._envelopes))
         return self._sorted
 
-    def missing(self, have: tuple[Digest, ...]) -> tuple[Envelope, ...]:
-        """What another peer lacks, in a fixed order, at most REPLY_MAX."""
+    def missing(self, have: tuple[Digest, ...], kind: type[Message] | None = None) -> tuple[Envelope, ...]:
+        """What another peer lacks (of one kind), in a fixed order, at most REPLY_MAX."""
         if have == self.digests():
             return ()
-        lacking = sorted(self._envelopes.keys() - frozenset(have))
+        held = self._envelopes.keys() if kind is None else frozenset(self._first.get(kind, {}).values())
+        lacking = sorted(held - frozenset(have))
         return tuple(self._envelopes[digest] for digest in lacking[:REPLY_MAX])

@@ -68,7 +68,7 @@ from p2pfm.protocol.gossip import REPLY_MAX
 from p2pfm.protocol.membership import compute_ranks, get_member, is_outdated_for
 from p2pfm.protocol.phases import Phase, compute_position
 from p2pfm.protocol.round_state import EarlyMessages, RoundState
-from p2pfm.protocol.shards import TOP, deal, get_shard_name, get_shard_topic
+from p2pfm.protocol.shards import TOP, deal, get_committee_topic, get_shard_name, get_shard_topic, list_seats
 from p2pfm.protocol.standing import Standing
 from p2pfm.settlement.ledger import Roster
 from p2pfm.types import Digest, MemberIndex, Millis, PeerId, Round
@@ -90,7 +90,8 @@ NO_SHARD = MemberIndex(-1)
 """Where a peer is that is not registered: it only listens."""
 
 SPEAKERS = 2
-"""Members of a shard's committee that tell its certificate to the committee above: one may be down."""
+"""Members of a shard's committee that tell its certificate to the shard and to the committee above: the first ranked
+of those that have signed. One may be down by now."""
 
 LOSSES_MAX = 64
 """Held-out losses remembered, for people."""
@@ -119,7 +120,7 @@ class Peer(Standing):
         """The round among shards; in a small network the same."""
         self.ballots: tuple[Ballot, ...] = (self.leaf,)
         """The rounds that this peer takes part in now: one, or a shard's and the one above it."""
-        self._topics: tuple[str, ...] = ()
+        self._listens = Listen(())
         self._phase_ends_ms = Millis(-(2**63))
         self._next_sync_ms = Millis(0)
         self._next_retry_ms = Millis(0)
@@ -187,13 +188,13 @@ class Peer(Standing):
         return actions
 
     def _awaits_others(self) -> bool:
-        """Its shard is done and it has no seat above: there is nothing to lack until the committee there is done."""
-        top = self.top
+        """Where it has no seat it lacks nothing until the committee is done: its shard's, then the one above."""
+        leaf, top, head = self.leaf, self.top, self.durable.head
+        at_work = leaf if leaf.state.certificate is None else top
         return (
-            self.leaf.state.certificate is not None
-            and top is not self.leaf
-            and top.get_my_index() is None
-            and top.state.phase < Phase.MERGE
+            at_work.is_outside()
+            and at_work.state.phase < Phase.MERGE
+            and (leaf is not at_work or (head.proposal.round if head else -1) == self.round - 1)
             and self.wanted is None
             and not self.history.is_behind()
         )
@@ -229,15 +230,19 @@ class Peer(Standing):
         return self._listen()
 
     def _listen(self) -> list[AnyAction]:
-        topics: tuple[str, ...] = ()
-        if self.leaf.shard not in (None, NO_SHARD):
-            topics = (get_shard_topic(self.leaf.shard or 0),)
-        if self.top is not self.leaf and self.top.get_my_index() is not None:
-            topics = (*topics, TOP)
-        if topics == self._topics:
+        heard: dict[str, tuple[PeerId, ...]] = {}
+        shard, dealt, whole = self.leaf.shard, self.top.dealt, self.top.state.roster
+        if dealt is not None and shard is not None and shard != NO_SHARD:
+            heard[get_shard_topic(shard)] = dealt.seats[shard]
+            if not self.leaf.is_outside():
+                heard[get_committee_topic(shard)] = dealt.seats[shard]
+        if dealt is not None and whole is not None and not self.top.is_outside():
+            heard[TOP] = list_seats(whole)
+        listens = Listen(tuple(heard), tuple(heard.values()))
+        if listens == self._listens:
             return []
-        self._topics = topics
-        return [Listen(topics)]
+        self._listens = listens
+        return [listens]
 
     def _close_round(self) -> list[AnyAction]:
         state = self.leaf.state
@@ -370,11 +375,21 @@ class Peer(Standing):
         served = (
             [] if certificate.proposal.new_base == certificate.proposal.base else [Serve(certificate.proposal.new_base)]
         )
-        is_speaker = rank is not None and rank < SPEAKERS
-        told = [Publish(ShardMessage(shard, certificate), TOP)] if is_speaker else []
+        told = self._tell_shard(shard, certificate) if rank is not None else []
         if certificate.proposal.new_base in state.merged.values():
             self.top.state.updates.hold(certificate.proposal.new_base, get_shard_name(shard))
         return [note, *served, *told]
+
+    def _tell_shard(self, shard: MemberIndex, certificate: Certificate) -> list[AnyAction]:
+        """A shard's certificate, if this peer is one of those that speak for it."""
+        roster, whole = self.leaf.state.roster, self.top.state.roster
+        assert roster is not None, "whoever has a shard has its roster"
+        assert whole is not None, "and the whole one"
+        signers = [index for index in compute_ranks(roster, self.round) if index not in certificate.absent]
+        if self.leaf.get_my_index() not in signers[:SPEAKERS]:
+            return []
+        message = ShardMessage(shard, certificate)
+        return [Publish(message, get_shard_topic(shard)), Publish(message, TOP, list_seats(whole))]
 
     def _on_evaluated(self, event: Evaluated) -> list[AnyAction]:
         self.losses[event.round] = event.loss_nano
@@ -485,6 +500,8 @@ class Peer(Standing):
             return []
         if shard != ballot.shard:
             return []  # another deal is known there
+        if ballot.is_outside() and author != self.me:
+            return []  # it is not for this peer
         if state.roster is None or author not in state.roster.by_peer:
             return []
         held = state.log.get(kind, author)
@@ -509,34 +526,43 @@ class Peer(Standing):
         roster = top.state.roster
         if top is self.leaf or round != top.state.round or roster is None or envelope.author not in roster.by_peer:
             return []
-        if shard == self.leaf.shard and self.leaf.state.certificate is None:
-            self.leaf.state.certificate = certificate
+        actions = self._on_my_certificate(envelope, certificate) if shard == self.leaf.shard else []
         if envelope.digest in top.state.log.get(Certificate, envelope.author):
-            return []
-        if top.get_my_index() is None:
+            return actions
+        if top.is_outside():
             if envelope.author == self.me:
                 top.state.log.add(Certificate, envelope)  # for members of the committee that did not hear it
-            return []
-        actions = top.on_shard_certificate(shard, certificate)
+            return actions
+        actions += top.on_shard_certificate(shard, certificate)
         top.state.log.add(Certificate, envelope)
         return actions
+
+    def _on_my_certificate(self, envelope: Envelope, certificate: Certificate) -> list[AnyAction]:
+        """What this peer's shard certified: kept for members that did not hear it, and a help to those above."""
+        leaf, shard, proposal = self.leaf, self.leaf.shard, certificate.proposal
+        assert shard is not None, "only a shard has such certificates"
+        assert leaf.dealt is not None, "only dealt peers have a shard"
+        if envelope.author in leaf.dealt.seats[shard]:
+            leaf.state.log.add(Certificate, envelope)
+        if leaf.state.certificate is not None:
+            return []
+        leaf.state.certificate = certificate
+        if not leaf.is_outside():
+            return []
+        leaf.state.is_certified = True
+        note = Note(self.round, f"shard {shard} certified {len(proposal.updates)} updates")
+        is_fetched = self.top.is_outside() and proposal.new_base != proposal.base
+        return [note, *(self.top.fetch_own_shard(shard, proposal) if is_fetched else [])]
 
     def _on_sync_asked(self, event: SyncAsked) -> list[AnyAction]:
         request = event.request
         envelopes: tuple[Envelope, ...] = ()
         if request.round == self.round:
             for ballot in self.ballots:
-                if ballot is self.leaf is self.top or self._is_concerned(ballot, event.peer):
-                    envelopes += ballot.state.log.missing(request.have)
+                envelopes += ballot.tell(event.peer, request.have)
         head = None if self.rewinds_to else self.durable.head
         is_newer = head is not None and head.proposal.round > request.head_round
         return [AnswerSync(event.token, SyncReply(envelopes[:REPLY_MAX], head if is_newer else None))]
-
-    def _is_concerned(self, ballot: Ballot, peer: PeerId) -> bool:
-        """Whether a level's messages are of any use to another peer."""
-        roster = ballot.state.roster
-        member = get_member(roster, peer) if roster else None
-        return roster is not None and member is not None and (ballot is self.leaf or member.index in roster.committee)
 
     def _ask_sync(self) -> list[AnyAction]:
         others = self._get_mates()
@@ -557,13 +583,13 @@ class Peer(Standing):
         return [AskSync(peer, SyncRequest(Round(max(self.round, 0)), have, head_round))]
 
     def _get_mates(self) -> tuple[PeerId, ...]:
-        """Whom to ask for what is missing: neighbours; in a large network those that hear the same topics."""
+        """Whom to ask for what is missing: neighbours; in a large network the committees, which hear all of it."""
         dealt, whole = self.top.dealt, self.top.state.roster
         if dealt is None or whole is None or self.leaf.shard in (None, NO_SHARD):
             return self.peers
-        if self.top.get_my_index() is not None and self._num_syncs % 2 == 0:
-            return tuple(whole.by_index[index].peer for index in whole.committee)
-        return dealt.names[self.leaf.shard]
+        if not self.top.is_outside() and self._num_syncs % 2 == 0:
+            return list_seats(whole)
+        return dealt.seats[self.leaf.shard]
 
     def _shifted_peers(self) -> tuple[PeerId, ...]:
         """Connected peers, beginning with another one on each peer."""

@@ -25,7 +25,7 @@ TOP = "top"
 """The topic of the committee above the shards."""
 
 HOLDERS_MAX = 16
-"""Members of a shard that are asked for its payloads beside their authors."""
+"""Members of a shard that are asked for what it made."""
 
 
 class Deal(msgspec.Struct, frozen=True, dict=True):
@@ -40,6 +40,11 @@ class Deal(msgspec.Struct, frozen=True, dict=True):
         return tuple(tuple(member.peer for member in shard.members) for shard in self.shards)
 
     @cached_property
+    def seats(self) -> tuple[tuple[PeerId, ...], ...]:
+        """By shard: its committee, in registry order."""
+        return tuple(list_seats(shard) for shard in self.shards)
+
+    @cached_property
     def shard_of(self) -> dict[PeerId, MemberIndex]:
         """By peer: the number of its shard."""
         return {
@@ -47,9 +52,7 @@ class Deal(msgspec.Struct, frozen=True, dict=True):
         }
 
     def list_holders(self, shard: int, number: int, me: PeerId) -> tuple[PeerId, ...]:
-        """Members of a shard that `me` asks for its payloads beside their authors, beginning with another one for each
-        `number`.
-        """
+        """Members of a shard that `me` asks for what it made, beginning with another one for each `number`."""
         known: dict[tuple[int, int], tuple[PeerId, ...]] = self.__dict__.setdefault("_holders", {})
         mates = self.names[shard]
         start = number % len(mates)
@@ -121,6 +124,24 @@ def compute_shares_of(roster: Roster, stake_cap: Wei) -> dict[PeerId, Weight]:
     return cache[stake_cap]
 
 
+def list_seats(roster: Roster) -> tuple[PeerId, ...]:
+    """A roster's committee by name, in registry order."""
+    return tuple(roster.by_index[index].peer for index in sorted(roster.committee))
+
+
 def get_shard_topic(number: int) -> str:
-    """What the members of one shard hear."""
+    """What all members of one shard hear: what it certified."""
     return f"shard-{number}"
+
+
+def get_committee_topic(number: int) -> str:
+    """What the committee of one shard hears: all words of its round. Its other members only speak there."""
+    return f"committee-{number}"
+
+
+def list_spoken_topics(config: NetworkConfig) -> tuple[str, ...]:
+    """Topics in which a peer may have to speak without hearing them."""
+    if not config.has_shards:
+        return ()
+    num_shards = -(-config.limits.peers_max // config.limits.shard_peers_max)
+    return (TOP, *map(get_committee_topic, range(num_shards)))

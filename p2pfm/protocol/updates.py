@@ -133,11 +133,11 @@ class Updates:
 
 def _fetch(announcement: Announcement, get_others: GetOthers) -> Fetch:
     author, others = announcement.peer, get_others(announcement.peer)
+    if is_shard_name(author):
+        return Fetch(announcement.payload, "payload", announcement.payload_bytes, others)
     # Start at another holder for each payload, so that no single node serves all of them.
     shift = announcement.payload[0] % len(others) if others else 0
     providers = others[shift:] + others[:shift]
     if author in others:
         providers = tuple(peer for peer in providers if peer != author)
-    if not is_shard_name(author):
-        providers = (author, *providers)
-    return Fetch(announcement.payload, "payload", announcement.payload_bytes, providers)
+    return Fetch(announcement.payload, "payload", announcement.payload_bytes, (author, *providers))

@@ -55,7 +55,6 @@ from p2pfm.protocol.events import (
     Train,
 )
 from p2pfm.protocol.gossip import REPLY_MAX
-from p2pfm.protocol.shards import TOP
 from p2pfm.runtime.auditor import Auditor
 from p2pfm.runtime.door import Door
 from p2pfm.runtime.envelopes import seal
@@ -154,10 +153,10 @@ class Effects:
                 self._nursery.start_soon(self._merge, action)
             case Condense():
                 self._nursery.start_soon(self._condense, action)
-            case Listen(topics=topics):
-                await self._transport.listen(topics)
-            case Publish(message=message, topic=topic):
-                await self._publish(message, topic)
+            case Listen(topics=topics, mates=mates):
+                await self._transport.listen(topics, mates)
+            case Publish(message=message, topic=topic, hearers=hearers):
+                await self._publish(message, topic, hearers)
             case Serve(digest=digest):
                 self.served.add(digest)
             case Fetch():
@@ -243,7 +242,7 @@ class Effects:
             self._emit(Received(envelope, message))
         return message
 
-    async def _publish(self, message: Message, topic: str) -> None:
+    async def _publish(self, message: Message, topic: str, hearers: tuple[PeerId, ...]) -> None:
         envelope = seal(self._keys, self._network_id, message)
         self._emit(Received(envelope, message))
         if isinstance(message, Proposal):
@@ -253,10 +252,7 @@ class Effects:
             log.warning("a %s of %d bytes is too large to gossip", type(message).__name__, len(data))
             return
         self._metrics.on_gossip(OUT, message, len(data))
-        roster = self._settler.roster
-        # Who speaks to the committee above the shards is mostly not on it, and may know none of its members.
-        listeners = [roster.by_index[index].peer for index in roster.committee] if roster and topic == TOP else []
-        self._nursery.start_soon(self._transport.publish, data, topic, listeners)
+        self._nursery.start_soon(self._transport.publish, data, topic, hearers)
 
     async def _use_model(self, action: Train | ScoreUpdates | Evaluate) -> None:
         def run() -> AnyEvent:

@@ -37,7 +37,7 @@ from p2pfm.messages import (
 from p2pfm.protocol.events import AnyAction, AnyEvent, Durable, Evaluate, PeersChanged, SyncAsked, Tick, Trained
 from p2pfm.protocol.peer import Peer, initial_durable
 from p2pfm.protocol.phases import compute_position
-from p2pfm.protocol.shards import TOP
+from p2pfm.protocol.shards import list_spoken_topics
 from p2pfm.runtime.auditor import Auditor
 from p2pfm.runtime.backend import Backend
 from p2pfm.runtime.clock import ClockReport, compute_offset_max, now_ms
@@ -173,7 +173,7 @@ class Node:
             config.limits,
             memory=self._store.load_network_memory(),
             discovery=config.discovery,
-            watched=(TOP,) if config.network.has_shards else (),
+            watched=list_spoken_topics(config.network),
         )
         self._requests = MeteredRequests(self.transport, self.metrics)
         self.downloads = Downloads(self._requests, on_whole=self.metrics.on_fetched)

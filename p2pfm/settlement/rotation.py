@@ -40,7 +40,7 @@ class Rotation:
         self._drawn_for, self._drawn_in, self._moved_in = self._get_epoch(self._head_round), now, now
 
     def is_due(self, roster: Roster, now: Round) -> bool:
-        """Whether the next committee is to be drawn as soon as it may be (`may_draw`); `now`: the round by the clock."""
+        """Whether the next committee is to be drawn as soon as it may be (`may_draw`); `now`: by the clock."""
         if self.has_gap(roster):
             return True
         if len(roster.members) <= self._committee_size:

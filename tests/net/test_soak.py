@@ -1,4 +1,4 @@
-"""Six nodes for three minutes: no growth, no leak, no message lost, every round certified (bench/soak.py)."""
+"""Six nodes for two minutes: no growth, no leak, no message lost, every round certified (bench/soak.py)."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 ROOT = Path(__file__).parent.parent.parent
-MINUTES = 3
+MINUTES = 2
 START_AND_END_S = 60
 
 

@@ -1,11 +1,14 @@
 """Worlds of several shards: one base, everybody paid by what it contributed, and the same faults survived."""
 
+from collections import Counter, defaultdict
+
 import pytest
 
-from p2pfm.messages import SyncRequest
+from p2pfm.messages import Proposal, SyncRequest
 from p2pfm.protocol.phases import Phase
 from p2pfm.types import PeerId, Round
 from sim.churn import ChurnModel
+from sim.clocks import ClockModel
 from sim.host import Host
 from sim.network import NetworkModel
 from sim.scenarios import AdversaryKind, LearnerModel, Scenario
@@ -65,6 +68,85 @@ def test_nobody_hears_another_shards_round() -> None:
         assert roster is not None
         assert len(roster.members) <= 4
         assert set(host.peer.state.updates.announcements) <= roster.by_peer.keys()
+
+
+LISTENING = {
+    "num_peers": 48,
+    "shard_size": 12,
+    "committee_size": 5,
+    "learner": LearnerModel(kind="digests"),
+    "clocks": ClockModel(skew_ms=0, drift_ppm=0),
+}
+"""Four shards of twelve, five of which sit on the committee."""
+
+
+def test_who_has_no_seat_hears_the_result_only_and_passes_on_what_its_shard_made() -> None:
+    world = World(Scenario(seed=6, num_rounds=1, **LISTENING))  # type: ignore[arg-type]
+    world.run(lambda round: check_who_heard_what(world) if round == 0 else None)
+    assert {len(holders) for holders in world.checks.holders.values()} == {48}
+
+
+def check_who_heard_what(world: World) -> None:
+    num_seated = 0
+    for host in world.hosts:
+        assert host.peer is not None
+        leaf = host.peer.leaf
+        certificate = leaf.state.certificate
+        assert certificate is not None, "its shard's, by which it knows that its own update was merged"
+        assert certificate.proposal.new_base in host.served
+        payloads = {update.payload for update in certificate.proposal.updates}
+        if leaf.is_outside():
+            assert set(leaf.state.updates.announcements) == {host.me}
+            assert host.disk.held & payloads == {host.durable.announced_payload}, "nothing of its shard's members"
+            assert len(leaf.state.log.get(Proposal, leaf.dealt.seats[leaf.shard][0])) == 0  # type: ignore[union-attr,index]
+        else:
+            num_seated += 1
+            assert len(leaf.state.updates.announcements) == 12
+            assert payloads <= host.disk.held
+    assert num_seated == 20
+
+
+def test_what_a_peer_downloads_is_a_fraction_of_what_its_committee_does() -> None:
+    received: dict[bool, list[int]] = {True: [], False: []}
+
+    def read(round: Round) -> None:
+        for host in world.hosts:
+            assert host.peer is not None
+            received[host.peer.leaf.is_outside()].append(host.num_bytes_received)
+
+    world = World(Scenario(seed=6, num_rounds=1, **LISTENING))  # type: ignore[arg-type]
+    world.run(read)
+    assert len(received[False]) == 20
+    assert max(received[True]) < 0.75 * min(received[False]), "four shards' payloads, and not twelve peers' beside them"
+
+
+def test_an_own_update_that_was_merged_is_not_sent_again() -> None:
+    """Error feedback without a seat: the residual moves on, which only the shard's certificate tells."""
+    world = run(num_rounds=2, num_peers=24, shard_size=8, committee_size=3)
+    assert sorted(world.checks.certificates) == [0, 1]
+    outside = [host for host in world.hosts if host.peer is not None and host.peer.leaf.is_outside()]
+    assert outside
+    assert all(host.durable.residual is not None for host in outside)
+    assert all(host.durable.residual == host.durable.pending_residual for host in outside)
+
+
+def test_a_lost_certificate_of_a_shard_is_asked_for() -> None:
+    """Two speakers tell it; at 20 % loss one in 25 hears neither."""
+    told: Counter[bool] = Counter()
+
+    def read(round: Round) -> None:
+        shards: defaultdict[int, list[bool]] = defaultdict(list)
+        for host in world.hosts:
+            assert host.peer is not None
+            leaf = host.peer.leaf
+            if leaf.is_outside() and leaf.shard is not None:
+                shards[leaf.shard].append(leaf.state.certificate is not None)
+        told.update(is_told for shard in shards.values() if any(shard) for is_told in shard)
+
+    world = World(Scenario(seed=6, num_rounds=6, network=NetworkModel(loss=0.2), **LISTENING))  # type: ignore[arg-type]
+    world.run(read)
+    assert told[True] > 40
+    assert told[False] == 0
 
 
 def test_a_peers_messages_do_not_grow_with_the_network() -> None:

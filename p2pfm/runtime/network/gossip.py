@@ -31,7 +31,7 @@ SEEN_MAX = 65_536
 READ_BYTES = 64 * 1024
 WRITE_BYTES = 48 * 1024  # what waits for a peer is written together, in one frame and one encryption
 LENGTH_BYTES_MAX = 5  # of the varint before an RPC
-TOPICS_MAX = 3  # that one peer hears: everybody's, its shard's, and the one above the shards
+TOPICS_MAX = 4  # that one peer hears: everybody's, its shard's, that of its committee, and the one above the shards
 RPC_S = 30.0  # an RPC that has begun must end within this
 
 

@@ -245,12 +245,19 @@ class Libp2pTransport:
     def _name(self, topic: str) -> str:
         return self._topic if topic == EVERYBODY else f"{self._topic}/{topic}"
 
-    async def listen(self, topics: Sequence[str]) -> None:
-        """From now on hear these topics beside everybody's, and no others. At most two."""
+    async def listen(self, topics: Sequence[str], mates: Sequence[Sequence[PeerId]] = ()) -> None:
+        """From now on hear these topics beside everybody's, and no others. At most three.
+
+        Args:
+            mates: by topic: who should hear it, too; some are dialled when nobody who does is connected.
+        """
         if len(set(topics)) >= TOPICS_MAX:
             raise ValueError(f"a peer hears at most {TOPICS_MAX - 1} topics beside everybody's, got {topics}")
         async with self._topics_lock:
             await self._pubsub.listen([self._name(topic) for topic in topics])
+        for topic, others in zip(topics, mates, strict=False):
+            if self._nursery is not None and any(other != self.peer_id for other in others):
+                self._nursery.start_soon(self._find_listeners, topic, others)
 
     async def publish(self, data: bytes, topic: str = EVERYBODY, listeners: Sequence[PeerId] = ()) -> None:
         """Send `data` to all peers that hear `topic`; waits when more than the burst is published.
@@ -266,17 +273,17 @@ class Libp2pTransport:
         while wait_s := self._publish_bucket.take(trio.current_time()):
             await trio.sleep(wait_s)
         name = self._name(topic)
-        if name not in self._pubsub.topic_ids:
-            await self._find_listeners(topic, listeners)
+        if name not in self._pubsub.topic_ids and not await self._find_listeners(topic, listeners):
+            log.warning("nobody was found who hears %r: what was said is heard by those who ask for it", topic)
         self.counters["gossip_published"] += 1
         self.counters["gossip_bytes_out"] += len(data)
         await self._pubsub.publish(name, data)
 
-    async def _find_listeners(self, topic: str, listeners: Sequence[PeerId]) -> None:
-        """Until somebody is connected who hears a topic that this peer does not hear, or too much time is over."""
+    async def _find_listeners(self, topic: str, listeners: Sequence[PeerId]) -> bool:
+        """Until another one is connected who hears a topic; False: too much time is over."""
         for number in range(LISTENER_TRIES):
             if self._pubsub.router.get_subscribers(self._name(topic)):
-                return
+                return True
             log.info("nobody is connected who hears %r: dialling, try %d", topic, number + 1)
             self.counters["gossip_no_listener"] += 1
             absent = [peer for peer in listeners if peer != self.peer_id and peer not in self.connected()]
@@ -284,7 +291,7 @@ class Libp2pTransport:
                 if self._nursery is not None:
                     self._nursery.start_soon(self._dialer.dial_quietly, peer)
             await trio.sleep(LISTENER_RETRY_S)
-        log.warning("nobody was found who hears %r: what was said there is heard by those who ask for it", topic)
+        return False
 
     def _on_gossip(self, forwarder: str, topic: str, data: bytes) -> None:
         self.counters["gossip_received"] += 1
