@@ -533,6 +533,12 @@ def _name(action: AnyAction) -> object:
             return (digest, providers[:1])
         case Settle(certificate=certificate) | Publish(message=Certificate() as certificate):
             return certificate.signature
+        case Publish(message=message, topic=topic):
+            return (topic, message)
+        case Listen(topics=topics):
+            return topics
+        case Merge(request=request) | Condense(request=request):
+            return request
         case Persist(durable=durable):
             return (durable.base, durable.signed_round, durable.announced_payload)
         case _:

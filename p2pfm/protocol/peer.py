@@ -66,7 +66,7 @@ from p2pfm.protocol.events import (
 )
 from p2pfm.protocol.gossip import REPLY_MAX
 from p2pfm.protocol.membership import compute_ranks, get_member, is_outdated_for
-from p2pfm.protocol.phases import Phase, compute_position
+from p2pfm.protocol.phases import Phase, Position, compute_phase_start, compute_position
 from p2pfm.protocol.round_state import EarlyMessages, RoundState
 from p2pfm.protocol.shards import TOP, deal, get_committee_topic, get_shard_name, get_shard_topic, list_seats
 from p2pfm.protocol.standing import Standing
@@ -85,6 +85,10 @@ BASE_BYTES_MAX = 1 << 30
 EARLIER_MAX = 256
 """Updates of earlier rounds remembered, the newest first: what they say is public and is paid no second time. Two
 rounds of the largest network (of 10 peers: 25), and 3 seconds of an evaluator's time (bench/gaming.py)."""
+
+FOLLOWED_MAX = 16
+"""Shards whose payloads are less to pull than the base that they make: two bits a parameter each, and 32 bits. The rest
+is left to those with a seat in their shard, from whom the others get the base."""
 
 NO_SHARD = MemberIndex(-1)
 """Where a peer is that is not registered: it only listens."""
@@ -165,9 +169,16 @@ class Peer(Standing):
             position = compute_position(self.config, now_ms, ballot.level)
             while position.round == ballot.state.round and position.phase > ballot.state.phase:
                 actions += self._enter_phase(ballot, Phase(ballot.state.phase + 1))
-            ends_ms.append(position.ends_ms)
+            ends_ms.append(self._skip_idle(ballot, position))
         self._phase_ends_ms = min(ends_ms)
         return actions
+
+    def _skip_idle(self, ballot: Ballot, position: Position) -> Millis:
+        """When a ballot wants to be woken: at its phase's end, or (without a part in that) its committee's work's."""
+        is_idle = ballot.is_outside() and (position.phase > Phase.TRAIN or ballot is self.top)
+        if not is_idle or position.phase >= Phase.ATTEST:
+            return position.ends_ms
+        return compute_phase_start(self.config, position.round, Phase.MERGE, ballot.level)
 
     def _on_housekeeping(self, now_ms: Millis, *, is_tick: bool) -> list[AnyAction]:
         """Ask a neighbour for what is missing, when it is time; set the next timer."""
@@ -323,6 +334,9 @@ class Peer(Standing):
         if digest == self._base_asked:
             self._base_asked = None
         if self.wanted and digest == self.wanted.proposal.new_base:
+            proposal = self.wanted.proposal
+            if self.top.can_follow(proposal) and state.proposal is not proposal:
+                return self.top.follow(self.wanted)  # it takes longer, but more have what it takes
             wanted, self.wanted = self.wanted, None
             return [Note(state.round, f"base of round {wanted.proposal.round} could not be fetched: asking again")]
         for ballot in self.ballots:
@@ -413,9 +427,8 @@ class Peer(Standing):
         if proposal.new_base in (top.state.merged.get(proposal.draft_digest), self.durable.base):
             return self._adopt(certificate)
         self.wanted = certificate
-        if top is not self.leaf and top.can_follow(proposal):
-            return top.follow(certificate)
-        return self._fetch_base(certificate)
+        is_short = len(proposal.updates) <= FOLLOWED_MAX or not self.leaf.is_outside()
+        return top.follow(certificate) if is_short and top.can_follow(proposal) else self._fetch_base(certificate)
 
     def _fetch_base(self, certificate: Certificate) -> list[AnyAction]:
         """Ask for a certified base, once until an answer comes."""
@@ -423,7 +436,7 @@ class Peer(Standing):
         if self._base_asked == new_base:
             return []
         self._base_asked = new_base
-        return [Fetch(new_base, "base", BASE_BYTES_MAX, self._shifted_peers())]
+        return [Fetch(new_base, "base", BASE_BYTES_MAX, self._list_base_holders())]
 
     def _adopt(self, certificate: Certificate) -> list[AnyAction]:
         proposal, durable, top = certificate.proposal, self.durable, self.top.state
@@ -591,10 +604,13 @@ class Peer(Standing):
             return list_seats(whole)
         return dealt.seats[self.leaf.shard]
 
-    def _shifted_peers(self) -> tuple[PeerId, ...]:
-        """Connected peers, beginning with another one on each peer."""
-        shift = self._num_syncs % len(self.peers) if self.peers else 0
-        return self.peers[shift:] + self.peers[:shift]
+    def _list_base_holders(self) -> tuple[PeerId, ...]:
+        """Connected peers, beginning with another one on each peer; before them its shard's committee, which is many
+        and computes the base, where there is one.
+        """
+        shard, dealt = self.leaf.shard, self.top.dealt
+        mates = dealt.seats[shard] if dealt is not None and shard is not None and shard != NO_SHARD else ()
+        return _shift(mates, self._num_syncs) + _shift(self.peers, self._num_syncs)
 
     # --- what the chain says
 
@@ -669,6 +685,11 @@ HANDLERS: dict[type[AnyEvent], Callable[[Peer, Any], list[AnyAction]]] = {
     Rewound: Peer._on_rewound,
     PeersChanged: Peer._on_peers,
 }
+
+
+def _shift(peers: tuple[PeerId, ...], number: int) -> tuple[PeerId, ...]:
+    start = number % len(peers) if peers else 0
+    return peers[start:] + peers[:start]
 
 
 def _get_certified(durable: Durable) -> tuple[Remembered, ...]:

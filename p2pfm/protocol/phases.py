@@ -94,6 +94,12 @@ def compute_position(config: NetworkConfig, now_ms: Millis, level: Level = Level
     return Position(Round(number), PHASES[place], Millis(now_ms - within_ms + ends_ms[place]))
 
 
+def compute_phase_start(config: NetworkConfig, round: Round, phase: Phase, level: Level = Level.SHARD) -> Millis:
+    """When a phase of a round begins [ms since the Unix epoch]."""
+    before_ms = _get_ends(config.phases, config.has_shards, level)[phase - 1] if phase else 0
+    return Millis(compute_round_start(config, round) + before_ms)
+
+
 def compute_round_start(config: NetworkConfig, round: Round) -> Millis:
     """When a round's TRAIN begins [ms since the Unix epoch]."""
     return Millis(config.genesis_ms + round * sum(get_durations(config)))

@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from p2pfm.messages import Message, ShardMessage, peek_tag
-from p2pfm.protocol.phases import compute_position
+from p2pfm.protocol.phases import Level, compute_position
 from p2pfm.runtime.clock import now_ms
 from p2pfm.runtime.network.blobs import Priority
 from p2pfm.types import NANO, Millis, PeerId
@@ -136,15 +136,15 @@ class NodeState(Collector):
         settled = node.settler.head.round if node.settler.head else -1
         due_ms = node.effects.due_ms
         overdue_ms = 0 if due_ms is None else max(0, now - due_ms)
-        ended = compute_position(node.config.network, now).round - 1
+        network = node.config.network
+        position, above = (compute_position(network, now, level) for level in Level)
         yield _gauge("p2pfm_round", "Round this node is in", peer.round)
         yield _gauge("p2pfm_shard", "Number of this node's shard; -1: none", -1 if shard is None else shard)
-        yield _gauge("p2pfm_top_phase", "Phase above the shards, else the round's own", int(peer.top.state.phase))
-        yield _gauge("p2pfm_phase", "Phase of the round: 0 TRAIN to 5 MERGE", int(peer.phase))
+        yield _gauge("p2pfm_top_phase", "Phase above the shards, else the round's own", int(above.phase))
+        yield _gauge("p2pfm_phase", "Phase of the round: 0 TRAIN to 5 MERGE", int(position.phase))
         yield _gauge("p2pfm_certified_round", "Newest certified round held here; -1: none", head)
-        yield _gauge(
-            "p2pfm_round_lag", "Rounds that have ended since the newest certified one", max(0, ended - max(head, -1))
-        )
+        lag = max(0, position.round - 1 - max(head, -1))
+        yield _gauge("p2pfm_round_lag", "Rounds that have ended since the newest certified one", lag)
         yield _gauge("p2pfm_timer_overdue_seconds", "How late the core is for what it must do now", overdue_ms / 1000)
         yield _gauge("p2pfm_settled_round", "Newest round on chain that is known here; -1: none", settled)
         yield _gauge("p2pfm_chain_lag_rounds", "Certified rounds that are not on chain", max(0, head - settled))

@@ -109,7 +109,7 @@ def _describe_wait(ballot: Ballot) -> str:
         return "the level above" if state.is_certified and ballot.shard is not None else "the next round"
     if state.phase == Phase.MERGE and state.failure:
         return f"the next round: {state.failure}"
-    if not state.is_certified and state.phase >= Phase.ATTEST and ballot.get_my_index() is None:
+    if (state.phase >= Phase.ATTEST and ballot.get_my_index() is None) or ballot.is_outside():
         return "the certificate"
     match state.phase:
         case Phase.TRAIN:

@@ -147,8 +147,7 @@ def test_two_shards_certify_rounds_pay_everybody_and_outlive_a_death_in_each(net
 
 
 def check_topics(net: Localnet, round: Round) -> None:
-    """In a round messages come in everybody's topic, the one above the shards, and the own shard's; its words reach those
-    who have a seat in it."""
+    """In a round messages come in everybody's topic, the one above, and the own shard's; words reach its committee."""
     start_s = compute_round_start(net.network, round) / 1000
     samples, shards, num_seated = [], {}, 0
     for moment_s in (start_s + 1.0, start_s + 9.0):

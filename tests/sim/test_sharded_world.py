@@ -12,7 +12,7 @@ from sim.clocks import ClockModel
 from sim.host import Host
 from sim.network import NetworkModel
 from sim.scenarios import AdversaryKind, LearnerModel, Scenario
-from sim.transit import Transit
+from sim.transit import Pull, Transit
 from sim.world import World
 
 
@@ -118,6 +118,45 @@ def test_what_a_peer_downloads_is_a_fraction_of_what_its_committee_does() -> Non
     world.run(read)
     assert len(received[False]) == 20
     assert max(received[True]) < 0.75 * min(received[False]), "four shards' payloads, and not twelve peers' beside them"
+
+
+MANY = {**LISTENING, "num_peers": 320, "shard_size": 18, "committee_size": 3}
+"""Eighteen shards: their payloads are longer than the base."""
+
+
+def count_payloads(world: World) -> Counter[bool]:
+    """Of whoever has no seat at all: whether it holds more shards' payloads than its own's."""
+    (certificate,) = world.checks.certificates.values()
+    found: Counter[bool] = Counter()
+    for host in world.hosts:
+        assert host.peer is not None
+        if host.peer.leaf.is_outside() and host.peer.top.is_outside():
+            found[len(host.disk.held & certificate.proposal.payloads) > 1] += 1
+    return found
+
+
+def test_of_many_shards_who_has_no_seat_takes_the_base_from_its_committee() -> None:
+    world = World(Scenario(seed=6, num_rounds=1, **MANY))  # type: ignore[arg-type]
+    found: list[Counter[bool]] = []
+    world.run(lambda round: found.append(count_payloads(world)))
+    assert found[0][True] == 0
+    assert found[0][False] > 200
+    assert {len(holders) for holders in world.checks.holders.values()} == {320}
+
+
+def test_a_base_that_nobody_gives_is_made_of_the_shards_payloads(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve = Transit._serve
+
+    def refuse_bases(self: Transit, host: Host, life: int, pulls: list[Pull]) -> None:
+        for pull in pulls:
+            if pull[0].kind == "base":
+                pull[2].served.discard(pull[0].digest)
+        serve(self, host, life, pulls)
+
+    monkeypatch.setattr(Transit, "_serve", refuse_bases)
+    world = run(num_rounds=2, **MANY)
+    assert sorted(world.checks.certificates) == [0, 1]
+    assert {len(holders) for holders in world.checks.holders.values()} == {320}
 
 
 def test_an_own_update_that_was_merged_is_not_sent_again() -> None:
