@@ -33,10 +33,7 @@ class Disk:
 
     def put(self, data: bytes) -> Digest:
         """See BlobStore."""
-        digest = compute_digest(data)
-        self._pool.setdefault(digest, data)
-        self.held.add(digest)
-        return digest
+        return self.put_as(compute_digest(data), data)
 
     def put_as(self, digest: Digest, data: bytes) -> Digest:
         """Keep what is known by another name than its hash."""

@@ -17,7 +17,7 @@ from p2pfm.errors import ConfigError, OperatorError, WorldError
 from p2pfm.lora.compress import Update
 from p2pfm.protocol.events import Condense, Evaluate, Evaluated, Merge, Merged, Scored, ScoreUpdates, Train, Trained
 from p2pfm.types import Digest, PeerId
-from sim.disk import Disk
+from sim.disk import Disk, Ghost
 from sim.faults import CABALS
 from sim.report import SimReport, run_scenario
 from sim.scenarios import AdversaryKind, Scenario, compute_kinds, make_network
@@ -102,7 +102,7 @@ class Done:
     """What came of it, with the blobs that it wrote."""
 
     trained: Trained
-    blobs: list[bytes]
+    blobs: dict[Digest, bytes]
     kept: tuple[PeerId, Update] | None
     """Who made the payload and what is in it, where that is not coded."""
 
@@ -118,7 +118,10 @@ class Bench:
 
     def train(self, jobs: Sequence[Job], base: bytes) -> list[Done]:
         """All jobs from one base, in order."""
-        return [self._train(job, _Desk(base, job.residual)) for job in jobs]
+        desks = [_Desk(job, base) for job in jobs]
+        for job, desk in zip(jobs, desks, strict=True):
+            self._workshop.expect(job.index, desk, job.action)
+        return [self._train(job, desk) for job, desk in zip(jobs, desks, strict=True)]
 
     def _train(self, job: Job, desk: "_Desk") -> Done:
         trained = self._workshop.train(job.index, desk, job.action)
@@ -136,18 +139,18 @@ class Bench:
 class _Desk(Disk):
     """What one job reads, and what it writes."""
 
-    def __init__(self, base: bytes, residual: bytes | None) -> None:
+    def __init__(self, job: Job, base: bytes) -> None:
         super().__init__({})
-        for data in (base, residual):
-            if data is not None:
-                self.put(data)
-        self.written: list[bytes] = []
+        self.put_as(job.action.base, base)
+        if job.action.residual is not None and job.residual is not None:
+            self.put_as(job.action.residual, job.residual)
+        self.written: dict[Digest, bytes] = {}
 
-    def put(self, data: bytes) -> Digest:
-        """See BlobStore."""
-        if hasattr(self, "written"):
-            self.written.append(data)
-        return super().put(data)
+    def put_as(self, digest: Digest, data: bytes) -> Digest:
+        """See Disk."""
+        if hasattr(self, "written") and not isinstance(data, Ghost):
+            self.written[digest] = data
+        return super().put_as(digest, data)
 
 
 class RayWorkshop:
@@ -193,8 +196,8 @@ class RayWorkshop:
         if begun.batch.done is None:
             begun.batch.done = _get(self._ray, begun.batch.result, "training on the cluster")
         done = begun.batch.done[begun.position]
-        for data in done.blobs:
-            disk.put(data)
+        for digest, data in done.blobs.items():
+            disk.put_as(digest, data)
         if done.kept:
             self._inner.keep(disk, done.trained.payload, done.trained.payload_bytes, *done.kept)
         return done.trained

@@ -15,8 +15,8 @@ from p2pfm import work
 from p2pfm.config import NetworkConfig
 from p2pfm.contribution.similarity import Matrix, Sparse, compute_cosines
 from p2pfm.errors import Reject
-from p2pfm.learner import Learner
-from p2pfm.lora.compress import Update, compress, decode_payload, feed_back, quantise_update
+from p2pfm.learner import Learner, Training
+from p2pfm.lora.compress import Update, compress, decode_payload, feed_back, quantise_update, quantise_updates
 from p2pfm.lora.delta import decode_tensors, encode_tensors, subtract, zeros
 from p2pfm.lora.merge import merge
 from p2pfm.protocol.events import Condense, Evaluate, Evaluated, Merge, Merged, Scored, ScoreUpdates, Train, Trained
@@ -107,6 +107,10 @@ class TensorWorkshop:
         self._has_backdoor = has_backdoor
         self._backdoors: dict[Digest, float | None] = {}
         """One number a round: kept for the report."""
+        self._expected: dict[int, tuple[Disk, Train]] = {}
+        """Of honest hosts: what each is at."""
+        self._begun: dict[tuple[int, Train], tuple[Training, Tensors, tuple[Update, int]]] = {}
+        """What came of it, with what its update stands for and weighs; hosts that died never ask."""
         self._cosines: dict[tuple[Digest, ...], Matrix] = {}
         self._validated: dict[tuple[str, Digest], tuple[bool, PeerId | None]] = {}
 
@@ -116,33 +120,58 @@ class TensorWorkshop:
 
     def expect(self, index: int, disk: Disk, action: Train) -> None:
         """See Workshop."""
+        is_honest = self._learners[index] is self._lab.learners[index]  # others may remember when they were asked
+        if self._model.codec == "modelled" and is_honest:
+            self._expected[index] = disk, action
 
     def train(self, index: int, disk: Disk, action: Train) -> Trained:
         """See Workshop."""
         if self._model.codec == "real":
             return work.train_update(self._learners[index], disk, self._config, action)
-        return self._train_modelled(index, disk, action)
-
-    def _train_modelled(self, index: int, disk: Disk, action: Train) -> Trained:
-        """`work.train_update`, but the payload is not coded: it is the update itself, under the name of its values."""
-        draw = work.draw_public(self._config, action)
-        training = self._learners[index].train(self._get_base(disk, action.base), action.round, draw)
-        work.validate_training(training)
-        residual = None if action.residual is None else decode_tensors(disk.get(action.residual), self._shapes)
-        wanted = feed_back(residual, training.delta, self._config.compression)
-        payload, size, update = self._make(disk, action.maker, wanted)
+        if (index, action) not in self._begun:
+            self._train_modelled(index, disk, action)
+        training, wanted, (update, size) = self._begun.pop((index, action))
+        payload, size = self._keep_update(disk, action.maker, update, size)
         # Named after what it follows from: 50,000 parameters take half as long to hash as to train.
         name = compute_digest(b"residual" + payload + action.base + (action.residual or b""))
         rest = disk.put_as(name, encode_tensors(subtract(wanted, update.tensors())))
         return work.make_trained(action, training, (payload, size, rest))
 
-    def _make(self, disk: Disk, maker: PeerId, wanted: Tensors) -> tuple[Digest, int, Update]:
-        update, size = quantise_update(wanted, work.get_codec(self._config, maker))
+    def _train_modelled(self, index: int, disk: Disk, action: Train) -> None:
+        """`work.train_update`, but the payload is not coded: it is the update itself, under the name of its values.
+
+        What is expected of peers that train together is quantised together, too.
+        """
+        number, size = index // self.group_size, self.group_size
+        asked = {index: (disk, action)}
+        for mate in range(number * size, (number + 1) * size):
+            known = self._expected.pop(mate, None)
+            if known and (known[1].round, known[1].base) == (action.round, action.base):
+                asked.setdefault(mate, known)
+        self._begun = {key: begun for key, begun in self._begun.items() if key[1].round >= action.round - 1}
+        trained: list[tuple[int, Train, Training, Tensors]] = []
+        for mate, (theirs, wish) in asked.items():
+            if wish.residual is not None and wish.residual not in theirs.held:
+                continue  # its disk is lost, and it will not ask
+            training = self._learners[mate].train(
+                self._get_base(theirs, wish.base), wish.round, work.draw_public(self._config, wish)
+            )
+            work.validate_training(training)
+            residual = None if wish.residual is None else decode_tensors(theirs.get(wish.residual), self._shapes)
+            trained.append((mate, wish, training, feed_back(residual, training.delta, self._config.compression)))
+        made = quantise_updates([wanted for *_, wanted in trained], self._config.compression)
+        for (mate, wish, training, wanted), update in zip(trained, made, strict=True):
+            self._begun[mate, wish] = training, wanted, update
+
+    def _make(self, disk: Disk, maker: PeerId, wanted: Tensors) -> tuple[Digest, int]:
+        return self._keep_update(disk, maker, *quantise_update(wanted, work.get_codec(self._config, maker)))
+
+    def _keep_update(self, disk: Disk, maker: PeerId, update: Update, size: int) -> tuple[Digest, int]:
         name = maker.encode()
         digest = compute_digest(name + update.digest)
         size += 1 + len(name)
         self.keep(disk, digest, size, maker, update)
-        return digest, size, update
+        return digest, size
 
     def keep(self, disk: Disk, payload: Digest, size: int, maker: PeerId, update: Update) -> None:
         """Hold an update that is not coded, as the payload of `size` bytes that it would be."""

@@ -24,7 +24,9 @@ and nobody can send one update under two digests.
 network allows, because there is no way to say so; and it stops when a payload has fewer bits than values.
 """
 
+import itertools
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -150,14 +152,44 @@ def quantise_update(tensors: Tensors, config: CompressionConfig) -> tuple[Update
     Raises:
         OperatorError, ConfigError: as `compress`.
     """
-    arrangement, parts = _choose(tensors, config)
+    return quantise_updates([tensors], config)[0]
+
+
+def quantise_updates(batch: Sequence[Tensors], config: CompressionConfig) -> list[tuple[Update, int]]:
+    """`quantise_update` of several updates of one shape, the same to the last bit.
+
+    They are quantised as tensors of one large update: no tensor's places or levels depend on another's.
+    """
+    joined = {f"{number:09} {name}": values for number, one in enumerate(batch) for name, values in one.items()}
+    arrangement, parts = _choose(joined, config)
     values = _compute_values(parts)
-    update = _make_update(compute_digest(parts.positions.tobytes() + values.tobytes()), arrangement, parts, values)
+    layout = compute_layout(get_shapes(batch[0]))
+    num_tensors = len(layout.names)
     counts = np.add.reduceat(parts.mask, arrangement.starts, dtype=np.int64)
-    ways = sum(map(_log2_ways, arrangement.sizes.tolist(), counts.tolist()))
-    share = float((parts.symbols & 1).mean()) if len(parts.symbols) else 0.0
-    entropy = -sum(part * math.log2(part) for part in (share, 1 - share) if part > 0)
-    return update, len(MAGIC) + math.ceil((ways + len(parts.symbols) * (1 + entropy)) / 8)
+    ways = np.array([*map(_log2_ways, arrangement.sizes.tolist(), counts.tolist())])
+    owners = np.repeat(
+        [piece.tensor // num_tensors for piece in arrangement.pieces],
+        [piece.rows.num for piece in arrangement.pieces],
+    )
+    num_ways = np.bincount(owners, ways, len(batch))
+    cuts = np.searchsorted(parts.positions, layout.size * np.arange(len(batch) + 1))
+    found = []
+    for number, (start, end) in enumerate(itertools.pairwise(cuts.tolist())):
+        run = slice(start, end)
+        part = Parts(
+            mask=parts.mask,
+            positions=parts.positions[run] - number * layout.size,
+            groups=parts.groups[run] - number * num_tensors,
+            symbols=parts.symbols[run],
+            codes=parts.codes[number * num_tensors : (number + 1) * num_tensors],
+        )
+        digest = compute_digest(part.positions.tobytes() + values[run].tobytes())
+        update = _make_update(digest, layout, part, values[run])
+        share = float((part.symbols & 1).mean()) if end > start else 0.0
+        entropy = -sum(part * math.log2(part) for part in (share, 1 - share) if part > 0)
+        num_bits = float(num_ways[number]) + (end - start) * (1 + entropy)
+        found.append((update, len(MAGIC) + math.ceil(num_bits / 8)))
+    return found
 
 
 @lru_cache(maxsize=4096)
@@ -205,14 +237,14 @@ def decode_payload(data: bytes, shapes: Shapes, config: CompressionConfig, bytes
         parts = code_update(Reader(data[len(MAGIC) :]), arrangement, None, 8 * len(data))
         if _encode(arrangement, parts) != data:
             raise Reject("payload: not the canonical encoding of its update")
-    return _make_update(compute_digest(data), arrangement, parts, _compute_values(parts))
+    return _make_update(compute_digest(data), arrangement.layout, parts, _compute_values(parts))
 
 
-def _make_update(digest: Digest, arrangement: Arrangement, parts: "Parts", values: Array) -> Update:
-    num_tensors = len(arrangement.layout.names)
+def _make_update(digest: Digest, layout: Layout, parts: "Parts", values: Array) -> Update:
+    num_tensors = len(layout.names)
     counts = np.bincount(2 * parts.groups + (parts.symbols & 1), minlength=2 * num_tensors).reshape(num_tensors, 2)
     levels = np.where(counts > 0, compute_levels(parts.codes), np.float32(0))
-    return Update(digest, arrangement.layout, parts.positions, values, levels, counts)
+    return Update(digest, layout, parts.positions, values, levels, counts)
 
 
 # --- the format ------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 
 from p2pfm.config import CompressionConfig
 from p2pfm.learner import Training
-from p2pfm.lora.compress import compress, decode_payload, quantise_update
+from p2pfm.lora.compress import compress, decode_payload, quantise_update, quantise_updates
 from p2pfm.types import NANO, Round, Tensors
 from sim.faults import make_learners
 from sim.learners import Company
@@ -92,6 +92,21 @@ def test_a_modelled_update_is_what_receivers_would_decode(keep: int) -> None:
     assert np.array_equal(update.values, coded.values)
     assert update.norm() == coded.norm()
     assert len(payload) <= num_bytes <= 1.4 * len(payload)  # the coder finds that dead units' rows are empty
+
+
+@pytest.mark.parametrize("keep", [1, 256, 4096])
+def test_updates_that_are_quantised_together_are_what_each_is_alone(keep: int) -> None:
+    rng, config = np.random.default_rng(keep), CompressionConfig(keep=keep)
+    batch = [
+        {name: (scale * rng.normal(size=shape)).astype(np.float32) for name, shape in mlp.SHAPES.items()}
+        for scale in (1, 1e-3, 0, 1e9, 1e-30)
+    ]
+    batch[1]["layer.in"][:, 3] = 0
+    for (update, num_bytes), one in zip(quantise_updates(batch, config), batch, strict=True):
+        alone, num_bytes_alone = quantise_update(one, config)
+        assert (update.digest, num_bytes, update.layout) == (alone.digest, num_bytes_alone, alone.layout)
+        for name in ("positions", "values", "levels", "counts"):
+            assert np.array_equal(getattr(update, name), getattr(alone, name)), name
 
 
 def run(model: LearnerModel) -> World:
