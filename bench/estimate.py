@@ -60,7 +60,8 @@ def main() -> None:
     runs = [(*read_size(size), options.rounds) for size in options.peers.split(",")]
     runs.append((*runs[len(runs) // 2][:2], LONGER * options.rounds))
     sizes, _, rounds = np.array(runs, float).T
-    pairs = np.array([compute_pairs(peers, shard) for peers, shard, _ in runs], float)
+    seats = Scenario().committee_size
+    pairs = np.array([compute_pairs(peers, shard, seats) for peers, shard, _ in runs], float)
     for kind in options.kind or ["digests", "convex", "mlp", "lora"]:
         memory, seconds = np.array([measure(kind, *run) for run in runs]).T
         space, time = np.stack([np.ones_like(sizes), sizes, pairs, sizes * rounds], 1), np.stack([sizes, pairs], 1)

@@ -62,9 +62,9 @@ def together(round):
 print(json.dumps({"sequential": measure(alone), "batched": measure(together)}))
 """
 
-PROTOCOL = ((1_000, 32, 9), (3_000, 56, 9), (10_000, 100, 9))
-"""Peers, shard size (about the root of the peers: both levels are of one size), committee."""
-LEARNING = ((256, 16, 3), (1_000, 32, 3))
+PROTOCOL = ((1_000, 128, 9), (3_000, 128, 9), (10_000, 128, 9))
+"""Peers, shard size (the product's own), committee."""
+LEARNING = ((256, 128, 3), (1_000, 128, 3))
 PROTOCOL_1000_S, PROTOCOL_10000_S, MEMORY_GB, PEER_ROUND_MS = 2.0, 40.0, 4.0, 0.7
 
 

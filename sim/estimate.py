@@ -1,7 +1,8 @@
 """What a run will need, told before it starts: memory and CPU time by learner, peers and rounds. Knows no World.
 
-A peer costs something by itself and something for all that it hears of and keeps: every peer of its shard, and every
-shard. The coefficients are fits to runs on one machine; `bench/estimate.py` measures them again.
+A peer costs something by itself and something for all that it hears of and keeps: with a seat, every peer of its shard,
+and every shard whose payload it pulls. The coefficients are fits to runs on one machine; `bench/estimate.py` measures
+them again.
 """
 
 from pathlib import Path
@@ -10,6 +11,7 @@ import msgspec
 import psutil
 
 from p2pfm.errors import ConfigError
+from p2pfm.protocol.peer import FOLLOWED_MAX
 from sim.scenarios import LearnerModel, Scenario
 
 MEMORY_SHARE_MAX = 0.9
@@ -23,13 +25,13 @@ class Cost(msgspec.Struct, frozen=True):
     """The interpreter, libraries, data and models that all peers share."""
     peer_bytes: float
     pair_bytes: float
-    """For every peer of its shard, and every shard, that a peer hears of."""
+    """For every peer of its shard, and every shard, that a peer hears of (`compute_pairs`)."""
     round_bytes: float
     """What a round leaves behind, for each peer."""
     peer_s: float
     """CPU time a round."""
     pair_s: float
-    """CPU time a round, for every peer of its shard, and every shard, that a peer hears of."""
+    """CPU time a round, for the same."""
 
 
 COSTS: dict[str, Cost] = {
@@ -54,7 +56,7 @@ def compute_estimate(scenario: Scenario) -> Estimate:
     """Memory and CPU time of a run of this scenario."""
     learner, num_peers = scenario.learner, scenario.num_peers
     cost = COSTS.get(f"{learner.kind} {learner.codec}", COSTS[learner.kind])
-    num_pairs = compute_pairs(num_peers, scenario.shard_size)
+    num_pairs = compute_pairs(num_peers, scenario.shard_size, scenario.committee_size)
     return Estimate(
         memory_bytes=cost.base_bytes
         + cost.peer_bytes * num_peers
@@ -64,10 +66,17 @@ def compute_estimate(scenario: Scenario) -> Estimate:
     )
 
 
-def compute_pairs(num_peers: int, shard_size: int) -> int:
-    """Of whom all peers together hear: those of their shard, and the other shards."""
+def compute_pairs(num_peers: int, shard_size: int, committee_size: int) -> int:
+    """Of whom all peers together hear: everybody of everybody; where there are shards a committee of its own shard, and
+    who follows by the shards' payloads of all shards.
+    """
     num_shards = -(-num_peers // shard_size)
-    return num_peers * (-(-num_peers // num_shards) + num_shards - 1)
+    if num_shards == 1:
+        return num_peers**2
+    members = -(-num_peers // num_shards)
+    num_seats = num_shards * min(committee_size, members)
+    num_followers = num_peers if num_shards <= FOLLOWED_MAX else num_seats
+    return num_seats * members + num_followers * num_shards
 
 
 def validate_memory(scenario: Scenario, free_bytes: float) -> Estimate:
