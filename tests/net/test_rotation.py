@@ -10,13 +10,13 @@ from trio.testing import MockClock
 
 from p2pfm.config import NetworkConfig, ScoringConfig, SettlementConfig
 from p2pfm.protocol.events import AnyEvent
+from p2pfm.protocol.phases import compute_round_start
 from p2pfm.runtime.settler import Settler
 from p2pfm.runtime.store import Store
-from p2pfm.types import Millis
+from p2pfm.types import Millis, Round
 
 QUIET_S = 3600
 """Longer than any member's turn takes to come."""
-IN_TRAIN_MS = Millis(1)
 NUM_MEMBERS = PARAMS.committee_size + 1
 
 
@@ -39,7 +39,7 @@ def test_one_draw_an_epoch_is_enough_however_many_members_could(tmp_path: Path) 
     def make_settler(stack: ExitStack, member: int, name: str) -> Settler:
         store = stack.enter_context(Store(tmp_path / name))
         ledger = world.ledgers[member]
-        return Settler(PEERS[member], config, ledger, store, emit, auto_claim=False, now_ms=lambda: IN_TRAIN_MS)
+        return Settler(PEERS[member], config, ledger, store, emit, auto_claim=False, now_ms=lambda: now_ms)
 
     async def everybody_looks(settlers: list[Settler]) -> None:
         await trio.sleep(QUIET_S)
@@ -47,17 +47,22 @@ def test_one_draw_an_epoch_is_enough_however_many_members_could(tmp_path: Path) 
             await settler.refresh()
             await settler._rotate()
 
+    now_ms = Millis(0)
+
     async def main() -> None:
+        nonlocal now_ms
         with ExitStack() as stack:
             settlers = [make_settler(stack, member, f"{member}") for member in range(1, NUM_MEMBERS + 1)]
             for settler in settlers:
                 await settler.refresh()
             for epoch in (1, 2):
                 world.settle(epoch * PARAMS.rounds_per_epoch)
+                now_ms = compute_round_start(config, Round(epoch * PARAMS.rounds_per_epoch + 1))
                 before = world.any.get_roster().epoch
                 for _ in range(3):
                     await everybody_looks(settlers)
                 assert world.any.get_roster().epoch == before + 1
+            now_ms = compute_round_start(config, Round(2 * PARAMS.rounds_per_epoch + 2))
             restarted = make_settler(stack, 1, "restarted")
             for _ in range(2):  # its turn comes a while after it first saw the committee
                 await everybody_looks([restarted])
