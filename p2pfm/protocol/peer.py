@@ -590,6 +590,8 @@ class Peer(Standing):
         settled = self.history.settled
         if settled and (self.history.is_orphaned() or self.rewinds_to):
             head_round = settled.round - 1
+        if self.wanted:  # its base is under way: that certificate need not be told once more
+            head_round = max(head_round, self.wanted.proposal.round)
         have = self.leaf.state.log.digests()
         if self.top is not self.leaf and len(self.top.state.log):
             have = tuple(sorted((*have, *self.top.state.log.digests())))
