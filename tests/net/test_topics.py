@@ -8,6 +8,7 @@ from net_hosts import make_transport, network, until
 
 from p2pfm.protocol.shards import EVERYBODY, TOP
 from p2pfm.runtime.network import mesh, transport
+from p2pfm.runtime.network.dialer import Dialer
 from p2pfm.runtime.network.gossip import TOPICS_MAX
 from p2pfm.runtime.network.transport import Libp2pTransport
 
@@ -125,6 +126,27 @@ def test_a_speaker_that_knows_no_listener_dials_those_it_is_told_of() -> None:
             await speaker.publish(b"certificate", TOP, [listener.peer_id])
             assert speaker.counters["gossip_no_listener"] >= 1
             assert await hear(listener, 1) == {b"certificate"}
+
+    trio.run(main)
+
+
+def test_who_comes_to_a_topic_is_connected_to_some_of_those_who_speak_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Dialer, "_choose", lambda self, now: [])  # else it would dial all whom it knows
+
+    async def main() -> None:
+        async with (
+            make_transport(1) as first,
+            make_transport(2) as second,
+            make_transport(3) as stranger,
+            make_transport(4) as newcomer,
+        ):
+            for other in (first, second, stranger):
+                for address in other.addresses():
+                    newcomer.book.add(address, trio.current_time(), other.peer_id)
+            nobody = make_transport(5).peer_id
+            speakers = (first.peer_id, newcomer.peer_id, second.peer_id, nobody)
+            await newcomer.listen(["shard-0", "committee-0"], [speakers, speakers])
+            await until(lambda: set(newcomer.connected()) == {first.peer_id, second.peer_id}, 5)
 
     trio.run(main)
 

@@ -249,15 +249,30 @@ class Libp2pTransport:
         """From now on hear these topics beside everybody's, and no others. At most three.
 
         Args:
-            mates: by topic: who should hear it, too; some are dialled when nobody who does is connected.
+            mates: by topic: who speaks there; some are dialled, so that what they say comes over more than one way.
         """
         if len(set(topics)) >= TOPICS_MAX:
             raise ValueError(f"a peer hears at most {TOPICS_MAX - 1} topics beside everybody's, got {topics}")
         async with self._topics_lock:
             await self._pubsub.listen([self._name(topic) for topic in topics])
-        for topic, others in zip(topics, mates, strict=False):
-            if self._nursery is not None and any(other != self.peer_id for other in others):
-                self._nursery.start_soon(self._find_listeners, topic, others)
+        if self._nursery is not None:
+            for others in {frozenset(others) - {self.peer_id} for others in mates}:
+                self._nursery.start_soon(self._meet, sorted(others))
+
+    async def _meet(self, others: Sequence[PeerId]) -> None:
+        """Until some of these are connected, or too much time is over."""
+        for _ in range(LISTENER_TRIES):
+            absent = [peer for peer in others if peer not in self.connected()]
+            num_missing = min(LISTENERS_DIALLED, len(others)) - (len(others) - len(absent))
+            if num_missing <= 0:
+                return
+            self._dial_some(absent, num_missing)
+            await trio.sleep(LISTENER_RETRY_S)
+
+    def _dial_some(self, absent: Sequence[PeerId], number: int) -> None:
+        for peer in random.sample(absent, min(len(absent), number)):
+            if self._nursery is not None:
+                self._nursery.start_soon(self._dialer.dial_quietly, peer)
 
     async def publish(self, data: bytes, topic: str = EVERYBODY, listeners: Sequence[PeerId] = ()) -> None:
         """Send `data` to all peers that hear `topic`; waits when more than the burst is published.
@@ -280,16 +295,14 @@ class Libp2pTransport:
         await self._pubsub.publish(name, data)
 
     async def _find_listeners(self, topic: str, listeners: Sequence[PeerId]) -> bool:
-        """Until another one is connected who hears a topic; False: too much time is over."""
+        """Until somebody is connected who hears a topic that this peer does not hear; False: too much time is over."""
         for number in range(LISTENER_TRIES):
             if self._pubsub.router.get_subscribers(self._name(topic)):
                 return True
             log.info("nobody is connected who hears %r: dialling, try %d", topic, number + 1)
             self.counters["gossip_no_listener"] += 1
             absent = [peer for peer in listeners if peer != self.peer_id and peer not in self.connected()]
-            for peer in random.sample(absent, min(len(absent), LISTENERS_DIALLED)):
-                if self._nursery is not None:
-                    self._nursery.start_soon(self._dialer.dial_quietly, peer)
+            self._dial_some(absent, LISTENERS_DIALLED)
             await trio.sleep(LISTENER_RETRY_S)
         return False
 
