@@ -75,6 +75,8 @@ def compute_overlaps(rows: Sequence[Sparse], size: int) -> Matrix:
 
 def _multiply(rows: Sequence[Sparse], size: int, others: Sequence[Sparse] | None = None) -> Matrix:
     """All inner products, with each other or with `others`."""
+    for row in (*rows, *(others or ())):
+        _validate(row, size)
     if others is not None and len(rows) <= FEW:
         return np.stack([_gather(row, others, size) for row in rows]) if rows else np.zeros((0, len(others)))
     products = np.zeros((len(rows), len(rows if others is None else others)), np.float64)
@@ -86,8 +88,6 @@ def _multiply(rows: Sequence[Sparse], size: int, others: Sequence[Sparse] | None
 
 def _gather(row: Sparse, others: Sequence[Sparse], size: int) -> Matrix:
     """Inner products of one row, without making the others dense."""
-    for one in (row, *others):
-        _validate(one, size)
     dense = np.zeros(size, np.float32)
     dense[row.positions] = row.values
     return np.array([dense[other.positions] @ other.values for other in others], np.float64)
@@ -95,8 +95,6 @@ def _gather(row: Sparse, others: Sequence[Sparse], size: int) -> Matrix:
 
 def _spread(rows: Sequence[Sparse], size: int) -> Iterator[NDArray[np.float32]]:
     """Dense blocks of at most BLOCK columns."""
-    for row in rows:
-        _validate(row, size)
     starts = range(0, size, BLOCK)
     cuts = [np.searchsorted(row.positions, [*starts, size]) for row in rows]
     for number, start in enumerate(starts):

@@ -582,7 +582,8 @@ class Peer(Standing):
         if not others:
             return []
         self._num_syncs += 1
-        peer = others[self._num_syncs % len(others)]
+        is_alternating = self.top is not self.leaf and not self.top.is_outside()  # between two lists
+        peer = others[(self._num_syncs // 2 if is_alternating else self._num_syncs) % len(others)]
         if peer == self.me:
             return []
         head = self.durable.head
@@ -598,12 +599,14 @@ class Peer(Standing):
         return [AskSync(peer, SyncRequest(Round(max(self.round, 0)), have, head_round))]
 
     def _get_mates(self) -> tuple[PeerId, ...]:
-        """Whom to ask for what is missing: neighbours; in a large network the committees, which hear all of it."""
+        """Whom to ask for what is missing: neighbours; in a large network for words the committees, which hear them."""
         dealt, whole = self.top.dealt, self.top.state.roster
         if dealt is None or whole is None or self.leaf.shard in (None, NO_SHARD):
             return self.peers
         if not self.top.is_outside() and self._num_syncs % 2 == 0:
             return list_seats(whole)
+        if self.history.is_behind() or self.top.state.phase == Phase.MERGE:
+            return self.peers  # for a certificate of the whole network: the seated may lack it, too
         return dealt.seats[self.leaf.shard]
 
     def _list_base_holders(self) -> tuple[PeerId, ...]:

@@ -11,7 +11,7 @@ from p2pfm import work
 from p2pfm.config import ChainConfig, CompressionConfig, NetworkConfig, ScoringConfig
 from p2pfm.contribution.duplicates import Limits, find_leaders
 from p2pfm.contribution.repeats import PARAMETERS_PER_VECTOR, compute_repeated_gains, compute_room
-from p2pfm.contribution.similarity import BLOCK, Sparse, compute_cosines, compute_overlaps
+from p2pfm.contribution.similarity import BLOCK, FEW, Sparse, compute_cosines, compute_overlaps
 from p2pfm.contribution.work_proof import check_work, draw_work
 from p2pfm.learner import Training
 from p2pfm.lora.delta import decode_tensors, encode_tensors, flatten, subtract
@@ -53,6 +53,17 @@ def test_cosines_are_those_of_dense_vectors_from_block_to_block():
         dense @ dense.T, np.outer(norms, norms), out=np.zeros((6, 6)), where=np.outer(norms, norms) > 0
     )
     assert compute_cosines(rows, SIZE) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, FEW, FEW + 1])
+def test_cosines_with_others_are_a_part_of_those_of_all(num_rows):
+    rng = np.random.default_rng(3)
+    rows, others = [draw_sparse(rng) for _ in range(num_rows)], [draw_sparse(rng) for _ in range(5)]
+    others.append(Sparse(np.zeros(0, np.int64), np.zeros(0, np.float32)))
+    expected = compute_cosines([*rows, *others], SIZE)[:num_rows, num_rows:]
+    found = compute_cosines(rows, SIZE, others)
+    assert found.shape == (num_rows, 6)
+    assert found == pytest.approx(expected, abs=1e-6)
 
 
 def test_overlap_is_nothing_by_chance_and_all_for_a_part():
