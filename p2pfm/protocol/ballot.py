@@ -485,9 +485,12 @@ class Ballot:
         return self.fetch_missing() + self._merge(proposal)
 
     def remember(self) -> tuple[Remembered, ...]:
-        """The round's payloads, all public now: also those of a round that was void and paid nobody."""
+        """The round's payloads, all public now: also those of a round that was void and paid nobody.
+
+        Who has no seat holds its own alone, and could compare nothing with the others.
+        """
         state = self.state
-        certified = state.certificate.proposal if state.certificate else None
+        certified = state.certificate.proposal if state.certificate and not self.is_outside() else None
         updates = sorted(certified.updates, key=lambda update: -update.contribution) if certified else ()
         paid = tuple(Remembered(update.payload, is_paid=True) for update in updates)
         unpaid = sorted(state.updates.makers.keys() - {item.payload for item in paid})
