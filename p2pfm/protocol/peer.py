@@ -3,7 +3,8 @@
     Peer.handle(event, now_ms) -> list[AnyAction]
 
 Each handler validates, changes state, returns actions, in that order. The same class runs in the node and in the
-simulator; a node's event log replays here to the same actions. The work of a round's committee is in `ballot`.
+simulator; a node's event log replays here to the same actions. The work of a round's committee is in `ballot`; what a
+peer hears, whom it asks, and when it wakes, in `place`.
 """
 
 from collections.abc import Callable
@@ -22,18 +23,14 @@ from p2pfm.messages import (
     Envelope,
     Proposal,
     ShardMessage,
-    SyncReply,
-    SyncRequest,
     Word,
 )
 from p2pfm.protocol.ballot import Ballot
 from p2pfm.protocol.events import (
     Adopt,
     Aggregated,
-    AnswerSync,
     AnyAction,
     AnyEvent,
-    AskSync,
     Blame,
     Durable,
     Evaluate,
@@ -41,7 +38,6 @@ from p2pfm.protocol.events import (
     Fetch,
     Fetched,
     FetchFailed,
-    Listen,
     Merged,
     Note,
     PeersChanged,
@@ -64,13 +60,11 @@ from p2pfm.protocol.events import (
     Train,
     Trained,
 )
-from p2pfm.protocol.gossip import REPLY_MAX
 from p2pfm.protocol.membership import compute_ranks, get_member, is_outdated_for
-from p2pfm.protocol.phases import Phase, Position, compute_phase_start, compute_position
-from p2pfm.protocol.round_state import EarlyMessages, RoundState
-from p2pfm.protocol.shards import TOP, deal, get_committee_topic, get_shard_name, get_shard_topic, list_seats
-from p2pfm.protocol.standing import Standing
-from p2pfm.settlement.ledger import Roster
+from p2pfm.protocol.phases import Phase, compute_position
+from p2pfm.protocol.place import Place
+from p2pfm.protocol.round_state import EarlyMessages
+from p2pfm.protocol.shards import TOP, get_shard_name, get_shard_topic, list_seats
 from p2pfm.types import Digest, MemberIndex, Millis, PeerId, Round
 
 SYNC_MS = 3_000
@@ -90,9 +84,6 @@ FOLLOWED_MAX = 16
 """Shards whose payloads are less to pull than the base that they make: two bits a parameter each, and 32 bits. The rest
 is left to those with a seat in their shard, from whom the others get the base."""
 
-NO_SHARD = MemberIndex(-1)
-"""Where a peer is that is not registered: it only listens."""
-
 SPEAKERS = 2
 """Members of a shard's committee that tell its certificate to the shard and to the committee above: the first ranked
 of those that have signed. One may be down by now."""
@@ -101,51 +92,24 @@ LOSSES_MAX = 64
 """Held-out losses remembered, for people."""
 
 
-class Peer(Standing):
+class Peer(Place):
     """One participant. `handle` is its only door."""
-
-    make_ballot: type[Ballot] = Ballot
 
     def __init__(self, me: PeerId, config: NetworkConfig, durable: Durable) -> None:
         super().__init__(me, config, durable)
         self.earlier = _get_certified(durable)
         """After a restart the updates of the head alone: others remember more."""
-        self.wanted: Certificate | None = None
-        """A certificate whose base is being fetched, or computed from the shards' payloads."""
         self._base_asked: Digest | None = None
         self.losses: dict[Round, int] = {}
         """Held-out loss after each round [nano-nats/token], as evaluated here."""
         self.privacy: dict[PeerId, DeclaredPrivacy | None] = {}
         """What each member's newest announcement declared, for people."""
         self.early = EarlyMessages()
-        self.leaf = Ballot(self, RoundState(Round(-1), Phase.MERGE, saw_train=False, roster=None))
-        """The round among peers: this peer's shard's, or a small network's only one."""
-        self.top = self.leaf
-        """The round among shards; in a small network the same."""
-        self.ballots: tuple[Ballot, ...] = (self.leaf,)
-        """The rounds that this peer takes part in now: one, or a shard's and the one above it."""
-        self._listens = Listen(())
         self._phase_ends_ms = Millis(-(2**63))
         self._next_sync_ms = Millis(0)
         self._next_retry_ms = Millis(0)
-        self._num_syncs = self.number
         self._due_ms = Millis(-(2**63))
         """Before this the clock has nothing to ask."""
-
-    @property
-    def state(self) -> RoundState:
-        """What this peer has heard in the round among peers."""
-        return self.leaf.state
-
-    @property
-    def round(self) -> Round:
-        """The round this peer is in; -1 before genesis."""
-        return self.leaf.state.round
-
-    @property
-    def phase(self) -> Phase:
-        """The phase this peer is in."""
-        return self.leaf.state.phase
 
     def handle(self, event: AnyEvent, now_ms: Millis) -> list[AnyAction]:
         """What to do about `event`: first whatever the clock made due, then the event itself."""
@@ -169,25 +133,18 @@ class Peer(Standing):
             position = compute_position(self.config, now_ms, ballot.level)
             while position.round == ballot.state.round and position.phase > ballot.state.phase:
                 actions += self._enter_phase(ballot, Phase(ballot.state.phase + 1))
-            ends_ms.append(self._skip_idle(ballot, position))
+            ends_ms.append(self.skip_idle(ballot, position))
         self._phase_ends_ms = min(ends_ms)
         return actions
-
-    def _skip_idle(self, ballot: Ballot, position: Position) -> Millis:
-        """When a ballot wants to be woken: at its phase's end, or (without a part in that) its committee's work's."""
-        is_idle = ballot.is_outside() and (position.phase > Phase.TRAIN or ballot is self.top)
-        if not is_idle or position.phase >= Phase.ATTEST:
-            return position.ends_ms
-        return compute_phase_start(self.config, position.round, Phase.MERGE, ballot.level)
 
     def _on_housekeeping(self, now_ms: Millis, *, is_tick: bool) -> list[AnyAction]:
         """Ask a neighbour for what is missing, when it is time; set the next timer."""
         actions: list[AnyAction] = []
-        if self._awaits_others():
+        if self.awaits_others():
             self._next_sync_ms = max(self._next_sync_ms, Millis(self._phase_ends_ms + SYNC_MS // 2))
         elif now_ms >= self._next_sync_ms:
             self._next_sync_ms = Millis(now_ms + SYNC_MS)
-            actions += self._ask_sync()
+            actions += self.ask_sync()
         due_ms = min(self._phase_ends_ms, self._next_sync_ms)
         if self.leaf.state.updates.resting or self.top.state.updates.resting:
             if now_ms >= self._next_retry_ms:
@@ -198,23 +155,11 @@ class Peer(Standing):
             actions.append(SetTimer(due_ms))
         return actions
 
-    def _awaits_others(self) -> bool:
-        """Where it has no seat it lacks nothing until the committee is done: its shard's, then the one above."""
-        leaf, top, head = self.leaf, self.top, self.durable.head
-        at_work = leaf if leaf.state.certificate is None else top
-        return (
-            at_work.is_outside()
-            and at_work.state.phase < Phase.MERGE
-            and (leaf is not at_work or (head.proposal.round if head else -1) == self.round - 1)
-            and self.wanted is None
-            and not self.history.is_behind()
-        )
-
     def _start_round(self, round: Round, phase: Phase) -> list[AnyAction]:
         actions = self._close_round()
         if self.wanted is not None and self.wanted.proposal is self.top.state.proposal:
             actions += self._fetch_base(self.wanted)  # what was to be computed in the round that ends
-        actions += self._open_ballots(round, saw_train=phase == Phase.TRAIN)
+        actions += self.open_ballots(round, saw_train=phase == Phase.TRAIN)
         members = self.leaf.state.roster.by_peer if self.leaf.state.roster else {}
         self.privacy = {peer: told for peer, told in self.privacy.items() if peer in members}
         self.proofs.keep(members)
@@ -224,36 +169,6 @@ class Peer(Standing):
         for envelope, message in self.early.take():
             actions += self._on_received(Received(envelope, message))
         return actions
-
-    def _open_ballots(self, round: Round, *, saw_train: bool) -> list[AnyAction]:
-        """Begin a round under the roster known now: alone, or as a member of one of several shards."""
-        roster = self.roster
-        dealt = deal(self.config, roster, round) if roster else None
-        if dealt is None or roster is None:
-            self.leaf = self.top = self.make_ballot(self, RoundState(round, Phase.TRAIN, saw_train, roster))
-            self.ballots = (self.leaf,)
-            return self._listen()
-        shard = dealt.shard_of.get(self.me, NO_SHARD)
-        members = Roster(roster.epoch, roster.nonce, (), ()) if shard == NO_SHARD else dealt.shards[shard]
-        self.leaf = self.make_ballot(self, RoundState(round, Phase.TRAIN, saw_train, members), dealt, shard)
-        self.top = self.make_ballot(self, RoundState(round, Phase.TRAIN, saw_train, roster), dealt)
-        self.ballots = (self.leaf, self.top)
-        return self._listen()
-
-    def _listen(self) -> list[AnyAction]:
-        heard: dict[str, tuple[PeerId, ...]] = {}
-        shard, dealt, whole = self.leaf.shard, self.top.dealt, self.top.state.roster
-        if dealt is not None and shard is not None and shard != NO_SHARD:
-            heard[get_shard_topic(shard)] = dealt.seats[shard]
-            if not self.leaf.is_outside():
-                heard[get_committee_topic(shard)] = dealt.seats[shard]
-        if dealt is not None and whole is not None and not self.top.is_outside():
-            heard[TOP] = list_seats(whole)
-        listens = Listen(tuple(heard), tuple(heard.values()))
-        if listens == self._listens:
-            return []
-        self._listens = listens
-        return [listens]
 
     def _close_round(self) -> list[AnyAction]:
         state = self.leaf.state
@@ -436,7 +351,7 @@ class Peer(Standing):
         if self._base_asked == new_base:
             return []
         self._base_asked = new_base
-        return [Fetch(new_base, "base", BASE_BYTES_MAX, self._list_base_holders())]
+        return [Fetch(new_base, "base", BASE_BYTES_MAX, self.list_base_holders())]
 
     def _adopt(self, certificate: Certificate) -> list[AnyAction]:
         proposal, durable, top = certificate.proposal, self.durable, self.top.state
@@ -567,56 +482,6 @@ class Peer(Standing):
         is_fetched = self.top.is_outside() and proposal.new_base != proposal.base
         return [note, *(self.top.fetch_own_shard(shard, proposal) if is_fetched else [])]
 
-    def _on_sync_asked(self, event: SyncAsked) -> list[AnyAction]:
-        request = event.request
-        envelopes: tuple[Envelope, ...] = ()
-        if request.round == self.round:
-            for ballot in self.ballots:
-                envelopes += ballot.tell(event.peer, request.have)
-        head = None if self.rewinds_to else self.durable.head
-        is_newer = head is not None and head.proposal.round > request.head_round
-        return [AnswerSync(event.token, SyncReply(envelopes[:REPLY_MAX], head if is_newer else None))]
-
-    def _ask_sync(self) -> list[AnyAction]:
-        others = self._get_mates()
-        if not others:
-            return []
-        self._num_syncs += 1
-        is_alternating = self.top is not self.leaf and not self.top.is_outside()  # between two lists
-        peer = others[(self._num_syncs // 2 if is_alternating else self._num_syncs) % len(others)]
-        if peer == self.me:
-            return []
-        head = self.durable.head
-        head_round = head.proposal.round if head else -1
-        settled = self.history.settled
-        if settled and (self.history.is_orphaned() or self.rewinds_to):
-            head_round = settled.round - 1
-        if self.wanted:  # its base is under way: that certificate need not be told once more
-            head_round = max(head_round, self.wanted.proposal.round)
-        have = self.leaf.state.log.digests()
-        if self.top is not self.leaf and len(self.top.state.log):
-            have = tuple(sorted((*have, *self.top.state.log.digests())))
-        return [AskSync(peer, SyncRequest(Round(max(self.round, 0)), have, head_round))]
-
-    def _get_mates(self) -> tuple[PeerId, ...]:
-        """Whom to ask for what is missing: neighbours; in a large network for words the committees, which hear them."""
-        dealt, whole = self.top.dealt, self.top.state.roster
-        if dealt is None or whole is None or self.leaf.shard in (None, NO_SHARD):
-            return self.peers
-        if not self.top.is_outside() and self._num_syncs % 2 == 0:
-            return list_seats(whole)
-        if self.history.is_behind() or self.top.state.phase == Phase.MERGE:
-            return self.peers  # for a certificate of the whole network: the seated may lack it, too
-        return dealt.seats[self.leaf.shard]
-
-    def _list_base_holders(self) -> tuple[PeerId, ...]:
-        """Connected peers, beginning with another one on each peer; before them its shard's committee, which is many
-        and computes the base, where there is one.
-        """
-        shard, dealt = self.leaf.shard, self.top.dealt
-        mates = dealt.seats[shard] if dealt is not None and shard is not None and shard != NO_SHARD else ()
-        return _shift(mates, self._num_syncs) + _shift(self.peers, self._num_syncs)
-
     # --- what the chain says
 
     def _on_roster(self, event: RosterChanged) -> list[AnyAction]:
@@ -627,7 +492,7 @@ class Peer(Standing):
         if state.roster is not None:
             return actions
         phase = state.phase
-        actions += self._open_ballots(state.round, saw_train=state.saw_train)
+        actions += self.open_ballots(state.round, saw_train=state.saw_train)
         for ballot in self.ballots:
             ballot.state.phase = phase if ballot is self.leaf else Phase.TRAIN
         self._phase_ends_ms = self._due_ms = Millis(-(2**63))  # the level above may be further than its beginning
@@ -685,16 +550,11 @@ HANDLERS: dict[type[AnyEvent], Callable[[Peer, Any], list[AnyAction]]] = {
     Signed: Peer._on_signed,
     Aggregated: Peer._on_aggregated,
     Evaluated: Peer._on_evaluated,
-    SyncAsked: Peer._on_sync_asked,
+    SyncAsked: Peer.on_sync_asked,
     SyncAnswered: lambda peer, event: peer._on_certificate(event.head) if event.head else [],
     Rewound: Peer._on_rewound,
     PeersChanged: Peer._on_peers,
 }
-
-
-def _shift(peers: tuple[PeerId, ...], number: int) -> tuple[PeerId, ...]:
-    start = number % len(peers) if peers else 0
-    return peers[start:] + peers[:start]
 
 
 def _get_certified(durable: Durable) -> tuple[Remembered, ...]:

@@ -11,8 +11,9 @@ from p2pfm.messages import MICRO, PICO, DeclaredPrivacy
 from p2pfm.protocol.ballot import Ballot
 from p2pfm.protocol.events import AnyEvent, Trained
 from p2pfm.protocol.membership import get_member
-from p2pfm.protocol.peer import NO_SHARD, Peer
+from p2pfm.protocol.peer import Peer
 from p2pfm.protocol.phases import Level, Phase, compute_position, get_durations
+from p2pfm.protocol.place import NO_SHARD
 from p2pfm.settlement.rewards import NOTHING, from_wire
 from p2pfm.types import NANO, Millis, Round
 
