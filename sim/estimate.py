@@ -11,7 +11,7 @@ import msgspec
 import psutil
 
 from p2pfm.errors import ConfigError
-from p2pfm.protocol.peer import FOLLOWED_MAX
+from p2pfm.protocol.shards import FOLLOWED_MAX
 from sim.scenarios import LearnerModel, Scenario
 
 MEMORY_SHARE_MAX = 0.9

@@ -229,7 +229,7 @@ class Listen(Action, frozen=True, tag="listen"):
 
     topics: tuple[str, ...]
     mates: tuple[tuple[PeerId, ...], ...] = ()
-    """By topic: who hears it, too; of each some are to be connected."""
+    """By topic: who speaks there; of each some are to be connected."""
 
 
 class Serve(Action, frozen=True, tag="serve"):

@@ -64,7 +64,7 @@ from p2pfm.protocol.membership import compute_ranks, get_member, is_outdated_for
 from p2pfm.protocol.phases import Phase, compute_position
 from p2pfm.protocol.place import Place
 from p2pfm.protocol.round_state import EarlyMessages
-from p2pfm.protocol.shards import TOP, get_shard_name, get_shard_topic, list_seats
+from p2pfm.protocol.shards import FOLLOWED_MAX, TOP, get_shard_name, get_shard_topic, list_seats
 from p2pfm.types import Digest, MemberIndex, Millis, PeerId, Round
 
 SYNC_MS = 3_000
@@ -79,10 +79,6 @@ BASE_BYTES_MAX = 1 << 30
 EARLIER_MAX = 256
 """Updates of earlier rounds remembered, the newest first: what they say is public and is paid no second time. Two
 rounds of the largest network (of 10 peers: 25), and 3 seconds of an evaluator's time (bench/gaming.py)."""
-
-FOLLOWED_MAX = 16
-"""Shards whose payloads are less to pull than the base that they make: two bits a parameter each, and 32 bits. The rest
-is left to those with a seat in their shard, from whom the others get the base."""
 
 SPEAKERS = 2
 """Members of a shard's committee that tell its certificate to the shard and to the committee above: the first ranked

@@ -24,6 +24,10 @@ EVERYBODY = "all"
 TOP = "top"
 """The topic of the committee above the shards."""
 
+FOLLOWED_MAX = 16
+"""Shards whose payloads are less to pull than the base that they make: two bits a parameter each, and 32 bits. Of more
+only those with a seat in their shard follow by the payloads, and the others get the base from them."""
+
 HOLDERS_MAX = 16
 """Members of a shard that are asked for what it made."""
 
