@@ -9,6 +9,7 @@ from functools import partial
 from random import Random
 from typing import Protocol
 
+import msgspec
 import numpy as np
 
 from p2pfm import work
@@ -129,15 +130,15 @@ class TensorWorkshop:
         if self._model.codec == "real":
             return work.train_update(self._learners[index], disk, self._config, action)
         if (index, action) not in self._begun:
-            self._train_modelled(index, disk, action)
+            self._train_group(index, disk, action)
         training, wanted, (update, size) = self._begun.pop((index, action))
         payload, size = self._keep_update(disk, action.maker, update, size)
         # Named after what it follows from: 50,000 parameters take half as long to hash as to train.
-        name = compute_digest(b"residual" + payload + action.base + (action.residual or b""))
+        name = compute_digest(b"residual" + payload + msgspec.msgpack.encode(action))
         rest = disk.put_as(name, encode_tensors(subtract(wanted, update.tensors())))
         return work.make_trained(action, training, (payload, size, rest))
 
-    def _train_modelled(self, index: int, disk: Disk, action: Train) -> None:
+    def _train_group(self, index: int, disk: Disk, action: Train) -> None:
         """`work.train_update`, but the payload is not coded: it is the update itself, under the name of its values.
 
         What is expected of peers that train together is quantised together, too.

@@ -176,16 +176,15 @@ def quantise_updates(batch: Sequence[Tensors], config: CompressionConfig) -> lis
     found = []
     for number, (start, end) in enumerate(itertools.pairwise(cuts.tolist())):
         run = slice(start, end)
-        part = Parts(
-            mask=parts.mask,
+        own = parts._replace(  # all but the mask, which an update has no use for
             positions=parts.positions[run] - number * layout.size,
             groups=parts.groups[run] - number * num_tensors,
             symbols=parts.symbols[run],
             codes=parts.codes[number * num_tensors : (number + 1) * num_tensors],
         )
-        digest = compute_digest(part.positions.tobytes() + values[run].tobytes())
-        update = _make_update(digest, layout, part, values[run])
-        share = float((part.symbols & 1).mean()) if end > start else 0.0
+        digest = compute_digest(own.positions.tobytes() + values[run].tobytes())
+        update = _make_update(digest, layout, own, values[run])
+        share = float((own.symbols & 1).mean()) if end > start else 0.0
         entropy = -sum(part * math.log2(part) for part in (share, 1 - share) if part > 0)
         num_bits = float(num_ways[number]) + (end - start) * (1 + entropy)
         found.append((update, len(MAGIC) + math.ceil(num_bits / 8)))
