@@ -241,7 +241,9 @@ class Sparse(NamedTuple):
         """Chunked top-k and Lloyd's two levels, as in p2pfm."""
         arrangement = arrange(compute_layout(get_shapes(delta)), CHUNK, keep)
         flat = flatten(delta)
-        slots = np.flatnonzero(select(flat, arrangement))
+        mask = np.zeros(len(flat), np.uint8)
+        mask[select(flat[None], arrangement)[0]] = 1
+        slots = np.flatnonzero(to_slots(mask, arrangement))
         assert len(slots) == arrangement.most.sum(), "the references' packing has no room for chunks with zeros"
         values = to_slots(flat, arrangement)[slots]
         codes, is_high = quantise(np.abs(values), get_tensors(arrangement), len(delta))

@@ -17,11 +17,20 @@ from p2pfm.config import NetworkConfig
 from p2pfm.contribution.similarity import Matrix, Sparse, compute_cosines
 from p2pfm.errors import Reject
 from p2pfm.learner import Learner, Training
-from p2pfm.lora.compress import Update, compress, decode_payload, feed_back, quantise_update, quantise_updates
-from p2pfm.lora.delta import decode_tensors, encode_tensors, subtract, zeros
+from p2pfm.lora.compress import Update, compress, decode_payload, feed_back_array, quantise_rows
+from p2pfm.lora.delta import (
+    compute_layout,
+    decode_flat,
+    decode_tensors,
+    encode_flat,
+    encode_tensors,
+    flatten,
+    subtract,
+    zeros,
+)
 from p2pfm.lora.merge import merge
 from p2pfm.protocol.events import Condense, Evaluate, Evaluated, Merge, Merged, Scored, ScoreUpdates, Train, Trained
-from p2pfm.types import Digest, PeerId, Tensors, compute_digest
+from p2pfm.types import Array, Digest, PeerId, Tensors, compute_digest
 from sim.disk import Disk, make_ghost
 from sim.faults import make_learners
 from sim.learners import Lab
@@ -99,6 +108,7 @@ class TensorWorkshop:
         self.group_size = lab.group_size
         """See Lab."""
         self._shapes = dict(lab.learners[0].shapes())
+        self._layout = compute_layout(self._shapes)
         self._bases: dict[Digest, Tensors] = {}
         """The newest ones, decoded."""
         self._updates: dict[Digest, tuple[PeerId, Update]] = {}
@@ -110,8 +120,8 @@ class TensorWorkshop:
         """One number a round: kept for the report."""
         self._expected: dict[int, tuple[Disk, Train]] = {}
         """Of honest hosts: what each is at."""
-        self._begun: dict[tuple[int, Train], tuple[Training, Tensors, tuple[Update, int]]] = {}
-        """What came of it, with what its update stands for and weighs; hosts that died never ask."""
+        self._begun: dict[tuple[int, Train], tuple[Training, Array, tuple[Update, int]]] = {}
+        """What came of it, with what its update leaves out, it and its bytes; hosts that died never ask."""
         self._cosines: dict[tuple[Digest, ...], Matrix] = {}
         self._validated: dict[tuple[str, Digest], tuple[bool, PeerId | None]] = {}
 
@@ -131,12 +141,12 @@ class TensorWorkshop:
             return work.train_update(self._learners[index], disk, self._config, action)
         if (index, action) not in self._begun:
             self._train_group(index, disk, action)
-        training, wanted, (update, size) = self._begun.pop((index, action))
+        training, rest, (update, size) = self._begun.pop((index, action))
         payload, size = self._keep_update(disk, action.maker, update, size)
         # Named after what it follows from: 50,000 parameters take half as long to hash as to train.
         name = compute_digest(b"residual" + payload + msgspec.msgpack.encode(action))
-        rest = disk.put_as(name, encode_tensors(subtract(wanted, update.tensors())))
-        return work.make_trained(action, training, (payload, size, rest))
+        disk.put_as(name, encode_flat(rest, self._layout))
+        return work.make_trained(action, training, (payload, size, name))
 
     def _train_group(self, index: int, disk: Disk, action: Train) -> None:
         """`work.train_update`, but the payload is not coded: it is the update itself, under the name of its values.
@@ -150,7 +160,8 @@ class TensorWorkshop:
             if known and (known[1].round, known[1].base) == (action.round, action.base):
                 asked.setdefault(mate, known)
         self._begun = {key: begun for key, begun in self._begun.items() if key[1].round >= action.round - 1}
-        trained: list[tuple[int, Train, Training, Tensors]] = []
+        trained: list[tuple[int, Train, Training]] = []
+        rows = np.empty((len(asked), self._layout.size), np.float32)
         for mate, (theirs, wish) in asked.items():
             if wish.residual is not None and wish.residual not in theirs.held:
                 continue  # its disk is lost, and it will not ask
@@ -158,14 +169,21 @@ class TensorWorkshop:
                 self._get_base(theirs, wish.base), wish.round, work.draw_public(self._config, wish)
             )
             work.validate_training(training)
-            residual = None if wish.residual is None else decode_tensors(theirs.get(wish.residual), self._shapes)
-            trained.append((mate, wish, training, feed_back(residual, training.delta, self._config.compression)))
-        made = quantise_updates([wanted for *_, wanted in trained], self._config.compression)
-        for (mate, wish, training, wanted), update in zip(trained, made, strict=True):
-            self._begun[mate, wish] = training, wanted, update
+            row = flatten(training.delta)
+            if wish.residual is not None:
+                residual = decode_flat(theirs.get(wish.residual), self._layout)
+                row = feed_back_array(residual, row, self._config.compression)
+            rows[len(trained)] = row
+            trained.append((mate, wish, training))
+        rows = rows[: len(trained)]
+        made = quantise_rows(rows, self._layout, self._config.compression)
+        for (mate, wish, training), (update, num_bytes), row in zip(trained, made, rows, strict=True):
+            row[update.positions] -= update.values  # what is left out
+            self._begun[mate, wish] = training, row, (update, num_bytes)
 
     def _make(self, disk: Disk, maker: PeerId, wanted: Tensors) -> tuple[Digest, int]:
-        return self._keep_update(disk, maker, *quantise_update(wanted, work.get_codec(self._config, maker)))
+        ((update, size),) = quantise_rows(flatten(wanted)[None], self._layout, work.get_codec(self._config, maker))
+        return self._keep_update(disk, maker, update, size)
 
     def _keep_update(self, disk: Disk, maker: PeerId, update: Update, size: int) -> tuple[Digest, int]:
         name = maker.encode()

@@ -58,6 +58,7 @@ from p2pfm.lora.topk import (
     from_slots,
     quantise,
     select,
+    to_slots,
 )
 from p2pfm.types import Array, Digest, Tensors, compute_digest
 
@@ -121,8 +122,13 @@ def feed_back(residual: Tensors | None, delta: Tensors, config: CompressionConfi
         raise OperatorError(
             f"the residual is another adapter's than the delta: they differ in {name}. Drop the residual"
         )
-    beta = np.float32(config.beta)
-    return {name: (beta * residual[name] + delta[name]).astype(np.float32) for name in sorted(delta)}
+    return {name: feed_back_array(residual[name], delta[name], config) for name in sorted(delta)}
+
+
+def feed_back_array(residual: Array, delta: Array, config: CompressionConfig) -> Array:
+    """`feed_back` of one array, whatever it holds."""
+    fed: Array = (np.float32(config.beta) * residual + delta).astype(np.float32, copy=False)
+    return fed
 
 
 def compress(tensors: Tensors, config: CompressionConfig) -> tuple[bytes, dict[str, Array]]:
@@ -136,57 +142,50 @@ def compress(tensors: Tensors, config: CompressionConfig) -> tuple[bytes, dict[s
         OperatorError: no tensors, names that are no text, other types of numbers, or a value that is not finite.
         ConfigError: chunk or keep out of range.
     """
-    arrangement, parts = _choose(tensors, config)
-    decoded = np.zeros(arrangement.layout.size, np.float32)
+    _validate(tensors, "delta")
+    layout = compute_layout(get_shapes(tensors))
+    with np.errstate(over="ignore"):  # a float64 over float32's range: not finite, said below
+        flat = flatten(tensors)
+    arrangement, parts, _ = _choose(flat[None], layout, config)
+    decoded = np.zeros(layout.size, np.float32)
     decoded[parts.positions] = _compute_values(parts)
-    return _encode(arrangement, parts), unflatten(decoded, arrangement.layout)
+    return _encode(arrangement, parts), unflatten(decoded, layout)
 
 
-def quantise_update(tensors: Tensors, config: CompressionConfig) -> tuple[Update, int]:
-    """What every receiver would decode from `compress`, and how many bytes that takes at most, without coding it.
+def quantise_rows(rows: Array, layout: Layout, config: CompressionConfig) -> list[tuple[Update, int]]:
+    """What every receiver would decode from `compress` of each row, and how many bytes that takes at most, without
+    coding it.
 
     For simulations: the coder is most of a small model's time. The bytes are log2 of the ways to choose each chunk's
-    positions, a sign, and the entropy of the two magnitudes; the coder needs less where positions cluster. The update's
-    digest is of its values.
+    positions, a sign, and the entropy of the two magnitudes; the coder needs less where positions cluster. An update's
+    digest is of its values, and no row's depends on another's.
+
+    Args:
+        rows: (num_updates, layout.size) float32, flat tensors of this layout.
 
     Raises:
         OperatorError, ConfigError: as `compress`.
     """
-    return quantise_updates([tensors], config)[0]
-
-
-def quantise_updates(batch: Sequence[Tensors], config: CompressionConfig) -> list[tuple[Update, int]]:
-    """`quantise_update` of several updates of one shape, the same to the last bit.
-
-    They are quantised as tensors of one large update: no tensor's places or levels depend on another's.
-    """
-    joined = {f"{number:09} {name}": values for number, one in enumerate(batch) for name, values in one.items()}
-    arrangement, parts = _choose(joined, config)
+    arrangement, parts, sent = _choose(rows, layout, config)
     values = _compute_values(parts)
-    layout = compute_layout(get_shapes(batch[0]))
     num_tensors = len(layout.names)
-    counts = np.add.reduceat(parts.mask, arrangement.starts, dtype=np.int64)
-    ways = np.array([*map(_log2_ways, arrangement.sizes.tolist(), counts.tolist())])
-    owners = np.repeat(
-        [piece.tensor // num_tensors for piece in arrangement.pieces],
-        [piece.rows.num for piece in arrangement.pieces],
-    )
-    num_ways = np.bincount(owners, ways, len(batch))
-    cuts = np.searchsorted(parts.positions, layout.size * np.arange(len(batch) + 1))
+    counts, levels = (each.reshape(len(rows), num_tensors, 2) for each in _count_levels(parts))
+    symbols, codes = parts.symbols.astype(np.uint8), parts.codes.reshape(len(rows), num_tensors, 2)
+    cuts = np.searchsorted(parts.positions, layout.size * np.arange(len(rows) + 1))
     found = []
     for number, (start, end) in enumerate(itertools.pairwise(cuts.tolist())):
-        run = slice(start, end)
-        own = parts._replace(  # all but the mask, which an update has no use for
-            positions=parts.positions[run] - number * layout.size,
-            groups=parts.groups[run] - number * num_tensors,
-            symbols=parts.symbols[run],
-            codes=parts.codes[number * num_tensors : (number + 1) * num_tensors],
+        positions = parts.positions[start:end] - number * layout.size
+        digest = compute_digest(
+            layout.digest
+            + positions.astype(np.int32).tobytes()
+            + symbols[start:end].tobytes()
+            + codes[number].tobytes()
         )
-        digest = compute_digest(own.positions.tobytes() + values[run].tobytes())
-        update = _make_update(digest, layout, own, values[run])
-        share = float((own.symbols & 1).mean()) if end > start else 0.0
+        share = int(counts[number, :, 1].sum()) / max(1, end - start)
         entropy = -sum(part * math.log2(part) for part in (share, 1 - share) if part > 0)
-        num_bits = float(num_ways[number]) + (end - start) * (1 + entropy)
+        num_ways = sum(map(_log2_ways, arrangement.sizes.tolist(), sent[number].tolist()))
+        num_bits = num_ways + (end - start) * (1 + entropy)
+        update = Update(digest, layout, positions, values[start:end], levels[number], counts[number])
         found.append((update, len(MAGIC) + math.ceil(num_bits / 8)))
     return found
 
@@ -196,25 +195,27 @@ def _log2_ways(size: int, count: int) -> float:
     return (math.lgamma(size + 1) - math.lgamma(count + 1) - math.lgamma(size - count + 1)) / math.log(2)
 
 
-def _choose(tensors: Tensors, config: CompressionConfig) -> tuple[Arrangement, "Parts"]:
-    """Which values are sent, and as what."""
-    _validate(tensors, "delta")
-    arrangement = arrange(compute_layout(get_shapes(tensors)), config.chunk, config.keep)
-    layout = arrangement.layout
-    with np.errstate(over="ignore"):  # a float64 over float32's range: not finite, said below
-        flat = flatten(tensors)
-    if not np.isfinite(flat).all():
+def _choose(
+    rows: Array, layout: Layout, config: CompressionConfig
+) -> tuple[Arrangement, "Parts", NDArray[np.int64]]:
+    """Which values of each row are sent, and as what: all in one, as tensors of one large update; and how many of each
+    row's chunks (num_updates, num_chunks).
+    """
+    arrangement = arrange(layout, config.chunk, config.keep)
+    if not np.isfinite(rows).all():
+        flat = next(row for row in rows if not np.isfinite(row).all())
         bad = {name: int((~np.isfinite(values)).sum()) for name, values in unflatten(flat, layout).items()}
         name = next(name for name, count in bad.items() if count)
         raise OperatorError(
             f"a delta must be finite in float32 before it is compressed: {name} has {bad[name]} values that are not "
             f"({sum(bad.values())} in all). Lower network.training.learning_rate"
         )
-    mask = select(flat, arrangement)
-    positions, groups = _locate(mask, arrangement)
-    kept = flat[positions]
-    codes, is_high = quantise(np.abs(kept), groups, len(layout.names))
-    return arrangement, Parts(mask, positions, groups, 2 * (kept < 0).astype(np.int32) + is_high, codes)
+    positions, sent = select(rows, arrangement)
+    kept = rows.ravel()[positions]
+    starts = (np.arange(len(rows))[:, None] * layout.size + layout.offsets[:-1]).ravel()
+    groups = _group(positions, np.append(starts, rows.size))
+    codes, is_high = quantise(np.abs(kept), groups, len(starts))
+    return arrangement, Parts(positions, groups, 2 * (kept < 0).astype(np.int32) + is_high, codes), sent
 
 
 def decode_payload(data: bytes, shapes: Shapes, config: CompressionConfig, bytes_max: int) -> Update:
@@ -236,14 +237,15 @@ def decode_payload(data: bytes, shapes: Shapes, config: CompressionConfig, bytes
         parts = code_update(Reader(data[len(MAGIC) :]), arrangement, None, 8 * len(data))
         if _encode(arrangement, parts) != data:
             raise Reject("payload: not the canonical encoding of its update")
-    return _make_update(compute_digest(data), arrangement.layout, parts, _compute_values(parts))
+    counts, levels = _count_levels(parts)
+    return Update(compute_digest(data), arrangement.layout, parts.positions, _compute_values(parts), levels, counts)
 
 
-def _make_update(digest: Digest, layout: Layout, parts: "Parts", values: Array) -> Update:
-    num_tensors = len(layout.names)
-    counts = np.bincount(2 * parts.groups + (parts.symbols & 1), minlength=2 * num_tensors).reshape(num_tensors, 2)
-    levels = np.where(counts > 0, compute_levels(parts.codes), np.float32(0))
-    return Update(digest, layout, parts.positions, values, levels, counts)
+def _count_levels(parts: "Parts") -> tuple[NDArray[np.int64], Array]:
+    """Each tensor's (counts of low and high values, magnitudes of its used levels), (num_tensors, 2) each."""
+    num = 2 * len(parts.codes)
+    counts = np.bincount(2 * parts.groups + (parts.symbols & 1), minlength=num).reshape(-1, 2)
+    return counts, np.where(counts > 0, compute_levels(parts.codes), np.float32(0))
 
 
 # --- the format ------------------------------------------------------------------------------------------------------
@@ -253,10 +255,8 @@ def _make_update(digest: Digest, layout: Layout, parts: "Parts", values: Array) 
 class Parts(NamedTuple):
     """What a payload holds: the integers from which everybody computes the same values."""
 
-    mask: NDArray[np.uint8]
-    """(num_slots,): 1 where a value is sent."""
     positions: NDArray[np.int64]
-    """Where that is in the layout, in canonical order (num_values,); `groups` is the tensor of each."""
+    """Of the values that are sent, in the layout, in canonical order (num_values,); `groups` is the tensor of each."""
     groups: NDArray[np.int64]
     symbols: Ints
     """(num_values,): 2 * is_negative + is_high."""
@@ -271,7 +271,7 @@ def code_update(coder: Coder, arrangement: Arrangement, known: Parts | None, val
         Reject: over `values_max` values (each needs a bit for its sign), or none; words that no Writer wrote.
     """
     blocks = Blocks(arrangement.starts, arrangement.sizes, arrangement.num_slots)
-    taken = None if known is None else Taken(known.mask)
+    taken = None if known is None else Taken(_mask(known.positions, arrangement))
     counts = _code_counts(coder, arrangement, None if taken is None else taken.count(blocks.starts, blocks.sizes))
     num_values = int(counts.sum())
     if not 0 < num_values <= values_max:
@@ -280,7 +280,7 @@ def code_update(coder: Coder, arrangement: Arrangement, known: Parts | None, val
     positions, groups = _locate(mask, arrangement) if known is None else (known.positions, known.groups)
     symbols = _code_symbols(coder, num_values, known and known.symbols)
     codes = _code_levels(coder, groups, symbols, len(arrangement.layout.names), known and known.codes)
-    return Parts(mask, positions, groups, symbols, codes)
+    return Parts(positions, groups, symbols, codes)
 
 
 def _encode(arrangement: Arrangement, parts: Parts) -> bytes:
@@ -343,17 +343,27 @@ def _code_levels(coder: Coder, groups: NDArray[np.int64], symbols: Ints, num_ten
     return codes
 
 
+def _mask(positions: NDArray[np.int64], arrangement: Arrangement) -> NDArray[np.uint8]:
+    """(num_slots,): 1 where a value is sent."""
+    flat = np.zeros(arrangement.layout.size, np.uint8)
+    flat[positions] = 1
+    return to_slots(flat, arrangement)
+
+
 def _locate(mask: NDArray[np.uint8], arrangement: Arrangement) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Where in the layout the values of a mask lie, in canonical order, and the tensor of each."""
     positions = np.flatnonzero(from_slots(mask, arrangement).view(np.bool_)).astype(np.int64)
-    bounds = np.searchsorted(positions, np.array(arrangement.layout.offsets))
-    return positions, np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+    return positions, _group(positions, np.array(arrangement.layout.offsets))
+
+
+def _group(positions: NDArray[np.int64], bounds: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The tensor of each ascending position; `bounds`: where each begins, and the end."""
+    return np.repeat(np.arange(len(bounds) - 1), np.diff(np.searchsorted(positions, bounds)))
 
 
 def _get_nothing(arrangement: Arrangement) -> Parts:
     none = np.zeros(0, np.int64)
-    codes = np.zeros((len(arrangement.layout.names), 2), np.int32)
-    return Parts(np.zeros(arrangement.num_slots, np.uint8), none, none, none.astype(np.int32), codes)
+    return Parts(none, none, none.astype(np.int32), np.zeros((len(arrangement.layout.names), 2), np.int32))
 
 
 def _compute_values(parts: Parts) -> Array:

@@ -34,6 +34,13 @@ LEVEL_MIN = 2.0**LEVEL_EXPONENT_MIN
 LLOYD_STEPS = 20
 """Then the 1-bit quantiser of a Gaussian's tail is within 0.1% of where it ends."""
 
+KEYS_MAX = 1 << 17
+"""Magnitudes compared at once: 1 MB of keys, which stay in a cache."""
+MAGNITUDE = np.int32(0x7FFFFFFF)
+"""The bits of a float32 but for its sign."""
+INDEX = np.int64(0xFFFFFFFF)
+LOWEST = np.int64(np.float32(LEVEL_MIN).view(np.int32)) << 32
+
 Doubles = NDArray[np.float64]
 Number = TypeVar("Number", np.float32, np.uint8)
 
@@ -144,13 +151,51 @@ def from_slots(slots: NDArray[Number], arrangement: Arrangement) -> NDArray[Numb
     return flat
 
 
-def select(flat: Array, arrangement: Arrangement) -> NDArray[np.uint8]:
-    """A mask of the slots (1: sent): of every chunk the largest magnitudes; of equal ones the earlier, zeros never."""
-    magnitudes = np.abs(to_slots(flat, arrangement))
-    mask = np.zeros(arrangement.num_slots, np.uint8)
-    for rows in arrangement.rows:
-        _room(mask, rows)[:] = _top(_room(magnitudes, rows), rows.keep)
-    return mask
+def select(rows: Array, arrangement: Arrangement) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which values are sent: of every chunk the largest magnitudes; of equal ones the earlier, none below LEVEL_MIN.
+
+    Args:
+        rows: (num_updates, layout.size) finite float32, updates of this layout.
+
+    Returns:
+        (places (num_values,), counts (num_updates, num_chunks)): ascending in the rows' own memory order, so that
+        `rows.ravel()[places]` are the values; and how many there are of each chunk, in the slots' order.
+    """
+    places, counts = [np.zeros(0, np.int64)], [np.zeros((len(rows), 0), np.int64)]
+    for piece in arrangement.pieces:
+        found, num_found = _select_piece(rows, arrangement.layout, piece)
+        places += found
+        counts.append(num_found)
+    return np.sort(np.concatenate(places)), np.concatenate(counts, axis=1)
+
+
+def _select_piece(
+    rows: Array, layout: Layout, piece: Piece
+) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
+    """`select` of one piece: places in no order, and counts (num_updates, num_chunks of the piece)."""
+    start, shape, chunks = layout.offsets[piece.tensor], layout.shapes[piece.tensor], piece.rows
+    tensor = rows[:, start : start + layout.sizes[piece.tensor]]
+    short, long = min(shape, default=0), max(shape, default=0)
+    is_turned = len(shape) == 2 and shape[0] < shape[1]
+    if is_turned:
+        tensor = tensor.reshape(-1, short, long).transpose(0, 2, 1).reshape(len(rows), -1)
+    values = tensor[:, piece.start : piece.start + chunks.num * chunks.size].reshape(-1, chunks.num, chunks.size)
+    magnitudes = values.view(np.int32) & MAGNITUDE  # of floats without their sign, the order of bits is that of values
+    at_once = max(1, KEYS_MAX // chunks.size)
+    places: list[NDArray[np.int64]] = []
+    counts = np.zeros((len(rows), chunks.num), np.int64)
+    for first in range(0, chunks.num, at_once):
+        step = max(1, at_once // chunks.num)
+        for update in range(0, len(rows), step):
+            part = slice(update, update + step), slice(first, first + at_once)
+            is_sent, indices = _top(magnitudes[part], chunks.keep)  # (updates, chunks, keep)
+            numbers = np.arange(is_sent.shape[1]) + first
+            inner = indices + (numbers * chunks.size + piece.start)[:, None]
+            within = inner % short * long + inner // short if is_turned else inner
+            within += (np.arange(is_sent.shape[0]) + update)[:, None, None] * layout.size + start
+            counts[part] = np.add.reduce(is_sent, axis=2, dtype=np.int64)
+            places.append(within[is_sent])
+    return places, counts
 
 
 def quantise(
@@ -166,8 +211,7 @@ def quantise(
     codes = np.stack([_code(low), _code(high)], axis=1)
     middle = compute_levels(codes).astype(np.float64).mean(axis=1)
     chosen = (weights >= middle[groups]) & (codes[:, 1] > codes[:, 0])[groups]
-    has_low = np.bincount(groups, ~chosen, num_groups) > 0
-    has_high = np.bincount(groups, chosen, num_groups) > 0
+    has_low, has_high = np.bincount(2 * groups + chosen, minlength=2 * num_groups).reshape(-1, 2).T > 0
     chosen &= has_low[groups]
     codes[:, 0] = np.where(has_low, codes[:, 0], codes[:, 1])
     codes[:, 1] = np.where(has_low & has_high, codes[:, 1], 0)
@@ -222,19 +266,18 @@ def _code(level: NDArray[np.float64]) -> NDArray[np.int32]:
     return clipped
 
 
-def _top(rows: Array, keep: int) -> NDArray[np.bool_]:
-    """Mask of each row's `keep` largest entries; of equal ones the earlier; nothing below the lowest level."""
-    if keep >= rows.shape[1]:
-        return rows >= LEVEL_MIN
-    threshold = np.partition(rows, rows.shape[1] - keep, axis=1)[:, rows.shape[1] - keep, None]  # (num_chunks, 1)
-    mask = rows >= np.maximum(threshold, np.float32(LEVEL_MIN))
-    crowded = np.flatnonzero(mask.sum(axis=1) > keep)
-    if len(crowded):
-        above = rows[crowded] > threshold[crowded]
-        equal = mask[crowded] & ~above
-        room = keep - above.sum(axis=1, keepdims=True)
-        mask[crowded] = above | (equal & (np.cumsum(equal, axis=1) <= room))
-    return mask
+def _top(magnitudes: NDArray[np.int32], keep: int) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """(which are high enough to be sent, indices in the chunk) of each chunk's `keep` largest, (..., keep) in no order.
+
+    A key is a magnitude and then the index's complement: of equal magnitudes the earlier is the larger key.
+    """
+    size = magnitudes.shape[-1]
+    keys = np.left_shift(magnitudes, 32, dtype=np.int64)
+    keys |= INDEX - np.arange(size)
+    if keep < size:
+        keys.partition(size - keep, axis=-1)
+        keys = keys[..., size - keep :]
+    return keys >= LOWEST, INDEX - (keys & INDEX)
 
 
 def _room(slots: NDArray[Number], rows: Rows) -> NDArray[Number]:

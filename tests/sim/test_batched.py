@@ -7,7 +7,8 @@ import pytest
 
 from p2pfm.config import CompressionConfig
 from p2pfm.learner import Training
-from p2pfm.lora.compress import compress, decode_payload, quantise_update, quantise_updates
+from p2pfm.lora.compress import compress, decode_payload, quantise_rows
+from p2pfm.lora.delta import compute_layout, flatten
 from p2pfm.types import NANO, Round, Tensors
 from sim.faults import make_learners
 from sim.learners import Company
@@ -20,6 +21,7 @@ from sim.world import World
 mlp = pytest.importorskip("sim.learners.mlp", reason="needs scikit-learn: pip install 'p2pfm[sim]'")
 
 TOLERANCE = 1e-5
+LAYOUT = compute_layout(mlp.SHAPES)
 
 
 def make_lab(num_peers: int) -> "mlp.MlpLab":
@@ -87,7 +89,7 @@ def test_a_modelled_update_is_what_receivers_would_decode(keep: int) -> None:
     delta = lab.learners[0].train(lab.learners[0].initial(), Round(0)).delta
     payload, _ = compress(delta, config)
     coded = decode_payload(payload, mlp.SHAPES, config, len(payload))
-    update, num_bytes = quantise_update(delta, config)
+    ((update, num_bytes),) = quantise_rows(flatten(delta)[None], LAYOUT, config)
     assert np.array_equal(update.positions, coded.positions)
     assert np.array_equal(update.values, coded.values)
     assert update.norm() == coded.norm()
@@ -102,8 +104,9 @@ def test_updates_that_are_quantised_together_are_what_each_is_alone(keep: int) -
         for scale in (1, 1e-3, 0, 1e9, 1e-30)
     ]
     batch[1]["layer.in"][:, 3] = 0
-    for (update, num_bytes), one in zip(quantise_updates(batch, config), batch, strict=True):
-        alone, num_bytes_alone = quantise_update(one, config)
+    rows = np.stack([flatten(one) for one in batch])
+    for index, (update, num_bytes) in enumerate(quantise_rows(rows, LAYOUT, config)):
+        ((alone, num_bytes_alone),) = quantise_rows(rows[index : index + 1], LAYOUT, config)
         assert (update.digest, num_bytes, update.layout) == (alone.digest, num_bytes_alone, alone.layout)
         for name in ("positions", "values", "levels", "counts"):
             assert np.array_equal(getattr(update, name), getattr(alone, name)), name
