@@ -323,4 +323,4 @@ def _read_earlier(
 
 
 def _to_sparse(update: Update) -> Sparse:
-    return Sparse(update.positions, update.values)
+    return Sparse(update.positions, update.values, update.norm())

@@ -64,7 +64,7 @@ class Diagonal:
         self._flat = flatten(base)
         self._combined = np.zeros_like(self._flat)
         for player in players:
-            if player.positions.size and not 0 <= player.positions.min() <= player.positions.max() < self._flat.size:
+            if player.positions.size and player.positions.view(np.uint64).max() >= self._flat.size:  # negative: huge
                 raise ValueError(f"expected positions from 0 to {self._flat.size - 1}, got others")
             self._combined[player.positions] += player.weight * player.values.astype(np.float64)
 
@@ -145,4 +145,4 @@ def unflatten(flat: NDArray[np.float64], like: Tensors) -> dict[str, NDArray[np.
 
 
 def _dot(left: NDArray[np.float64], right: NDArray[np.float32]) -> float:
-    return float(np.sum(left * right.astype(np.float64)))
+    return float(left @ right.astype(np.float64))

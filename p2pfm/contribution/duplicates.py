@@ -37,8 +37,8 @@ def find_leaders(updates: Sequence[Sparse], size: int, limits: Limits, cosines: 
         is_alike |= (compute_cosines(updates, size) if cosines is None else cosines) > limits.cosine
     if limits.overlap < 1:
         is_alike |= compute_overlaps(updates, size) > limits.overlap
-    leaders: list[int] = []
-    for update in range(len(updates)):
-        earlier = (leader for leader in dict.fromkeys(leaders) if is_alike[update, leader])
-        leaders.append(min(earlier, default=update))
+    leaders = list(range(len(updates)))
+    for update in np.flatnonzero(np.tril(is_alike, -1).any(axis=1)).tolist():
+        earlier = np.flatnonzero(is_alike[update, :update]).tolist()
+        leaders[update] = next((other for other in earlier if leaders[other] == other), update)
     return leaders

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from p2pfm.contribution.similarity import Matrix, Sparse, compute_cosines, compute_norms
+from p2pfm.contribution.similarity import Sparse, compute_cosines, compute_norms
 
 PARAMETERS_PER_VECTOR = 1024
 """At most one remembered vector for so many parameters: by chance alone an update lies to m / num_parameters in the
@@ -49,18 +49,16 @@ def compute_repeated_gains(
     norms = compute_norms(updates)
     lengths = np.maximum(compute_norms(earlier), np.finfo(np.float64).tiny)
     unit_gains = np.array([-_dot(slope, vector) for vector in earlier]) / lengths
-    solved: dict[bytes, Matrix] = {}
-    gains: list[float] = []
-    for update in range(len(updates)):
-        chosen = np.flatnonzero(counts[update])
-        key = chosen.tobytes()
-        if key not in solved:
-            # v's part in the span is sum_j c_j e_j with c = G^-1 b; its gain is g . c = (G^-1 g) . b.
-            inverse = np.linalg.pinv(among[np.ix_(chosen, chosen)], rcond=SINGULAR, hermitian=True)
-            solved[key] = inverse @ unit_gains[chosen]
-        gains.append(float(norms[update] * (solved[key] @ between[chosen, update])))
-    return gains
+    gains = np.zeros(len(updates))
+    choices, choice_of = np.unique(counts, axis=0, return_inverse=True)
+    for number, choice in enumerate(choices):
+        chosen, mine = np.flatnonzero(choice), np.flatnonzero(choice_of == number)
+        # v's part in the span is sum_j c_j e_j with c = G^-1 b; its gain is g . c = (G^-1 g) . b.
+        inverse = np.linalg.pinv(among[np.ix_(chosen, chosen)], rcond=SINGULAR, hermitian=True)
+        gains[mine] = norms[mine] * (inverse @ unit_gains[chosen] @ between[np.ix_(chosen, mine)])
+    found: list[float] = gains.tolist()
+    return found
 
 
 def _dot(slope: NDArray[np.float64], vector: Sparse) -> float:
-    return float(np.sum(slope[vector.positions] * vector.values.astype(np.float64)))
+    return float(slope[vector.positions] @ vector.values.astype(np.float64))

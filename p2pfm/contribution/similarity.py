@@ -4,6 +4,7 @@ Knows sparse vectors only; no model, peer, stake or threshold. What is done with
 `repeats`.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -12,24 +13,42 @@ from numpy.typing import NDArray
 
 Matrix = NDArray[np.float64]
 
-BLOCK = 4096
-"""Parameters multiplied at once: 384 rows of float32 are 6 MB, which stay in a cache; eight times as many took twice as
-long."""
+BLOCK = 8192
+"""Parameters made dense at once: 128 rows of float32 are 4 MB, which stay in a cache. A block of 32 MB took twice as
+long, for a half of that the kernel cleared its pages."""
 
 FEW = 8
 """So few rows are compared with others one by one: to make those dense would take longer."""
 
 
-class Sparse(NamedTuple):
-    """A vector by its nonzero part: sorted distinct positions, and one value each."""
+class Sparse:
+    """A vector by its nonzero part: `positions`, ascending and distinct, and float32 `values`, one each."""
 
-    positions: NDArray[np.int64]
-    values: NDArray[np.float32]
+    __slots__ = ("_norm", "positions", "values")
+
+    def __init__(self, positions: NDArray[np.int64], values: NDArray[np.float32], norm: float | None = None) -> None:
+        """`norm`: Euclidean, where it is known.
+
+        Raises:
+            ValueError: positions that are negative, or not ascending and distinct.
+        """
+        if len(positions) and not (positions[0] >= 0 and (positions[1:] > positions[:-1]).all()):
+            raise ValueError("expected ascending distinct positions of at least 0, got others")
+        self.positions = positions
+        self.values = values
+        self._norm = norm
+
+    @property
+    def norm(self) -> float:
+        """Euclidean."""
+        if self._norm is None:
+            self._norm = math.sqrt(np.sum(self.values.astype(np.float64) ** 2))
+        return self._norm
 
 
 def compute_norms(rows: Sequence[Sparse]) -> Matrix:
     """(num_rows,) Euclidean norms."""
-    return np.array([np.sqrt(np.sum(row.values.astype(np.float64) ** 2)) for row in rows], np.float64)
+    return np.array([row.norm for row in rows], np.float64)
 
 
 def compute_cosines(rows: Sequence[Sparse], size: int, others: Sequence[Sparse] | None = None) -> Matrix:
@@ -38,21 +57,26 @@ def compute_cosines(rows: Sequence[Sparse], size: int, others: Sequence[Sparse] 
     Good to about 1e-6: products of float32, summed in float64 from block to block.
 
     Args:
-        size: length of the vectors; bounds what is held at once to BLOCK columns.
+        size: length of the vectors; what is held at once is bounded to BLOCK columns.
         others: what the rows are compared with; None: with each other.
 
     Raises:
-        ValueError: positions that are not sorted and distinct, or outside of the vector.
+        ValueError: positions outside of the vector.
     """
     return _multiply(_to_units(rows), size, None if others is None else _to_units(others))
 
 
-def _to_units(rows: Sequence[Sparse]) -> list[Sparse]:
-    norms = compute_norms(rows)
-    scales = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
-    return [
-        Sparse(row.positions, (row.values * scale).astype(np.float32)) for row, scale in zip(rows, scales, strict=True)
-    ]
+class _Scaled(NamedTuple):
+    """A vector whose values count `scale` times."""
+
+    positions: NDArray[np.int64]
+    values: NDArray[np.float32]
+    scale: float
+
+
+def _to_units(rows: Sequence[Sparse]) -> list[_Scaled]:
+    """Each with norm 1; a row of zeros stays one."""
+    return [_Scaled(row.positions, row.values, 1 / row.norm if row.norm > 0 else 0.0) for row in rows]
 
 
 def compute_overlaps(rows: Sequence[Sparse], size: int) -> Matrix:
@@ -64,7 +88,7 @@ def compute_overlaps(rows: Sequence[Sparse], size: int) -> Matrix:
     Raises:
         ValueError: as `compute_cosines`.
     """
-    ones = [Sparse(row.positions, np.ones(len(row.positions), np.float32)) for row in rows]
+    ones = [_Scaled(row.positions, np.ones(len(row.positions), np.float32), 1.0) for row in rows]
     common = _multiply(ones, size)
     counts = np.array([len(row.positions) for row in rows], np.float64)
     smaller, chance = np.minimum.outer(counts, counts), np.maximum.outer(counts, counts) / max(size, 1)
@@ -73,39 +97,37 @@ def compute_overlaps(rows: Sequence[Sparse], size: int) -> Matrix:
     return np.divide(share - chance, 1 - chance, out=np.zeros_like(share), where=(chance < 1) & (smaller > 0))
 
 
-def _multiply(rows: Sequence[Sparse], size: int, others: Sequence[Sparse] | None = None) -> Matrix:
+def _multiply(rows: Sequence[_Scaled], size: int, others: Sequence[_Scaled] | None = None) -> Matrix:
     """All inner products, with each other or with `others`."""
     for row in (*rows, *(others or ())):
-        _validate(row, size)
+        if len(row.positions) and row.positions[-1] >= size:
+            raise ValueError(f"expected positions from 0 to {size - 1}, got {row.positions[-1]}")
     if others is not None and len(rows) <= FEW:
         return np.stack([_gather(row, others, size) for row in rows]) if rows else np.zeros((0, len(others)))
     products = np.zeros((len(rows), len(rows if others is None else others)), np.float64)
-    right = None if others is None else _spread(others, size)
-    for block in _spread(rows, size):
-        products += block @ (block if right is None else next(right)).T
+    blocks = _spread(rows, size), _spread(others or (), size)
+    for left, right in zip(*blocks, strict=True):
+        products += left @ (left if others is None else right).T
     return products
 
 
-def _gather(row: Sparse, others: Sequence[Sparse], size: int) -> Matrix:
+def _gather(row: _Scaled, others: Sequence[_Scaled], size: int) -> Matrix:
     """Inner products of one row, without making the others dense."""
     dense = np.zeros(size, np.float32)
-    dense[row.positions] = row.values
-    return np.array([dense[other.positions] @ other.values for other in others], np.float64)
+    dense[row.positions] = row.values * np.float32(row.scale)
+    return np.array([dense[other.positions] @ other.values * other.scale for other in others], np.float64)
 
 
-def _spread(rows: Sequence[Sparse], size: int) -> Iterator[NDArray[np.float32]]:
-    """Dense blocks of at most BLOCK columns."""
+def _spread(rows: Sequence[_Scaled], size: int) -> Iterator[NDArray[np.float32]]:
+    """Dense blocks of at most BLOCK columns, each only until the next is asked for."""
     starts = range(0, size, BLOCK)
-    cuts = [np.searchsorted(row.positions, [*starts, size]) for row in rows]
+    # Scaled before they are multiplied: products of small ones would vanish.
+    values = [row.values * np.float32(row.scale) for row in rows]
+    cuts = [np.searchsorted(row.positions, [*starts, size]).tolist() for row in rows]
+    whole = np.empty((len(rows), min(BLOCK, size)), np.float32)
     for number, start in enumerate(starts):
-        block = np.zeros((len(rows), min(BLOCK, size - start)), np.float32)
-        for index, (row, cut) in enumerate(zip(rows, cuts, strict=True)):
-            part = slice(cut[number], cut[number + 1])
-            block[index, row.positions[part] - start] = row.values[part]
+        block = whole[:, : size - start]
+        block[:] = 0
+        for dense, row, scaled, cut in zip(block, rows, values, cuts, strict=True):
+            dense[row.positions[cut[number] : cut[number + 1]] - start] = scaled[cut[number] : cut[number + 1]]
         yield block
-
-
-def _validate(row: Sparse, size: int) -> None:
-    positions = row.positions
-    if len(positions) and not (positions[0] >= 0 and positions[-1] < size and (np.diff(positions) > 0).all()):
-        raise ValueError(f"expected sorted distinct positions from 0 to {size - 1}, got others")

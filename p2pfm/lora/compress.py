@@ -76,7 +76,7 @@ class Update:
     Immutable; `tensors()` spreads it out, `norm()` has the same bits on every machine.
     """
 
-    __slots__ = ("counts", "digest", "layout", "levels", "positions", "values")
+    __slots__ = ("_norm", "counts", "digest", "layout", "levels", "positions", "values")
 
     def __init__(
         self,
@@ -94,11 +94,14 @@ class Update:
         self.values = values
         self.levels = levels
         self.counts = counts
+        self._norm: float | None = None
 
     def norm(self) -> float:
         """Euclidean norm, exactly rounded: squares of levels fit 10 bits and counts 29, and fsum rounds once."""
-        squares = self.levels.astype(np.float64) ** 2 * self.counts
-        return math.sqrt(math.fsum(squares.ravel().tolist()))
+        if self._norm is None:
+            squares = self.levels.astype(np.float64) ** 2 * self.counts
+            self._norm = math.sqrt(math.fsum(squares.ravel().tolist()))
+        return self._norm
 
     def tensors(self) -> dict[str, Array]:
         """Dense float32 tensors."""
