@@ -161,7 +161,7 @@ class MlpLab:
         inputs = torch.stack([self.data[index][0][order] for index, order in zip(indices, orders, strict=True)])
         targets = torch.stack([self.data[index][1][order] for index, order in zip(indices, orders, strict=True)])
         num_peers, num_samples, batch = len(indices), digits.samples, digits.batch
-        shared = inputs @ w_in.T + b_in  # (peers, samples, HIDDEN): what the base makes of every sample
+        shared = functional.linear(inputs, w_in, b_in)  # (peers, samples, HIDDEN): what the base makes of every sample
         gram = inputs @ inputs.transpose(1, 2) + 1  # (peers, samples, samples); the 1 carries the bias
         errors_in = torch.empty(num_peers, num_samples, HIDDEN)
         out = w_out.repeat(num_peers, 1, 1)
@@ -180,11 +180,11 @@ class MlpLab:
             errors = logs.exp()
             errors.scatter_add_(2, targets[:, rows, None], torch.full((num_peers, size, 1), -1.0))
             errors /= size
-            torch.bmm(errors, out, out=errors_in[:, rows])
-            errors_in[:, rows] *= hidden > 0
+            errors_in[:, rows] = torch.ops.aten.threshold_backward(torch.bmm(errors, out), hidden, 0)  # relu's
             out.baddbmm_(errors.transpose(1, 2), active, alpha=-rate)
             out_bias.add_(errors.sum(1), alpha=-rate)
-        moved_in = torch.bmm(errors_in.transpose(1, 2), inputs) * -rate
+        moved_in = torch.empty(num_peers, HIDDEN, PIXELS)
+        torch.baddbmm(moved_in, errors_in.transpose(1, 2), inputs, beta=0, alpha=-rate, out=moved_in)
         parts = (moved_in, errors_in.sum(1) * -rate, out - w_out, out_bias - b_out)
         arrays = [part.numpy() for part in parts]
         means = (losses / num_samples).tolist()
