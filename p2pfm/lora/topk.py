@@ -180,7 +180,7 @@ def _select_piece(
     if is_turned:
         tensor = tensor.reshape(-1, short, long).transpose(0, 2, 1).reshape(len(rows), -1)
     values = tensor[:, piece.start : piece.start + chunks.num * chunks.size].reshape(-1, chunks.num, chunks.size)
-    magnitudes = values.view(np.int32) & MAGNITUDE  # of floats without their sign, the order of bits is that of values
+    bits = values.view(np.int32)
     at_once = max(1, KEYS_MAX // chunks.size)
     places: list[NDArray[np.int64]] = []
     counts = np.zeros((len(rows), chunks.num), np.int64)
@@ -188,7 +188,7 @@ def _select_piece(
         step = max(1, at_once // chunks.num)
         for update in range(0, len(rows), step):
             part = slice(update, update + step), slice(first, first + at_once)
-            is_sent, indices = _top(magnitudes[part], chunks.keep)  # (updates, chunks, keep)
+            is_sent, indices = _top(bits[part], chunks.keep)  # (updates, chunks, keep)
             numbers = np.arange(is_sent.shape[1]) + first
             inner = indices + (numbers * chunks.size + piece.start)[:, None]
             within = inner % short * long + inner // short if is_turned else inner
@@ -266,13 +266,15 @@ def _code(level: NDArray[np.float64]) -> NDArray[np.int32]:
     return clipped
 
 
-def _top(magnitudes: NDArray[np.int32], keep: int) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """(which are high enough to be sent, indices in the chunk) of each chunk's `keep` largest, (..., keep) in no order.
+def _top(bits: NDArray[np.int32], keep: int) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """(which are high enough to be sent, indices in the chunk) of each chunk's `keep` largest magnitudes, (..., keep)
+    in no order; `bits` (..., size) of float32.
 
-    A key is a magnitude and then the index's complement: of equal magnitudes the earlier is the larger key.
+    Without their sign, bits have the order of the values. A key is those and then the index's complement: of equal
+    magnitudes the earlier is the larger key.
     """
-    size = magnitudes.shape[-1]
-    keys = np.left_shift(magnitudes, 32, dtype=np.int64)
+    size = bits.shape[-1]
+    keys = np.left_shift(bits & MAGNITUDE, 32, dtype=np.int64)
     keys |= INDEX - np.arange(size)
     if keep < size:
         keys.partition(size - keep, axis=-1)

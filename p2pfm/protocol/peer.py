@@ -102,6 +102,9 @@ class Peer(Place):
         """What each member's newest announcement declared, for people."""
         self.early = EarlyMessages()
         self._phase_ends_ms = Millis(-(2**63))
+        """When a phase ends at some level: what comes then is heard in the next one."""
+        self._wakes_ms = Millis(-(2**63))
+        """When this peer has something to do in a phase."""
         self._next_sync_ms = Millis(0)
         self._next_retry_ms = Millis(0)
         self._due_ms = Millis(-(2**63))
@@ -110,7 +113,7 @@ class Peer(Place):
     def handle(self, event: AnyEvent, now_ms: Millis) -> list[AnyAction]:
         """What to do about `event`: first whatever the clock made due, then the event itself."""
         is_due = now_ms >= self._due_ms
-        actions = self._advance(now_ms) if is_due and now_ms >= self._phase_ends_ms else []
+        actions = self._advance(now_ms) if now_ms >= self._phase_ends_ms else []
         actions += HANDLERS[type(event)](self, event)
         if is_due or now_ms >= self._due_ms or type(event) is FetchFailed or type(event) is Tick:
             actions += self._on_housekeeping(now_ms, is_tick=type(event) is Tick)
@@ -124,24 +127,24 @@ class Peer(Place):
         actions: list[AnyAction] = []
         if position.round > self.round:
             actions += self._start_round(position.round, position.phase)
-        ends_ms = []
+        ends_ms, wakes_ms = [], []
         for ballot in self.ballots:
             position = compute_position(self.config, now_ms, ballot.level)
             while position.round == ballot.state.round and position.phase > ballot.state.phase:
                 actions += self._enter_phase(ballot, Phase(ballot.state.phase + 1))
-            ends_ms.append(self.skip_idle(ballot, position))
-        self._phase_ends_ms = min(ends_ms)
+            ends_ms.append(position.ends_ms)
+            wakes_ms.append(self.skip_idle(ballot, position))
+        self._phase_ends_ms, self._wakes_ms = min(ends_ms), min(wakes_ms)
         return actions
 
     def _on_housekeeping(self, now_ms: Millis, *, is_tick: bool) -> list[AnyAction]:
         """Ask a neighbour for what is missing, when it is time; set the next timer."""
         actions: list[AnyAction] = []
-        if self.awaits_others():
-            self._next_sync_ms = max(self._next_sync_ms, Millis(self._phase_ends_ms + SYNC_MS // 2))
-        elif now_ms >= self._next_sync_ms:
+        self._next_sync_ms = max(self._next_sync_ms, self.awaits_until() or self._next_sync_ms)
+        if now_ms >= self._next_sync_ms:
             self._next_sync_ms = Millis(now_ms + SYNC_MS)
             actions += self.ask_sync()
-        due_ms = min(self._phase_ends_ms, self._next_sync_ms)
+        due_ms = min(self._wakes_ms, self._next_sync_ms)
         if self.leaf.state.updates.resting or self.top.state.updates.resting:
             if now_ms >= self._next_retry_ms:
                 actions += self._retry(now_ms)
@@ -362,6 +365,8 @@ class Peer(Place):
         self.rewinds_to = self._base_asked = None
         if proposal.round == top.round:
             top.is_certified, top.certificate = True, certificate
+            if self.top is not self.leaf:
+                self._due_ms = Millis(-(2**63))  # it waits for none now
         self.state.is_training = False
         rank = self._settle_rank(proposal.round)
         return [
@@ -471,6 +476,7 @@ class Peer(Place):
         if leaf.state.certificate is not None:
             return []
         leaf.state.certificate = certificate
+        self._due_ms = Millis(-(2**63))  # it waits for another one now
         if not leaf.is_outside():
             return []
         leaf.state.is_certified = True

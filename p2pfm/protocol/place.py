@@ -8,12 +8,15 @@ from p2pfm.messages import Certificate, Envelope, SyncReply, SyncRequest
 from p2pfm.protocol.ballot import Ballot
 from p2pfm.protocol.events import AnswerSync, AnyAction, AskSync, Durable, Listen, SyncAsked
 from p2pfm.protocol.gossip import REPLY_MAX
-from p2pfm.protocol.phases import Phase, Position, compute_phase_start
+from p2pfm.protocol.phases import Phase, Position, compute_phase_start, compute_round_start
 from p2pfm.protocol.round_state import RoundState
 from p2pfm.protocol.shards import TOP, deal, get_committee_topic, get_shard_topic, list_seats
 from p2pfm.protocol.standing import Standing
 from p2pfm.settlement.ledger import Roster
 from p2pfm.types import MemberIndex, Millis, PeerId, Round
+
+LATE_MS = 1_500
+"""A certificate that is not here so long after its MERGE began is asked for."""
 
 NO_SHARD = MemberIndex(-1)
 """Where a peer is that is not registered: it only listens."""
@@ -83,23 +86,24 @@ class Place(Standing):
         return [listens]
 
     def skip_idle(self, ballot: Ballot, position: Position) -> Millis:
-        """When a ballot wants to be woken: at its phase's end, or (without a part in that) its committee's work's."""
+        """When a ballot's next phase wakes this peer: as it begins; without a part in it only if something comes."""
         is_idle = ballot.is_outside() and (position.phase > Phase.TRAIN or ballot is self.top)
-        if not is_idle or position.phase >= Phase.ATTEST:
-            return position.ends_ms
-        return compute_phase_start(self.config, position.round, Phase.MERGE, ballot.level)
+        return compute_round_start(self.config, Round(position.round + 1)) if is_idle else position.ends_ms
 
-    def awaits_others(self) -> bool:
-        """Where it has no seat it lacks nothing until the committee is done: its shard's, then the one above."""
+    def awaits_until(self) -> Millis | None:
+        """Till when this peer lacks nothing, if it has no seat: till a certificate is late, its shard's and then the
+        one above; with both, for the rest of the round. None: it may lack something now.
+        """
         leaf, top, head = self.leaf, self.top, self.durable.head
+        if self.wanted is not None or not top.is_outside() or self.history.is_behind():
+            return None
+        head_round = head.proposal.round if head else -1
+        if head_round == self.round:
+            return Millis(compute_round_start(self.config, Round(self.round + 1)) + LATE_MS)
         at_work = leaf if leaf.state.certificate is None else top
-        return (
-            at_work.is_outside()
-            and at_work.state.phase < Phase.MERGE
-            and (leaf is not at_work or (head.proposal.round if head else -1) == self.round - 1)
-            and self.wanted is None
-            and not self.history.is_behind()
-        )
+        if not at_work.is_outside() or (leaf is at_work and head_round != self.round - 1):
+            return None
+        return Millis(compute_phase_start(self.config, self.round, Phase.MERGE, at_work.level) + LATE_MS)
 
     # --- anti-entropy
 
