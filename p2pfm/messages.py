@@ -191,6 +191,11 @@ class Proposal(Wire, frozen=True, tag="proposal", dict=True):
         return frozenset(update.payload for update in self.updates)
 
     @cached_property
+    def weights(self) -> dict[Digest, Weight]:
+        """By payload."""
+        return {update.payload: update.weight for update in self.updates}
+
+    @cached_property
     def draft_digest(self) -> Digest:
         """What a proposal is known by before its new base is: the same for its proposer and whoever recomputes it."""
         return compute_digest(encode(msgspec.structs.replace(self, new_base=NO_DIGEST)))

@@ -342,17 +342,20 @@ class Network:
         return latency_ms + num_bytes // self._rates[self._cables[source]][self._cables[target]]
 
     def _draw_latency(self, source: int, target: int, now_ms: Millis) -> int | None:
+        latency_ms = self._draw_straight(source, target, now_ms)
+        if latency_ms is None or not self._has_nats:
+            return latency_ms
+        (is_punched,), (is_barred,) = self._punch(source, np.array([target]))
+        return None if is_barred else latency_ms * (1 + int(is_punched))
+
+    def _draw_straight(self, source: int, target: int, now_ms: Millis) -> int | None:
         bits = self._rng.getrandbits(64)
         if self._is_lossy and (bits & LOW_BITS) < self._losses[self._cables[source]][self._cables[target]]:
             return None
         if self._sides and self.is_cut(source, target, now_ms):
             return None
         near, far = self._places[source], self._places[target]
-        latency_ms = self._lows[near][far] + ((bits >> 32) * self._spans[near][far] >> 32)
-        if self._has_nats:
-            (is_punched,), (is_barred,) = self._punch(source, np.array([target]))
-            return None if is_barred else latency_ms * (1 + int(is_punched))
-        return latency_ms
+        return self._lows[near][far] + ((bits >> 32) * self._spans[near][far] >> 32)
 
     def draw_delays(
         self, source: int, targets: Sequence[int] | Ints, num_bytes: int, now_ms: Millis
@@ -377,15 +380,27 @@ class Network:
         self, source: int, targets: Sequence[int] | Ints, num_bytes: int, now_ms: Millis
     ) -> list[tuple[int, list[int]]]:
         """A broadcast as (delay [ms], hosts that it reaches then), in order of time."""
+        if len(targets) < FEW and not self._model.gossip:
+            return self._draw_few(source, targets, num_bytes, now_ms)
         at = np.asarray(targets, np.int64)  # (num_targets,)
-        if len(at) == 0:
-            return []
         bits = self._bits.random_raw(len(at)).view(np.int64)
         delays, is_heard = (self._draw_hops if self._model.gossip else self._draw_direct)(source, at, num_bytes, bits)
         is_heard = self._cut(source, at, is_heard, now_ms)
         if is_heard is not None:
             at, delays = at[is_heard], delays[is_heard]
         return gather(at, delays, self.quantum_ms)
+
+    def _draw_few(
+        self, source: int, targets: Sequence[int] | Ints, num_bytes: int, now_ms: Millis
+    ) -> list[tuple[int, list[int]]]:
+        """`draw_wave` to so few that arrays would take longer."""
+        rates, reached = self._rates[self._cables[source]], dict[int, list[int]]()
+        for target in targets:
+            latency_ms = self._draw_straight(source, target, now_ms)
+            if latency_ms is not None:
+                delay_ms = latency_ms + num_bytes // rates[self._cables[target]]
+                reached.setdefault(-(-delay_ms // self.quantum_ms) * self.quantum_ms, []).append(target)
+        return sorted(reached.items())
 
     def _cut(
         self, source: int, at: Ints, is_heard: NDArray[np.bool_] | None, now_ms: Millis

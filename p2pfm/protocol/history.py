@@ -21,6 +21,7 @@ class History:
         self.settled: SettledRound | None = None
         """The newest round on chain."""
         self.roots: dict[Round, Digest] = {}
+        """By round, in order."""
         self._is_whole = False
         """Nothing lies between the first of the roots and the network's beginning."""
         self._judged: tuple[SettledRound | None, dict[Round, Digest], bool] = (None, self.roots, False)
@@ -31,17 +32,17 @@ class History:
     @property
     def head_round(self) -> int:
         """The newest certified round; -1: none."""
-        return max(self.roots, default=-1)
+        return next(reversed(self.roots), -1)
 
     def extend(self, proposal: Proposal) -> None:
         """Remember a certified root with those that it follows; others are of another history."""
-        older = {round: root for round, root in sorted(self.roots.items()) if round < proposal.round}
-        while older and older[max(older)] != proposal.prev_root:
-            del older[max(older)]
+        older = {round: root for round, root in self.roots.items() if round < proposal.round}
+        while older and older[next(reversed(older))] != proposal.prev_root:
+            older.popitem()
         self._is_whole = proposal.prev_root == NO_DIGEST or (self._is_whole and bool(older))
         self.roots = {**older, proposal.round: proposal.root}
         if len(self.roots) > ROOTS_MAX:
-            del self.roots[min(self.roots)]
+            del self.roots[next(iter(self.roots))]
             self._is_whole = False
 
     def rewind(self) -> None:
@@ -62,7 +63,7 @@ class History:
         return is_orphaned
 
     def _contradicts_chain(self) -> bool:
-        settled, lineage = self.settled, sorted(self.roots.items())
+        settled, lineage = self.settled, list(self.roots.items())
         if settled is None:
             return False
         pairs = itertools.pairwise([(Round(-1), NO_DIGEST), *lineage] if self._is_whole else lineage)

@@ -61,7 +61,7 @@ from p2pfm.protocol.events import (
     Trained,
 )
 from p2pfm.protocol.membership import compute_ranks, get_member, is_outdated_for
-from p2pfm.protocol.phases import Phase, compute_position
+from p2pfm.protocol.phases import PHASES, Phase
 from p2pfm.protocol.place import Place
 from p2pfm.protocol.round_state import EarlyMessages
 from p2pfm.protocol.shards import FOLLOWED_MAX, TOP, get_shard_name, get_shard_topic, list_seats
@@ -123,15 +123,16 @@ class Peer(Place):
 
     def _advance(self, now_ms: Millis) -> list[AnyAction]:
         """Enter every phase that is due. A clock that jumped back changes nothing: no phase goes backwards."""
-        position = compute_position(self.config, now_ms)
+        position = self.timetable.locate(now_ms)
         actions: list[AnyAction] = []
         if position.round > self.round:
             actions += self._start_round(position.round, position.phase)
         ends_ms, wakes_ms = [], []
         for ballot in self.ballots:
-            position = compute_position(self.config, now_ms, ballot.level)
-            while position.round == ballot.state.round and position.phase > ballot.state.phase:
-                actions += self._enter_phase(ballot, Phase(ballot.state.phase + 1))
+            if ballot is not self.leaf:
+                position = self.timetable.locate(now_ms, ballot.level)
+            if position.round == ballot.state.round and position.phase > ballot.state.phase:
+                actions += self._enter_phases(ballot, position.phase)
             ends_ms.append(position.ends_ms)
             wakes_ms.append(self.skip_idle(ballot, position))
         self._phase_ends_ms, self._wakes_ms = min(ends_ms), min(wakes_ms)
@@ -179,17 +180,30 @@ class Peer(Place):
         failure = self.top.state.failure or state.failure
         return [Note(state.round, f"round is void here: {failure or 'no certificate in time'}")]
 
-    def _enter_phase(self, ballot: Ballot, phase: Phase) -> list[AnyAction]:
-        own: list[AnyAction] = []
-        if phase == Phase.EXCHANGE and ballot is self.leaf:
-            mine = self.durable.announced_payload
-            if mine is not None and self.durable.announced_round == self.round:
-                self.state.updates.hold(mine, self.me)
-                own = [Serve(mine)]
-        if phase == Phase.SCORE and self.wanted is not None:
-            ballot.state.phase = phase
-            return own
-        return own + ballot.enter(phase)
+    def _enter_phases(self, ballot: Ballot, last: Phase) -> list[AnyAction]:
+        """All phases that have begun by now, in their order."""
+        state, actions = ballot.state, []
+        is_leaf = ballot is self.leaf
+        while state.phase < last:
+            if ballot.is_outside() and state.proposal is None and (state.phase > Phase.TRAIN or not is_leaf):
+                state.phase = last  # in these it does nothing
+                break
+            phase = PHASES[state.phase + 1]
+            if phase == Phase.EXCHANGE and is_leaf:
+                actions += self._serve_own()
+            if phase == Phase.SCORE and self.wanted is not None:
+                state.phase = phase
+            else:
+                actions += ballot.enter(phase)
+        return actions
+
+    def _serve_own(self) -> list[AnyAction]:
+        """What was announced is public from now on."""
+        mine = self.durable.announced_payload
+        if mine is None or self.durable.announced_round != self.round:
+            return []
+        self.state.updates.hold(mine, self.me)
+        return [Serve(mine)]
 
     def _retry(self, now_ms: Millis) -> list[AnyAction]:
         """Ask again for payloads that nobody gave a while ago."""
@@ -384,15 +398,13 @@ class Peer(Place):
         durable, shard = self.durable, self.leaf.shard
         if durable.announced_round != proposal.round:
             return False
-        weights = {update.payload: update.weight for update in proposal.updates}
+        mine = durable.announced_payload or NO_DIGEST
         if shard is None:
-            return weights.get(durable.announced_payload or NO_DIGEST, 0) > 0
+            return proposal.weights.get(mine, 0) > 0
         inner = self.state.certificate
-        if inner is None or inner.proposal.round != proposal.round or not weights.get(inner.proposal.new_base):
+        if inner is None or inner.proposal.round != proposal.round or not proposal.weights.get(inner.proposal.new_base):
             return False
-        return any(
-            update.payload == durable.announced_payload and update.weight > 0 for update in inner.proposal.updates
-        )
+        return inner.proposal.weights.get(mine, 0) > 0
 
     def _settle_rank(self, round: Round) -> int | None:
         """Who brings the root on chain first: the committee in its ranks, then (in a small network) the others."""

@@ -17,7 +17,6 @@ long).
 import itertools
 from bisect import bisect_right
 from enum import IntEnum
-from functools import lru_cache
 from typing import NamedTuple
 
 from p2pfm.config import NetworkConfig, PhaseConfig
@@ -55,19 +54,39 @@ class Position(NamedTuple):
     ends_ms: Millis
 
 
-def get_durations(config: NetworkConfig, level: Level = Level.SHARD) -> tuple[Millis, ...]:
-    """Each phase's duration [ms], in the order of `Phase`; both levels' sums are the round's length."""
-    return _get_durations(config.phases, config.has_shards, level)
+class Timetable:
+    """When what begins and ends in a network: computed once, for it is asked at every event."""
+
+    __slots__ = ("_durations", "_ends", "_genesis_ms", "round_ms")
+
+    def __init__(self, config: NetworkConfig) -> None:
+        self._genesis_ms = config.genesis_ms
+        self._durations = [_compute_durations(config.phases, config.has_shards, level) for level in Level]
+        self._ends = [list(itertools.accumulate(durations)) for durations in self._durations]
+        """By level: when each phase ends [ms since the round's beginning]."""
+        self.round_ms = Millis(self._ends[0][-1])
+
+    def get_durations(self, level: Level) -> tuple[Millis, ...]:
+        """Each phase's duration [ms], in the order of `Phase`; both levels' sums are the round's length."""
+        return self._durations[level]
+
+    def locate(self, now_ms: Millis, level: Level = Level.SHARD) -> Position:
+        """The round and phase at `now_ms`, and when the phase ends."""
+        elapsed = now_ms - self._genesis_ms
+        if elapsed < 0:
+            return Position(Round(-1), Phase.MERGE, self._genesis_ms)
+        ends_ms = self._ends[level]
+        number, within_ms = divmod(elapsed, self.round_ms)
+        place = bisect_right(ends_ms, within_ms)
+        return Position(Round(number), PHASES[place], Millis(now_ms - within_ms + ends_ms[place]))
+
+    def get_start(self, round: Round, phase: Phase = Phase.TRAIN, level: Level = Level.SHARD) -> Millis:
+        """When a phase of a round begins [ms since the Unix epoch]."""
+        before_ms = self._ends[level][phase - 1] if phase else 0
+        return Millis(self._genesis_ms + round * self.round_ms + before_ms)
 
 
-@lru_cache(maxsize=64)
-def _get_ends(phases: PhaseConfig, has_shards: bool, level: Level) -> tuple[int, ...]:
-    """When each phase ends [ms since the round's beginning]; the last is the round's length."""
-    return tuple(itertools.accumulate(_get_durations(phases, has_shards, level)))
-
-
-@lru_cache(maxsize=64)
-def _get_durations(phases: PhaseConfig, has_shards: bool, level: Level) -> tuple[Millis, ...]:
+def _compute_durations(phases: PhaseConfig, has_shards: bool, level: Level) -> tuple[Millis, ...]:
     train, *later = (
         phases.train_ms,
         phases.exchange_ms,
@@ -83,23 +102,16 @@ def _get_durations(phases: PhaseConfig, has_shards: bool, level: Level) -> tuple
     return (train, *later[:-1], Millis(later[-1] + sum(later)))
 
 
+def get_durations(config: NetworkConfig, level: Level = Level.SHARD) -> tuple[Millis, ...]:
+    """See Timetable."""
+    return Timetable(config).get_durations(level)
+
+
 def compute_position(config: NetworkConfig, now_ms: Millis, level: Level = Level.SHARD) -> Position:
-    """The round and phase at `now_ms`, and when the phase ends."""
-    elapsed = now_ms - config.genesis_ms
-    if elapsed < 0:
-        return Position(Round(-1), Phase.MERGE, config.genesis_ms)
-    ends_ms = _get_ends(config.phases, config.has_shards, level)
-    number, within_ms = divmod(elapsed, ends_ms[-1])
-    place = bisect_right(ends_ms, within_ms)
-    return Position(Round(number), PHASES[place], Millis(now_ms - within_ms + ends_ms[place]))
-
-
-def compute_phase_start(config: NetworkConfig, round: Round, phase: Phase, level: Level = Level.SHARD) -> Millis:
-    """When a phase of a round begins [ms since the Unix epoch]."""
-    before_ms = _get_ends(config.phases, config.has_shards, level)[phase - 1] if phase else 0
-    return Millis(compute_round_start(config, round) + before_ms)
+    """See Timetable."""
+    return Timetable(config).locate(now_ms, level)
 
 
 def compute_round_start(config: NetworkConfig, round: Round) -> Millis:
-    """When a round's TRAIN begins [ms since the Unix epoch]."""
-    return Millis(config.genesis_ms + round * sum(get_durations(config)))
+    """See Timetable."""
+    return Timetable(config).get_start(round)

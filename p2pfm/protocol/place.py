@@ -8,7 +8,7 @@ from p2pfm.messages import Certificate, Envelope, SyncReply, SyncRequest
 from p2pfm.protocol.ballot import Ballot
 from p2pfm.protocol.events import AnswerSync, AnyAction, AskSync, Durable, Listen, SyncAsked
 from p2pfm.protocol.gossip import REPLY_MAX
-from p2pfm.protocol.phases import Phase, Position, compute_phase_start, compute_round_start
+from p2pfm.protocol.phases import Phase, Position, Timetable
 from p2pfm.protocol.round_state import RoundState
 from p2pfm.protocol.shards import TOP, deal, get_committee_topic, get_shard_topic, list_seats
 from p2pfm.protocol.standing import Standing
@@ -29,6 +29,7 @@ class Place(Standing):
 
     def __init__(self, me: PeerId, config: NetworkConfig, durable: Durable) -> None:
         super().__init__(me, config, durable)
+        self.timetable = Timetable(config)
         self.leaf = Ballot(self, RoundState(Round(-1), Phase.MERGE, saw_train=False, roster=None))
         """The round among peers: this peer's shard's, or a small network's only one."""
         self.top = self.leaf
@@ -88,7 +89,7 @@ class Place(Standing):
     def skip_idle(self, ballot: Ballot, position: Position) -> Millis:
         """When a ballot's next phase wakes this peer: as it begins; without a part in it only if something comes."""
         is_idle = ballot.is_outside() and (position.phase > Phase.TRAIN or ballot is self.top)
-        return compute_round_start(self.config, Round(position.round + 1)) if is_idle else position.ends_ms
+        return self.timetable.get_start(Round(position.round + 1)) if is_idle else position.ends_ms
 
     def awaits_until(self) -> Millis | None:
         """Till when this peer lacks nothing, if it has no seat: till a certificate is late, its shard's and then the
@@ -99,11 +100,11 @@ class Place(Standing):
             return None
         head_round = head.proposal.round if head else -1
         if head_round == self.round:
-            return Millis(compute_round_start(self.config, Round(self.round + 1)) + LATE_MS)
+            return Millis(self.timetable.get_start(Round(self.round + 1)) + LATE_MS)
         at_work = leaf if leaf.state.certificate is None else top
         if not at_work.is_outside() or (leaf is at_work and head_round != self.round - 1):
             return None
-        return Millis(compute_phase_start(self.config, self.round, Phase.MERGE, at_work.level) + LATE_MS)
+        return Millis(self.timetable.get_start(self.round, Phase.MERGE, at_work.level) + LATE_MS)
 
     # --- anti-entropy
 
