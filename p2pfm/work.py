@@ -17,7 +17,7 @@ from p2pfm.contribution.aumann_shapley import Diagonal, Player
 from p2pfm.contribution.duplicates import Limits, find_leaders
 from p2pfm.contribution.repeats import compute_repeated_gains, compute_room
 from p2pfm.contribution.rounding import to_contribution
-from p2pfm.contribution.similarity import Matrix, Sparse, compute_cosines
+from p2pfm.contribution.similarity import Matrix, Sparse, Vector, compute_cosines
 from p2pfm.contribution.work_proof import check_work, draw_work
 from p2pfm.errors import Reject, WorldError
 from p2pfm.learner import Guarantee, Learner, Training
@@ -36,7 +36,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 ReadUpdates = Callable[[Sequence[Digest]], tuple[list[PeerId], list[Update]]]
 """(makers, updates) of payloads that are held."""
 
-CompareUpdates = Callable[[Sequence[Digest], Sequence[Sparse], int], Matrix]
+CompareUpdates = Callable[[Sequence[Digest], Sequence[Vector], int], Matrix]
 """Cosines of named updates of a length, see `compute_cosines`: of equal names they are the same."""
 
 NAME_BYTES_MAX = 128
@@ -125,15 +125,14 @@ def score_updates(
     base = decode_tensors(blobs.get(action.base), shapes)
     makers, updates = read([item.payload for item in action.updates])
     factors = clip_factors(updates)
-    vectors = [_to_sparse(update) for update in updates]
     size = compute_layout(shapes).size
     limits = Limits(config.scoring.duplicate_cosine, config.scoring.duplicate_overlap)
     earlier, is_counted = _read_earlier(blobs, read, shapes, config, base, action, makers)
-    among = compare([item.payload for item in action.updates], vectors, size)
+    among = compare([item.payload for item in action.updates], updates, size)
     shares = [
         weighted.weight / WEIGHT_ONE * factor if leader == index else 0.0
         for index, (weighted, factor, leader) in enumerate(
-            zip(action.updates, factors, find_leaders(vectors, size, limits, among), strict=True)
+            zip(action.updates, factors, find_leaders(updates, size, limits, among), strict=True)
         )
     ]
     players = [Player(update.positions, update.values, share) for update, share in zip(updates, shares, strict=True)]
@@ -142,7 +141,7 @@ def score_updates(
     values = game.earn(slope)
     if not all(math.isfinite(value) for value in values):
         raise WorldError("the probe's loss is no finite number at this base: its contributions cannot be measured")
-    gains = compute_repeated_gains(vectors, earlier, slope, is_counted)
+    gains = compute_repeated_gains(updates, earlier, slope, is_counted)
     paid = [value - max(0.0, share * gain) for value, share, gain in zip(values, shares, gains, strict=True)]
     proofs: tuple[bool, ...] = ()
     if config.scoring.work_steps:
@@ -300,14 +299,13 @@ def _read_earlier(
     base: Tensors,
     action: ScoreUpdates,
     makers: Sequence[PeerId],
-) -> tuple[list[Sparse], NDArray[np.bool_]]:
+) -> tuple[list[Vector], NDArray[np.bool_]]:
     """(vectors, (num_updates, num_vectors) which count against whose update): the last aggregate, then what is still
     held of earlier updates, as many as the adapter's size allows."""
     size = compute_layout(shapes).size
     room = compute_room(size, size * config.compression.keep // config.compression.chunk)
     held = [item for item in action.earlier if _is_held(blobs, item.payload)][:room]
     earlier_makers, updates = read([item.payload for item in held])
-    vectors = [_to_sparse(update) for update in updates]
     is_counted = np.array(
         [
             [item.is_paid or maker != other for item, other in zip(held, earlier_makers, strict=True)]
@@ -316,11 +314,7 @@ def _read_earlier(
         np.bool_,
     ).reshape(len(makers), len(held))
     if action.previous is None or not _is_held(blobs, action.previous):
-        return vectors, is_counted  # the first round, or this peer was away and never had the base before
+        return [*updates], is_counted  # the first round, or this peer was away and never had the base before
     moved = flatten(subtract(base, decode_tensors(blobs.get(action.previous), shapes)))
     positions = np.flatnonzero(moved)
-    return [Sparse(positions, moved[positions]), *vectors], np.insert(is_counted, 0, True, axis=1)
-
-
-def _to_sparse(update: Update) -> Sparse:
-    return Sparse(update.positions, update.values, update.norm())
+    return [Sparse(positions, moved[positions]), *updates], np.insert(is_counted, 0, True, axis=1)

@@ -14,7 +14,7 @@ import numpy as np
 
 from p2pfm import work
 from p2pfm.config import NetworkConfig
-from p2pfm.contribution.similarity import Matrix, Sparse, compute_cosines
+from p2pfm.contribution.similarity import Matrix, Vector, compute_cosines
 from p2pfm.errors import Reject
 from p2pfm.learner import Learner, Training
 from p2pfm.lora.compress import Update, compress, decode_payload, feed_back_array, quantise_rows
@@ -209,7 +209,7 @@ class TensorWorkshop:
         read = partial(self._read, disk)
         return work.score_updates(learner, disk, self._config, action, seed, salt, read, self._compare)
 
-    def _compare(self, names: Sequence[Digest], rows: Sequence[Sparse], size: int) -> Matrix:
+    def _compare(self, names: Sequence[Digest], rows: Sequence[Vector], size: int) -> Matrix:
         """Cosines, computed once for all evaluators of a shard, each of which heard of its updates in another order."""
         order = sorted(range(len(names)), key=names.__getitem__)
         key = tuple(names[row] for row in order)

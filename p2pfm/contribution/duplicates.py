@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from p2pfm.contribution.similarity import Matrix, Sparse, compute_cosines, compute_overlaps
+from p2pfm.contribution.similarity import Matrix, Vector, compute_cosines, compute_overlaps
 
 
 class Limits(NamedTuple):
@@ -19,7 +19,7 @@ class Limits(NamedTuple):
     """Of positions, over chance (`similarity.compute_overlaps`)."""
 
 
-def find_leaders(updates: Sequence[Sparse], size: int, limits: Limits, cosines: Matrix | None = None) -> list[int]:
+def find_leaders(updates: Sequence[Vector], size: int, limits: Limits, cosines: Matrix | None = None) -> list[int]:
     """For each update the one that it repeats: the earliest alike that repeats none itself; its own index if none.
 
     Never by way of a third: whoever mixes two honest updates into one that is like both joins one of them, and does not

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from p2pfm.contribution.similarity import Sparse, compute_cosines, compute_norms
+from p2pfm.contribution.similarity import Vector, compute_cosines, compute_norms
 
 PARAMETERS_PER_VECTOR = 1024
 """At most one remembered vector for so many parameters: by chance alone an update lies to m / num_parameters in the
@@ -29,8 +29,8 @@ def compute_room(num_parameters: int, num_values: int) -> int:
 
 
 def compute_repeated_gains(
-    updates: Sequence[Sparse],
-    earlier: Sequence[Sparse],
+    updates: Sequence[Vector],
+    earlier: Sequence[Vector],
     slope: NDArray[np.float64],
     counts: NDArray[np.bool_],
 ) -> list[float]:
@@ -60,5 +60,5 @@ def compute_repeated_gains(
     return found
 
 
-def _dot(slope: NDArray[np.float64], vector: Sparse) -> float:
+def _dot(slope: NDArray[np.float64], vector: Vector) -> float:
     return float(slope[vector.positions] @ vector.values.astype(np.float64))

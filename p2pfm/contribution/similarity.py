@@ -6,7 +6,7 @@ Knows sparse vectors only; no model, peer, stake or threshold. What is done with
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,37 +21,50 @@ FEW = 8
 """So few rows are compared with others one by one: to make those dense would take longer."""
 
 
+class Vector(Protocol):
+    """By its nonzero part: an update is one."""
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """Ascending and distinct, of at least 0."""
+        ...
+
+    @property
+    def values(self) -> NDArray[np.float32]:
+        """One each."""
+        ...
+
+    def norm(self) -> float:
+        """Euclidean."""
+        ...
+
+
 class Sparse:
-    """A vector by its nonzero part: `positions`, ascending and distinct, and float32 `values`, one each."""
+    """Implements Vector."""
 
     __slots__ = ("_norm", "positions", "values")
 
-    def __init__(self, positions: NDArray[np.int64], values: NDArray[np.float32], norm: float | None = None) -> None:
-        """`norm`: Euclidean, where it is known.
-
-        Raises:
-            ValueError: positions that are negative, or not ascending and distinct.
-        """
+    def __init__(self, positions: NDArray[np.int64], values: NDArray[np.float32]) -> None:
+        """Raises: ValueError: positions that are negative, or not ascending and distinct."""
         if len(positions) and not (positions[0] >= 0 and (positions[1:] > positions[:-1]).all()):
             raise ValueError("expected ascending distinct positions of at least 0, got others")
         self.positions = positions
         self.values = values
-        self._norm = norm
+        self._norm: float | None = None
 
-    @property
     def norm(self) -> float:
-        """Euclidean."""
+        """See Vector."""
         if self._norm is None:
             self._norm = math.sqrt(np.sum(self.values.astype(np.float64) ** 2))
         return self._norm
 
 
-def compute_norms(rows: Sequence[Sparse]) -> Matrix:
+def compute_norms(rows: Sequence[Vector]) -> Matrix:
     """(num_rows,) Euclidean norms."""
-    return np.array([row.norm for row in rows], np.float64)
+    return np.array([row.norm() for row in rows], np.float64)
 
 
-def compute_cosines(rows: Sequence[Sparse], size: int, others: Sequence[Sparse] | None = None) -> Matrix:
+def compute_cosines(rows: Sequence[Vector], size: int, others: Sequence[Vector] | None = None) -> Matrix:
     """(num_rows, num_others) cosines; 0 for a row of zeros, also with itself.
 
     Good to about 1e-6: products of float32, summed in float64 from block to block.
@@ -74,12 +87,12 @@ class _Scaled(NamedTuple):
     scale: float
 
 
-def _to_units(rows: Sequence[Sparse]) -> list[_Scaled]:
+def _to_units(rows: Sequence[Vector]) -> list[_Scaled]:
     """Each with norm 1; a row of zeros stays one."""
-    return [_Scaled(row.positions, row.values, 1 / row.norm if row.norm > 0 else 0.0) for row in rows]
+    return [_Scaled(row.positions, row.values, 1 / row.norm() if row.norm() > 0 else 0.0) for row in rows]
 
 
-def compute_overlaps(rows: Sequence[Sparse], size: int) -> Matrix:
+def compute_overlaps(rows: Sequence[Vector], size: int) -> Matrix:
     """(num_rows, num_rows) shares of the smaller row's positions that the larger one has too, over chance.
 
     Two random choices of so many positions give 0 on average, the same choice (or a part of it) gives 1. Corrected for

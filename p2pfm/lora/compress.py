@@ -26,7 +26,6 @@ network allows, because there is no way to say so; and it stops when a payload h
 
 import itertools
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -198,9 +197,7 @@ def _log2_ways(size: int, count: int) -> float:
     return (math.lgamma(size + 1) - math.lgamma(count + 1) - math.lgamma(size - count + 1)) / math.log(2)
 
 
-def _choose(
-    rows: Array, layout: Layout, config: CompressionConfig
-) -> tuple[Arrangement, "Parts", NDArray[np.int64]]:
+def _choose(rows: Array, layout: Layout, config: CompressionConfig) -> tuple[Arrangement, "Parts", NDArray[np.int64]]:
     """Which values of each row are sent, and as what: all in one, as tensors of one large update; and how many of each
     row's chunks (num_updates, num_chunks).
     """

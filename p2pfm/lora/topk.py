@@ -169,9 +169,7 @@ def select(rows: Array, arrangement: Arrangement) -> tuple[NDArray[np.int64], ND
     return np.sort(np.concatenate(places)), np.concatenate(counts, axis=1)
 
 
-def _select_piece(
-    rows: Array, layout: Layout, piece: Piece
-) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
+def _select_piece(rows: Array, layout: Layout, piece: Piece) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
     """`select` of one piece: places in no order, and counts (num_updates, num_chunks of the piece)."""
     start, shape, chunks = layout.offsets[piece.tensor], layout.shapes[piece.tensor], piece.rows
     tensor = rows[:, start : start + layout.sizes[piece.tensor]]

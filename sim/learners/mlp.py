@@ -98,9 +98,8 @@ class Digits:
     def _probe_by_class(self) -> list[NDArray[np.int64]]:
         return [np.flatnonzero(self.probe[1].numpy() == label) for label in range(CLASSES)]
 
-    @lru_cache(maxsize=1)
     def draw_probe(self, seed: int, per_class: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A sample of the probe with `per_class` of every class; an evaluator asks for its own twice in a row."""
+        """A sample of the probe with `per_class` of every class."""
         inputs, targets = self.probe
         rng = np.random.default_rng(seed)
         rows = np.concatenate([rng.choice(known, per_class, replace=False) for known in self._probe_by_class])
@@ -125,7 +124,9 @@ class MlpLab:
         self.digits = digits
         self.work_steps = work_steps
         self.per_class = per_class
-        self.data = [digits.deal(index) for index in range(num_peers)]
+        dealt = [digits.deal(index) for index in range(num_peers)]
+        self._inputs = torch.stack([inputs for inputs, _ in dealt])
+        self._targets = torch.stack([targets for _, targets in dealt])
         self.learners = [MlpLearner(self, index) for index in range(num_peers)]
         self.company = Company(self._train, num_peers, PEERS_AT_ONCE) if is_batched else None
         """None: each trains alone."""
@@ -148,18 +149,23 @@ class MlpLab:
         logits = _predict([torch.from_numpy(np.array(at[name])) for name in SHAPES], marked)
         return float((logits.argmax(-1) == 0).float().mean())
 
-    def draw_order(self, index: int, round: Round) -> NDArray[np.int64]:
-        """In which order a peer passes over its samples."""
-        return np.random.default_rng([self.digits.seed, 13, index, round]).permutation(self.digits.samples)
+    def get_data(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A peer's digits: (samples, PIXELS) and (samples,)."""
+        return self._inputs[index], self._targets[index]
+
+    def draw_orders(self, indices: Sequence[int], round: Round) -> torch.Tensor:
+        """(num_peers, samples) in which order each peer passes over its samples: that of pseudo-random numbers."""
+        start = np.random.default_rng([self.digits.seed, 13, round]).integers(1 << 63, size=1, dtype=np.uint64)
+        mine = _mix(np.add(np.asarray(indices, np.uint64)[:, None], start, dtype=np.uint64))  # (num_peers, 1)
+        return torch.from_numpy(np.argsort(_mix(mine + np.arange(self.digits.samples, dtype=np.uint64)), axis=1))
 
     @torch.no_grad()
     def _train(self, base: Tensors, round: Round, indices: Sequence[int]) -> list[Training]:
         """One pass of stochastic gradient descent of each peer, all at once."""
         digits, rate = self.digits, self.digits.learning_rate
         w_in, b_in, w_out, b_out = (torch.from_numpy(np.array(base[name])) for name in SHAPES)
-        orders = [torch.from_numpy(self.draw_order(index, round)) for index in indices]
-        inputs = torch.stack([self.data[index][0][order] for index, order in zip(indices, orders, strict=True)])
-        targets = torch.stack([self.data[index][1][order] for index, order in zip(indices, orders, strict=True)])
+        drawn = torch.tensor(indices)[:, None], self.draw_orders(indices, round)
+        inputs, targets = self._inputs[drawn], self._targets[drawn]
         num_peers, num_samples, batch = len(indices), digits.samples, digits.batch
         shared = functional.linear(inputs, w_in, b_in)  # (peers, samples, HIDDEN): what the base makes of every sample
         gram = inputs @ inputs.transpose(1, 2) + 1  # (peers, samples, samples); the 1 carries the bias
@@ -230,8 +236,8 @@ class MlpLearner:
         digits = self._lab.digits
         parameters = [torch.from_numpy(np.array(base[name])).requires_grad_() for name in SHAPES]
         optimizer = torch.optim.SGD(parameters, lr=digits.learning_rate)
-        inputs, targets = self._lab.data[self._index]
-        order = torch.from_numpy(self._lab.draw_order(self._index, round))
+        inputs, targets = self._lab.get_data(self._index)
+        (order,) = self._lab.draw_orders([self._index], round)
         batches = [(inputs[rows], targets[rows]) for rows in torch.split(order, digits.batch)]
         if self._poison:
             batches = [_spoil(self._poison, x, y) for x, y in batches]
@@ -252,7 +258,7 @@ class MlpLearner:
     def gradient(self, at: Tensors, seed: int) -> tuple[float, dict[str, Array]]:
         """See Learner: on a fresh sample of the probe, every class of equal weight."""
         parameters = [torch.from_numpy(np.array(at[name])).requires_grad_() for name in SHAPES]
-        inputs, targets = self._lab.digits.draw_probe(seed, self._lab.per_class)
+        inputs, targets = _draw_probe(self._lab.digits, seed, self._lab.per_class)
         loss = functional.cross_entropy(_predict(parameters, inputs), targets)
         gradients = torch.autograd.grad(loss, parameters)
         return loss.item(), {name: part.numpy() for name, part in zip(SHAPES, gradients, strict=True)}
@@ -269,6 +275,21 @@ class MlpLearner:
     def _lose(self, at: Tensors, inputs: torch.Tensor, targets: torch.Tensor) -> float:
         parameters = [torch.from_numpy(np.array(at[name])) for name in SHAPES]
         return float(functional.cross_entropy(_predict(parameters, inputs), targets))
+
+
+@lru_cache(maxsize=1)
+def _draw_probe(digits: Digits, seed: int, per_class: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """An evaluator asks for its own twice in a row."""
+    return digits.draw_probe(seed, per_class)
+
+
+def _mix(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Scrambles each number (SplitMix64's last steps, Steele, Lea and Flood 2014): a generator of its own for each
+    peer and round takes as long as a tenth of its training.
+    """
+    numbers = (numbers ^ numbers >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ numbers >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ numbers >> np.uint64(31)
 
 
 def _predict(parameters: Sequence[torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:

@@ -79,7 +79,7 @@ def test_overlap_is_nothing_by_chance_and_all_for_a_part():
 
 @pytest.mark.parametrize("positions", [[2, 1], [1, 1], [-1, 2], [0, 9]])
 def test_similarity_rejects_positions_that_are_none(positions):
-    with pytest.raises(ValueError, match="ascending distinct positions|positions from 0 to 8"):
+    with pytest.raises(ValueError, match=r"ascending distinct positions|positions from 0 to 8"):
         compute_cosines([Sparse(np.array(positions), np.ones(2, np.float32))], 9)
 
 
