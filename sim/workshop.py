@@ -168,7 +168,9 @@ class TensorWorkshop:
             )
             for mate, (theirs, wish) in asked.items()
         ]
-        rows = np.stack([flatten(training.delta) for training in trained])
+        rows = np.empty((len(trained), self._layout.size), np.float32)
+        for row, training in zip(rows, trained, strict=True):
+            flatten(training.delta, out=row)
         losses = [training.loss_nats or 0 for training in trained]
         if not (np.isfinite(rows).all() and np.isfinite(losses).all()):  # of all at once: a third of the time
             for training in trained:
@@ -176,7 +178,7 @@ class TensorWorkshop:
         for row, (theirs, wish) in zip(rows, asked.values(), strict=True):
             if wish.residual is not None:
                 residual = decode_flat(theirs.get(wish.residual), self._layout)
-                row[:] = feed_back_array(residual, row, self._config.compression)
+                feed_back_array(residual, row, self._config.compression, out=row)
         made = quantise_rows(rows, self._layout, self._config.compression)
         for (mate, (_, wish)), training, row, one in zip(asked.items(), trained, rows, made, strict=True):
             row[one[0].positions] -= one[0].values  # what is left out

@@ -127,10 +127,10 @@ def feed_back(residual: Tensors | None, delta: Tensors, config: CompressionConfi
     return {name: feed_back_array(residual[name], delta[name], config) for name in sorted(delta)}
 
 
-def feed_back_array(residual: Array, delta: Array, config: CompressionConfig) -> Array:
-    """`feed_back` of one array, whatever it holds."""
-    fed: Array = (np.float32(config.beta) * residual + delta).astype(np.float32, copy=False)
-    return fed
+def feed_back_array(residual: Array, delta: Array, config: CompressionConfig, out: Array | None = None) -> Array:
+    """`feed_back` of one array, whatever it holds; `out`: where to, may be `delta` itself."""
+    fed: Array = np.add(np.float32(config.beta) * residual, delta, out=out)
+    return fed.astype(np.float32, copy=False)
 
 
 def compress(tensors: Tensors, config: CompressionConfig) -> tuple[bytes, dict[str, Array]]:

@@ -48,9 +48,9 @@ def get_shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
     return {name: tensors[name].shape for name in sorted(tensors)}
 
 
-def flatten(tensors: Tensors) -> Array:
-    """All values as one float32 vector in canonical order (a copy)."""
-    return np.concatenate([np.asarray(tensors[name], np.float32).ravel() for name in sorted(tensors)])
+def flatten(tensors: Tensors, out: Array | None = None) -> Array:
+    """All values as one float32 vector in canonical order (a copy; `out`, if given)."""
+    return np.concatenate([np.asarray(tensors[name], np.float32).ravel() for name in sorted(tensors)], out=out)
 
 
 def unflatten(flat: NDArray[np.floating], layout: Layout) -> dict[str, Array]:

@@ -156,8 +156,9 @@ class MlpLab:
     def draw_orders(self, indices: Sequence[int], round: Round) -> torch.Tensor:
         """(num_peers, samples) in which order each peer passes over its samples: that of pseudo-random numbers."""
         start = np.random.default_rng([self.digits.seed, 13, round]).integers(1 << 63, size=1, dtype=np.uint64)
-        mine = _mix(np.add(np.asarray(indices, np.uint64)[:, None], start, dtype=np.uint64))  # (num_peers, 1)
-        return torch.from_numpy(np.argsort(_mix(mine + np.arange(self.digits.samples, dtype=np.uint64)), axis=1))
+        steps: NDArray[np.uint64] = np.arange(self.digits.samples, dtype=np.uint64)
+        mine: NDArray[np.uint64] = np.array(indices, np.uint64)[:, None] + start
+        return torch.from_numpy(np.argsort(_mix(_mix(mine) + steps), axis=1))
 
     @torch.no_grad()
     def _train(self, base: Tensors, round: Round, indices: Sequence[int]) -> list[Training]:
