@@ -92,14 +92,14 @@ class Place(Standing):
         return self.timetable.get_start(Round(position.round + 1)) if is_idle else position.ends_ms
 
     def awaits_until(self) -> Millis | None:
-        """Till when this peer lacks nothing, if it has no seat: till a certificate is late, its shard's and then the
+        """Till when this peer lacks nothing where it has no seat: till a certificate is late, its shard's and then the
         one above; with both, for the rest of the round. None: it may lack something now.
         """
         leaf, top, head = self.leaf, self.top, self.durable.head
-        if self.wanted is not None or not top.is_outside() or self.history.is_behind():
+        if self.wanted is not None or self.history.is_behind():
             return None
         head_round = head.proposal.round if head else -1
-        if head_round == self.round:
+        if top.is_outside() and head_round == self.round:
             return Millis(self.timetable.get_start(Round(self.round + 1)) + LATE_MS)
         at_work = leaf if leaf.state.certificate is None else top
         if not at_work.is_outside() or (leaf is at_work and head_round != self.round - 1):
