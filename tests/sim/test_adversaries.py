@@ -262,8 +262,8 @@ def test_a_whole_eclipse_lasts_as_long_as_its_partition_and_the_victim_comes_bac
     """The victim reaches only eclipsers for two rounds: it learns nothing, signs nothing false, and then catches up."""
     round_ms = 60_000
     partition = Partition(0, 2 * round_ms, hosts=(11,), bridges=(0, 1))
-    scenario = Scenario(  # of a seed by which the victim is not to propose in these rounds
-        seed=6, num_peers=12, num_rounds=4, adversaries=("eclipse",) * 2, network=NetworkModel(partitions=(partition,))
+    scenario = Scenario(  # of a seed by which the victim is not to propose, and no eclipser passes on what it said
+        seed=7, num_peers=12, num_rounds=4, adversaries=("eclipse",) * 2, network=NetworkModel(partitions=(partition,))
     )
     world = World(scenario)
     world.run()
