@@ -20,9 +20,7 @@ from p2pfm.learner import Learner, Training
 from p2pfm.lora.compress import Update, compress, decode_payload, feed_back_array, quantise_rows
 from p2pfm.lora.delta import (
     compute_layout,
-    decode_flat,
     decode_tensors,
-    encode_flat,
     encode_tensors,
     flatten,
     subtract,
@@ -145,7 +143,7 @@ class TensorWorkshop:
         payload, size = self._keep_update(disk, action.maker, update, size)
         # Named after what it follows from: 50,000 parameters take half as long to hash as to train.
         name = compute_digest(b"residual" + payload + msgspec.msgpack.encode(action))
-        disk.put_as(name, encode_flat(rest, self._layout))
+        disk.put_as(name, rest.tobytes())
         return work.make_trained(action, training, (payload, size, name))
 
     def _train_group(self, index: int, disk: Disk, action: Train) -> None:
@@ -177,7 +175,7 @@ class TensorWorkshop:
                 work.validate_training(training)
         for row, (theirs, wish) in zip(rows, asked.values(), strict=True):
             if wish.residual is not None:
-                residual = decode_flat(theirs.get(wish.residual), self._layout)
+                residual = np.frombuffer(theirs.get(wish.residual), np.float32)
                 feed_back_array(residual, row, self._config.compression, out=row)
         made = quantise_rows(rows, self._layout, self._config.compression)
         for (mate, (_, wish)), training, row, one in zip(asked.items(), trained, rows, made, strict=True):

@@ -80,12 +80,8 @@ def encode_tensors(tensors: Tensors) -> bytes:
 
     Equal values have equal bytes on every machine, so their SHA-256 names an adapter.
     """
-    return encode_flat(flatten(tensors), compute_layout(get_shapes(tensors)))
-
-
-def encode_flat(flat: Array, layout: Layout) -> bytes:
-    """`encode_tensors` of what is one vector already."""
-    return b"".join((MAGIC, layout.digest, np.ascontiguousarray(flat, "<f4").data))
+    layout = compute_layout(get_shapes(tensors))
+    return MAGIC + layout.digest + flatten(tensors).astype("<f4", copy=False).tobytes()
 
 
 def decode_tensors(data: bytes, shapes: Shapes) -> dict[str, Array]:
@@ -95,15 +91,6 @@ def decode_tensors(data: bytes, shapes: Shapes) -> dict[str, Array]:
         Reject: another format, other names or shapes, a wrong length, or a value that is not finite.
     """
     layout = compute_layout(shapes)
-    return unflatten(decode_flat(data, layout).copy(), layout)
-
-
-def decode_flat(data: bytes, layout: Layout) -> Array:
-    """The vector (layout.size,) in what `encode_tensors` made, read-only where it lies.
-
-    Raises:
-        Reject: as `decode_tensors`.
-    """
     expected = HEADER_BYTES + 4 * layout.size
     if len(data) != expected:
         raise Reject(f"tensors: expected {expected} bytes for this adapter, got {len(data)}")
@@ -111,10 +98,10 @@ def decode_flat(data: bytes, layout: Layout) -> Array:
         raise Reject(f"tensors: expected the header {MAGIC!r}, got {data[: len(MAGIC)]!r}")
     if data[len(MAGIC) : HEADER_BYTES] != layout.digest:
         raise Reject("tensors: names or shapes differ from this network's adapter")
-    flat: Array = np.frombuffer(data, "<f4", offset=HEADER_BYTES).astype(np.float32, copy=False)
+    flat = np.frombuffer(data, "<f4", offset=HEADER_BYTES).astype(np.float32)
     if not np.isfinite(flat).all():
         raise Reject("tensors: a value is not finite")
-    return flat
+    return unflatten(flat, layout)
 
 
 @lru_cache(maxsize=16)
