@@ -218,8 +218,11 @@ class Ballot:
             shares = {get_shard_name(number): share for number, share in enumerate(of_shards)}
         state.scored = tuple(makers)
         updates = tuple(Weighted(digest, shares[makers[digest]]) for digest in state.scored)
-        previous = standing.durable.head.proposal.base if standing.durable.head else None
-        earlier = standing.earlier if self.level == Level.SHARD else ()
+        previous: Digest | None = None
+        earlier: tuple[Remembered, ...] = ()
+        if self.level == Level.SHARD:  # what shards' means have in common is what many learn: they repeat nobody
+            previous = standing.durable.head.proposal.base if standing.durable.head else None
+            earlier = standing.earlier
         epoch = self._compute_served_epoch()
         return [ScoreUpdates(state.round, standing.durable.base, previous, updates, earlier, self.shard, epoch)]
 

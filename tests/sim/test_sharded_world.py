@@ -37,6 +37,18 @@ def test_four_shards_hold_one_base_and_learn() -> None:
     assert all(update.peer.startswith("shard-") for update in updates)
 
 
+def test_shards_that_learn_the_same_are_neither_copies_of_each_other_nor_of_the_last_round() -> None:
+    """Means over 32 peers have cosines of over .9, and lie largely along the last aggregate."""
+    world = run(num_peers=96, shard_size=32, committee_size=3)
+    losses = [world.losses[Round(number)] for number in range(4)]
+    for number in range(1, 4):
+        updates = world.checks.certificates[Round(number)].proposal.updates
+        assert len(updates) == 3
+        assert all(update.contribution > 0 and update.weight > 0 for update in updates)
+        gained = sum(update.contribution for update in updates)
+        assert gained == pytest.approx(losses[number - 1] - losses[number], rel=0.5)
+
+
 def test_all_members_of_all_shards_are_paid() -> None:
     assert min(rewards(run())) > 0.1
 
