@@ -35,10 +35,10 @@ class Cost(msgspec.Struct, frozen=True):
 
 
 COSTS: dict[str, Cost] = {
-    "digests": Cost(8.0e7, 3.5e4, 1.1e3, 5.0e3, 0.00064, 2.6e-5),
+    "digests": Cost(8.0e7, 3.5e4, 1.1e3, 5.0e3, 0.0005, 1.6e-5),
     "convex": Cost(8.0e7, 2.3e4, 1.1e3, 8.5e3, 0.0042, 2.6e-5),
     "mlp": Cost(3.6e8, 7.8e5, 3.4e3, 2.7e4, 0.0196, 2.6e-5),
-    "mlp modelled": Cost(3.6e8, 7.8e5, 3.4e3, 2.7e4, 0.0021, 2.6e-5),
+    "mlp modelled": Cost(3.6e8, 7.8e5, 3.4e3, 2.7e4, 0.0008, 9e-5),
     "lora": Cost(5.2e8, 8e5, 1.1e3, 1.7e5, 0.2, 0.0),
 }
 """Measured by bench/estimate.py with 8 to 1,000 peers and 3 to 24 rounds, and by bench/simulator.py with up to 10,000,
