@@ -18,14 +18,7 @@ from p2pfm.contribution.similarity import Matrix, Vector, compute_cosines
 from p2pfm.errors import Reject
 from p2pfm.learner import Learner, Training
 from p2pfm.lora.compress import Update, compress, decode_payload, feed_back_array, quantise_rows
-from p2pfm.lora.delta import (
-    compute_layout,
-    decode_tensors,
-    encode_tensors,
-    flatten,
-    subtract,
-    zeros,
-)
+from p2pfm.lora.delta import compute_layout, decode_tensors, encode_tensors, flatten, subtract, zeros
 from p2pfm.lora.merge import merge
 from p2pfm.protocol.events import Condense, Evaluate, Evaluated, Merge, Merged, Scored, ScoreUpdates, Train, Trained
 from p2pfm.types import Array, Digest, PeerId, Tensors, compute_digest

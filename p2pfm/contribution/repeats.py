@@ -52,7 +52,7 @@ def compute_repeated_gains(
     gains = np.zeros(len(updates))
     choices, choice_of = np.unique(counts, axis=0, return_inverse=True)
     for number, choice in enumerate(choices):
-        chosen, mine = np.flatnonzero(choice), np.flatnonzero(choice_of == number)
+        chosen, mine = np.flatnonzero(choice), np.flatnonzero(choice_of.ravel() == number)
         # v's part in the span is sum_j c_j e_j with c = G^-1 b; its gain is g . c = (G^-1 g) . b.
         inverse = np.linalg.pinv(among[np.ix_(chosen, chosen)], rcond=SINGULAR, hermitian=True)
         gains[mine] = norms[mine] * (inverse @ unit_gains[chosen] @ between[np.ix_(chosen, mine)])

@@ -267,12 +267,13 @@ class ScoreUpdates(Action, frozen=True, tag="score"):
     """Measure the contribution of every update to the round's game; answer: `Scored`.
 
     Of updates that are alike the first in `updates` counts. What an update repeats of the last aggregate (`base` minus
-    `previous`) or of `earlier` ones earns nothing.
+    `previous`) or of `earlier` ones earns nothing. Shards' updates are compared with nothing.
     """
 
     round: Round
     base: Digest
     previous: Digest | None
+    """None: there is none, or the updates are shards'."""
     updates: tuple[Weighted, ...]
     """In the order in which they were announced here."""
     earlier: tuple[Remembered, ...] = ()
