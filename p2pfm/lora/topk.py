@@ -172,11 +172,7 @@ def select(rows: Array, arrangement: Arrangement) -> tuple[NDArray[np.int64], ND
 def _select_piece(rows: Array, layout: Layout, piece: Piece) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
     """`select` of one piece: places in no order, and counts (num_updates, num_chunks of the piece)."""
     start, shape, chunks = layout.offsets[piece.tensor], layout.shapes[piece.tensor], piece.rows
-    tensor = rows[:, start : start + layout.sizes[piece.tensor]]
-    short, long = min(shape, default=0), max(shape, default=0)
-    is_turned = len(shape) == 2 and shape[0] < shape[1]
-    if is_turned:
-        tensor = tensor.reshape(-1, short, long).transpose(0, 2, 1).reshape(len(rows), -1)
+    tensor = _innermost(rows, layout, piece.tensor).reshape(len(rows), -1)
     values = tensor[:, piece.start : piece.start + chunks.num * chunks.size].reshape(-1, chunks.num, chunks.size)
     bits = values.view(np.int32)
     at_once = max(1, KEYS_MAX // chunks.size)
@@ -189,7 +185,7 @@ def _select_piece(rows: Array, layout: Layout, piece: Piece) -> tuple[list[NDArr
             is_sent, indices = _top(bits[part], chunks.keep)  # (updates, chunks, keep)
             numbers = np.arange(is_sent.shape[1]) + first
             inner = indices + (numbers * chunks.size + piece.start)[:, None]
-            within = inner % short * long + inner // short if is_turned else inner
+            within = inner % shape[0] * shape[1] + inner // shape[0] if _is_turned(shape) else inner
             within += (np.arange(is_sent.shape[0]) + update)[:, None, None] * layout.size + start
             counts[part] = np.add.reduce(is_sent, axis=2, dtype=np.int64)
             places.append(within[is_sent])
@@ -285,8 +281,13 @@ def _room(slots: NDArray[Number], rows: Rows) -> NDArray[Number]:
     return slots[rows.slot : rows.slot + rows.num * rows.room].reshape(rows.num, rows.room)[:, : rows.size]
 
 
-def _innermost(flat: NDArray[Number], layout: Layout, tensor: int) -> NDArray[Number]:
-    """One tensor of the flat vector, its shorter axis last: a view."""
+def _innermost(rows: NDArray[Number], layout: Layout, tensor: int) -> NDArray[Number]:
+    """One tensor of flat vectors (..., layout.size), its shorter axis last: a view (..., *shape)."""
     shape, start = layout.shapes[tensor], layout.offsets[tensor]
-    values = flat[start : start + layout.sizes[tensor]].reshape(shape)
-    return values.T if len(shape) == 2 and shape[0] < shape[1] else values
+    values = rows[..., start : start + layout.sizes[tensor]].reshape(*rows.shape[:-1], *shape)
+    return values.swapaxes(-1, -2) if _is_turned(shape) else values
+
+
+def _is_turned(shape: tuple[int, ...]) -> bool:
+    """Whether its shorter axis is not the last one."""
+    return len(shape) == 2 and shape[0] < shape[1]
