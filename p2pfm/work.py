@@ -112,9 +112,9 @@ def score_updates(
     """Aumann-Shapley contributions of the round's updates, in the order asked.
 
     Weights are p_i in parts of WEIGHT_ONE; updates are clipped to the median norm first. Both gradients are taken on
-    the same fresh sample, drawn from `seed`. Of peers' updates that are alike only the first has a weight; what an
-    update repeats of the last aggregate or of earlier updates earns nothing (and is not excused where it harms).
-    `salt`: 32 fresh secret bytes for the commitment.
+    the same fresh sample, drawn from `seed`. Where updates are compared, of those that are alike only the first has a
+    weight; what an update repeats of the last aggregate or of earlier updates earns nothing (and is not excused where
+    it harms). `salt`: 32 fresh secret bytes for the commitment.
 
     Args:
         read: where decoded updates come from, if not from the payloads' bytes.
@@ -127,7 +127,11 @@ def score_updates(
     factors = clip_factors(updates)
     size = compute_layout(shapes).size
     earlier, is_counted = _read_earlier(blobs, read, shapes, config, base, action, makers)
-    leaders = _find_leaders([item.payload for item in action.updates], makers, updates, size, config, compare)
+    leaders: Sequence[int] = range(len(updates))
+    if action.is_compared:
+        limits = Limits(config.scoring.duplicate_cosine, config.scoring.duplicate_overlap)
+        among = compare([item.payload for item in action.updates], updates, size)
+        leaders = find_leaders(updates, size, limits, among)
     shares = [
         weighted.weight / WEIGHT_ONE * factor if leader == index else 0.0
         for index, (weighted, factor, leader) in enumerate(zip(action.updates, factors, leaders, strict=True))
@@ -276,23 +280,6 @@ def _declare(guarantee: Guarantee) -> DeclaredPrivacy:
         epsilon_micro=min(max(1, math.ceil(guarantee.epsilon * MICRO)), EPSILON_MICRO_MAX),
         delta_pico=max(1, math.ceil(guarantee.delta * PICO)),
     )
-
-
-def _find_leaders(
-    names: Sequence[Digest],
-    makers: Sequence[PeerId],
-    updates: Sequence[Update],
-    size: int,
-    config: NetworkConfig,
-    compare: CompareUpdates,
-) -> Sequence[int]:
-    """For each update the one that it repeats. Shards repeat none: means over many who learn one thing are alike, and
-    nobody has seen another shard's before its own is certified.
-    """
-    if all(map(is_shard_name, makers)):
-        return range(len(updates))
-    limits = Limits(config.scoring.duplicate_cosine, config.scoring.duplicate_overlap)
-    return find_leaders(updates, size, limits, compare(names, updates, size))
 
 
 def _read_updates(

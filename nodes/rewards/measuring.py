@@ -31,6 +31,7 @@ from p2pfm.protocol.committee import merge_request
 from p2pfm.protocol.events import Remembered, ScoreUpdates, Weighted
 from p2pfm.protocol.membership import compute_shares
 from p2pfm.protocol.peer import EARLIER_MAX
+from p2pfm.protocol.shards import is_shard_name
 from p2pfm.settlement.ledger import Roster
 from p2pfm.types import Contribution, Digest, MemberIndex, PeerId, Round, Weight, compute_digest
 
@@ -233,7 +234,13 @@ class Meter:
     def make_action(
         self, book: Book, reading: Reading, proposal: Proposal, roster: Roster
     ) -> tuple[ScoreUpdates, tuple[str, ...]]:
-        """(what members were asked to score, what of it cannot be known); all payloads of the round are at hand."""
+        """(what members were asked to score, what of it cannot be known); all payloads of the round are at hand.
+
+        Raises:
+            WorldError: what shards contributed cannot be measured again here.
+        """
+        if any(is_shard_name(update.peer) for update in proposal.updates):
+            raise WorldError("a network of shards certified it, and shards' shares are not known here")
         shares = compute_shares(roster, self._network.stake_cap())
         # The order of announcements is nobody's knowledge; of duplicates the one that was paid came first.
         ordered = sorted(proposal.updates, key=lambda update: (-update.contribution, update.payload))

@@ -218,13 +218,11 @@ class Ballot:
             shares = {get_shard_name(number): share for number, share in enumerate(of_shards)}
         state.scored = tuple(makers)
         updates = tuple(Weighted(digest, shares[makers[digest]]) for digest in state.scored)
-        previous: Digest | None = None
-        earlier: tuple[Remembered, ...] = ()
-        if self.level == Level.SHARD:  # what shards' means have in common is what many learn: they repeat nobody
-            previous = standing.durable.head.proposal.base if standing.durable.head else None
-            earlier = standing.earlier
-        epoch = self._compute_served_epoch()
-        return [ScoreUpdates(state.round, standing.durable.base, previous, updates, earlier, self.shard, epoch)]
+        epoch, base = self._compute_served_epoch(), standing.durable.base
+        if self.level == Level.TOP:  # what shards' means have in common is what many learn
+            return [ScoreUpdates(state.round, base, None, updates, served_epoch=epoch, is_compared=False)]
+        previous = standing.durable.head.proposal.base if standing.durable.head else None
+        return [ScoreUpdates(state.round, base, previous, updates, standing.earlier, self.shard, epoch)]
 
     def _compute_served_epoch(self) -> int | None:
         """Whose receipts this round pays; a shard's own round pays nobody."""

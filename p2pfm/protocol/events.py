@@ -267,13 +267,13 @@ class ScoreUpdates(Action, frozen=True, tag="score"):
     """Measure the contribution of every update to the round's game; answer: `Scored`.
 
     Of updates that are alike the first in `updates` counts. What an update repeats of the last aggregate (`base` minus
-    `previous`) or of `earlier` ones earns nothing. Shards' updates are compared with nothing.
+    `previous`) or of `earlier` ones earns nothing.
     """
 
     round: Round
     base: Digest
     previous: Digest | None
-    """None: there is none, or the updates are shards'."""
+    """None: there is none."""
     updates: tuple[Weighted, ...]
     """In the order in which they were announced here."""
     earlier: tuple[Remembered, ...] = ()
@@ -282,6 +282,8 @@ class ScoreUpdates(Action, frozen=True, tag="score"):
     """Whose round it is; None: that of the whole network. Returned with the answer."""
     served_epoch: int | None = None
     """Settlement epoch whose receipts this round pays, if it does."""
+    is_compared: bool = True
+    """False: the updates are shards', of which none is taken for a copy, of another or of what was before."""
 
 
 class Merge(Action, frozen=True, tag="merge"):
