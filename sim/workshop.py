@@ -171,9 +171,11 @@ class TensorWorkshop:
                 residual = np.frombuffer(theirs.get(wish.residual), np.float32)
                 feed_back_array(residual, row, self._config.compression, out=row)
         made = quantise_rows(rows, self._layout, self._config.compression)
-        for (mate, (_, wish)), training, row, one in zip(asked.items(), trained, rows, made, strict=True):
-            row[one[0].positions] -= one[0].values  # what is left out
-            self._begun[mate, wish] = training, row, one
+        for (mate, (_, wish)), training, row, (update, num_bytes) in zip(
+            asked.items(), trained, rows, made, strict=True
+        ):
+            row[update.positions] -= update.values  # what is left out
+            self._begun[mate, wish] = training, row, (update, num_bytes)
 
     def _make(self, disk: Disk, maker: PeerId, wanted: Tensors) -> tuple[Digest, int]:
         ((update, size),) = quantise_rows(flatten(wanted)[None], self._layout, work.get_codec(self._config, maker))

@@ -73,6 +73,9 @@ SYNC_MS = 3_000
 FETCH_RETRY_MS = 1_000
 """How long a payload that nobody gave rests: its announcer's clock may be a little behind."""
 
+LONG_AGO = Millis(-(2**63))
+"""Before any moment: what is due since then is looked at with the next event."""
+
 BASE_BYTES_MAX = 1 << 30
 """No adapter's base is larger."""
 
@@ -101,13 +104,13 @@ class Peer(Place):
         self.privacy: dict[PeerId, DeclaredPrivacy | None] = {}
         """What each member's newest announcement declared, for people."""
         self.early = EarlyMessages()
-        self._phase_ends_ms = Millis(-(2**63))
+        self._phase_ends_ms = LONG_AGO
         """When a phase ends at some level: what comes then is heard in the next one."""
-        self._wakes_ms = Millis(-(2**63))
+        self._wakes_ms = LONG_AGO
         """When this peer has something to do in a phase."""
         self._next_sync_ms = Millis(0)
         self._next_retry_ms = Millis(0)
-        self._due_ms = Millis(-(2**63))
+        self._due_ms = LONG_AGO
         """Before this the clock has nothing to ask."""
 
     def handle(self, event: AnyEvent, now_ms: Millis) -> list[AnyAction]:
@@ -380,7 +383,7 @@ class Peer(Place):
         if proposal.round == top.round:
             top.is_certified, top.certificate = True, certificate
             if self.top is not self.leaf:
-                self._due_ms = Millis(-(2**63))  # it waits for none now
+                self._due_ms = LONG_AGO  # it waits for none now
         self.state.is_training = False
         rank = self._settle_rank(proposal.round)
         return [
@@ -488,7 +491,7 @@ class Peer(Place):
         if leaf.state.certificate is not None:
             return []
         leaf.state.certificate = certificate
-        self._due_ms = Millis(-(2**63))  # it waits for another one now
+        self._due_ms = LONG_AGO  # it waits for another one now
         if not leaf.is_outside():
             return []
         leaf.state.is_certified = True
@@ -509,7 +512,7 @@ class Peer(Place):
         actions += self.open_ballots(state.round, saw_train=state.saw_train)
         for ballot in self.ballots:
             ballot.state.phase = phase if ballot is self.leaf else Phase.TRAIN
-        self._phase_ends_ms = self._due_ms = Millis(-(2**63))  # the level above may be further than its beginning
+        self._phase_ends_ms = self._due_ms = LONG_AGO  # the level above may be further than its beginning
         return actions + self._start_training()
 
     def _on_settled(self, event: SettledChanged) -> list[AnyAction]:

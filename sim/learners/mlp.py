@@ -98,6 +98,7 @@ class Digits:
     def _probe_by_class(self) -> list[NDArray[np.int64]]:
         return [np.flatnonzero(self.probe[1].numpy() == label) for label in range(CLASSES)]
 
+    @lru_cache(maxsize=1)  # noqa: B019 (an equal one draws the same; an evaluator asks for its own twice in a row)
     def draw_probe(self, seed: int, per_class: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A sample of the probe with `per_class` of every class."""
         inputs, targets = self.probe
@@ -259,7 +260,7 @@ class MlpLearner:
     def gradient(self, at: Tensors, seed: int) -> tuple[float, dict[str, Array]]:
         """See Learner: on a fresh sample of the probe, every class of equal weight."""
         parameters = [torch.from_numpy(np.array(at[name])).requires_grad_() for name in SHAPES]
-        inputs, targets = _draw_probe(self._lab.digits, seed, self._lab.per_class)
+        inputs, targets = self._lab.digits.draw_probe(seed, self._lab.per_class)
         loss = functional.cross_entropy(_predict(parameters, inputs), targets)
         gradients = torch.autograd.grad(loss, parameters)
         return loss.item(), {name: part.numpy() for name, part in zip(SHAPES, gradients, strict=True)}
@@ -276,12 +277,6 @@ class MlpLearner:
     def _lose(self, at: Tensors, inputs: torch.Tensor, targets: torch.Tensor) -> float:
         parameters = [torch.from_numpy(np.array(at[name])) for name in SHAPES]
         return float(functional.cross_entropy(_predict(parameters, inputs), targets))
-
-
-@lru_cache(maxsize=1)
-def _draw_probe(digits: Digits, seed: int, per_class: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """An evaluator asks for its own twice in a row."""
-    return digits.draw_probe(seed, per_class)
 
 
 def _mix(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
