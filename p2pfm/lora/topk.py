@@ -284,7 +284,8 @@ def _room(slots: NDArray[Number], rows: Rows) -> NDArray[Number]:
 def _innermost(rows: NDArray[Number], layout: Layout, tensor: int) -> NDArray[Number]:
     """One tensor of flat vectors (..., layout.size), its shorter axis last: a view (..., *shape)."""
     shape, start = layout.shapes[tensor], layout.offsets[tensor]
-    values = rows[..., start : start + layout.sizes[tensor]].reshape(*rows.shape[:-1], *shape)
+    lead: tuple[int, ...] = rows.shape[:-1]
+    values = rows[..., start : start + layout.sizes[tensor]].reshape(lead + shape)
     return values.swapaxes(-1, -2) if _is_turned(shape) else values
 
 
