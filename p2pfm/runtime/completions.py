@@ -53,6 +53,9 @@ a comment of server-sent events, which every client passes over."""
 SIBLING_S = 0.05
 """How often a choice that found all replicas busy asks again while another choice of its request runs."""
 
+STRANGER_S = 1.0
+"""How often it does when none runs: as a client does that obeys our `retry-after`, since replicas answer each time."""
+
 
 class Completions:
     """The routes under /v1 of one node."""
@@ -267,12 +270,13 @@ class Completions:
                             await into.send(piece)
                     running.discard(index)
                     return
-                except Busy as error:  # before its first token; room comes when another choice of this request ends
+                except Busy as error:  # before its first token; room comes when another choice, or another's, ends
                     running.discard(index)
-                    if not running or trio.current_time() > give_up:
+                    left_s = give_up - trio.current_time()
+                    if left_s <= 0:
                         await into.send(error)
                         return
-                    await trio.sleep(SIBLING_S)
+                    await trio.sleep(min(left_s, SIBLING_S if running else STRANGER_S))
                 except (Reject, WorldError) as error:
                     await into.send(error)
                     return

@@ -1,5 +1,6 @@
 """The unmodified `openai` client against the real app on a real port, with real replicas that fail on purpose."""
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from functools import partial
 
@@ -228,8 +229,28 @@ def test_over_its_bounds_a_node_answers_429_with_retry_after(engine: Engine) -> 
         for stream in streams:
             stream.close()
 
-    with_world(engine, check, sessions_max=1)
+    with_world(engine, check, sessions_max=1, bounds=HttpConfig(queue_s_max=0.1))
     with_world(engine, check, bounds=HttpConfig(requests_max=2, queue_max=0))
+
+
+def test_who_finds_all_replicas_busy_waits_for_one(engine: Engine) -> None:
+    """Just after a round one replica may be alone with the new base: whoever asks then is not sent away."""
+
+    def check(world: World) -> None:
+        client = world.client()  # which tries nothing again
+        ask = partial(client.chat.completions.create, model="tiny+base", messages=QUESTION, temperature=0)
+        streams = [ask(max_tokens=900, stream=True) for _ in range(2)]
+        for stream in streams:
+            next(iter(stream))
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(ask, max_tokens=2)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.5)
+            streams[0].close()
+            assert waiting.result(timeout=8).usage.completion_tokens == 2
+        streams[1].close()
+
+    with_world(engine, check, sessions_max=1)
 
 
 def test_without_any_replica_the_answer_is_503_or_an_event_in_the_stream(engine: Engine) -> None:
