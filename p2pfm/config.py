@@ -147,7 +147,7 @@ class NetworkConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def network_id(self) -> Digest:
         """SHA-256 of the canonical MessagePack of this struct (fields in the order of declaration)."""
-        return compute_digest(b"p2pfm network 1" + msgspec.msgpack.encode(self))
+        return compute_digest(b"p2pfm network 2" + msgspec.msgpack.encode(self))
 
     def pool_per_epoch(self) -> Wei:
         """What an epoch divides [wei]."""
@@ -177,7 +177,7 @@ class HttpConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     queue_max: int = 64
     """Completions that wait for their turn; one more gets 429."""
     queue_s_max: float = 10
-    """How long they wait before they get 429."""
+    """How long they wait before they get 429: for their turn, and then for a replica that is not full."""
     client_requests_max: int = 64
     """Completions that run or wait for one client: an API key, or an address where there are none."""
     request_s_max: float = 600

@@ -14,7 +14,7 @@ import msgspec
 from p2pfm.errors import Reject
 from p2pfm.types import WEIGHT_ONE, Contribution, Digest, MemberIndex, PeerId, Round, Wei, Weight, compute_digest
 
-SIGNING_DOMAIN = b"p2pfm/1 envelope"
+SIGNING_DOMAIN = b"p2pfm/2 envelope"
 LIST_MAX = 4096
 """No list in any message may be longer, but one with an entry a registered peer."""
 MEMBERS_MAX = 128 * 128
@@ -125,7 +125,7 @@ class ScoreReveal(Wire, frozen=True, tag="reveal", dict=True):
     @cached_property
     def commitment(self) -> Digest:
         """The hash that a member gossips before its scores."""
-        return compute_digest(b"p2pfm/1 commit" + encode(self))
+        return compute_digest(b"p2pfm/2 commit" + encode(self))
 
     @cached_property
     def disorder(self) -> str:
@@ -179,6 +179,8 @@ class Proposal(Wire, frozen=True, tag="proposal", dict=True):
     updates: Annotated[tuple[IncludedUpdate, ...], msgspec.Meta(max_length=LIST_MAX)]
     reveals: Annotated[tuple[ScoreReveal, ...], msgspec.Meta(max_length=LIST_MAX)]
     leaves: Annotated[tuple[Leaf, ...], msgspec.Meta(max_length=MEMBERS_MAX)]
+    shards: Annotated[tuple[Bytes32, ...], msgspec.Meta(max_length=LIST_MAX)] = ()
+    """Where `updates` are shards': by place there, the digest of the proposal that the shard certified."""
 
     @cached_property
     def digest(self) -> Digest:

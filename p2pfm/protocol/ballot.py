@@ -467,6 +467,11 @@ class Ballot:
         name = get_shard_name(number)
         return Announcement(proposal.round, name, proposal.base, proposal.new_base, bytes_max, 0)
 
+    def list_shards(self, proposal: Proposal) -> tuple[Proposal, ...]:
+        """What the shards of a proposal certified, of those whose certificates were heard here."""
+        held = {shard.digest: shard for _, shard in self._certified.values()}
+        return tuple(held[digest] for digest in proposal.shards if digest in held)
+
     def can_follow(self, proposal: Proposal) -> bool:
         """Whether what was certified is made of shards that are known here, in this round and from this base."""
         if self.dealt is None or proposal.round != self.state.round or proposal.base != self.standing.durable.base:

@@ -91,25 +91,33 @@ def draft_shard_proposal(
     reveals: Sequence[ScoreReveal],
     announcements: Mapping[Digest, Announcement],
 ) -> Proposal:
-    """The same for one shard's round: it pays nobody, so it has no leaves, and its `new_base` will be a payload.
-
-    What a peer has contributed in this epoch stands in the leaves of the level above, where a shard is one of
-    `num_shards`: it is scaled back before this round's contribution is added to it.
-    """
+    """The same for one shard's round: it pays nobody, so it has no leaves, and its `new_base` will be a payload."""
     included = _get_included(shard, reveals, announcements)
 
     def make() -> Proposal:
-        so_far = previous.leaves if previous and not _is_epoch_start(previous) else ()
-        sums = [
-            (so_far[member.index].contribution if member.index < len(so_far) else 0) * num_shards + contribution
-            for member, _, contribution in included
-        ]
+        measured = [(member.index, contribution) for member, _, contribution in included]
+        sums = compute_shard_sums(previous, num_shards, measured)
         shares = compute_shares_of(shard, config.stake_cap())
         weights = compute_merge_weights(sums, [shares[member.peer] for member, *_ in included])
         return _make_proposal(shard, None, round, base, reveals, _to_updates(included, weights), ())
 
     members = tuple(member.index for member, *_ in included)
     return _once(shard, (config, previous, *reveals), ("shard draft", num_shards, round, base, members), make)
+
+
+def compute_shard_sums(
+    previous: Proposal | None, num_shards: int, measured: Sequence[tuple[MemberIndex, Contribution]]
+) -> list[int]:
+    """What members have contributed in this epoch so far, with what a shard's round measured [nano-nats/token].
+
+    The former stands in the leaves of the level above, where a shard is one of `num_shards`: it is scaled back before
+    this round's contribution is added to it.
+    """
+    so_far = previous.leaves if previous and not _is_epoch_start(previous) else ()
+    return [
+        (so_far[index].contribution if index < len(so_far) else 0) * num_shards + contribution
+        for index, contribution in measured
+    ]
 
 
 def draft_top_proposal(
@@ -156,7 +164,8 @@ def draft_top_proposal(
             IncludedUpdate(get_shard_name(number), MemberIndex(number), proposal.new_base, contribution, weight)
             for (number, proposal, contribution), weight in zip(included, weights, strict=True)
         )
-        return _make_proposal(roster, previous, round, base, reveals, updates, leaves)
+        shards = tuple(proposal.digest for _, proposal, _ in included)
+        return _make_proposal(roster, previous, round, base, reveals, updates, leaves, shards)
 
     numbers, proposals = tuple(number for number, *_ in included), (proposal for _, proposal, _ in included)
     return _once(roster, (config, dealt, previous, *reveals, *proposals), ("top draft", round, base, numbers), make)
@@ -245,6 +254,7 @@ def _make_proposal(
     reveals: Sequence[ScoreReveal],
     updates: tuple[IncludedUpdate, ...],
     leaves: tuple[LeafValue, ...],
+    shards: tuple[Digest, ...] = (),
 ) -> Proposal:
     return Proposal(
         round=round,
@@ -258,6 +268,7 @@ def _make_proposal(
         updates=updates,
         reveals=tuple(sorted(reveals, key=lambda reveal: reveal.member)),
         leaves=to_wire(leaves),
+        shards=shards,
     )
 
 

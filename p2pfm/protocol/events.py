@@ -349,6 +349,8 @@ class Settle(Action, frozen=True, tag="settle"):
 
     certificate: Certificate
     rank: int
+    shards: tuple[Proposal, ...] = ()
+    """What its shards certified, as far as it is known here: auditors find it beside the proposal."""
 
 
 class AskSync(Action, frozen=True, tag="ask_sync"):

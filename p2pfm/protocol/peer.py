@@ -391,7 +391,7 @@ class Peer(Place):
             Serve(proposal.new_base),
             Adopt(proposal.round, proposal.new_base),
             Note(proposal.round, f"certified: {len(proposal.updates)} updates, base {proposal.new_base.hex()[:10]}"),
-            *([Settle(certificate, rank)] if rank is not None else []),
+            *([Settle(certificate, rank, self.top.list_shards(proposal))] if rank is not None else []),
             Evaluate(proposal.round, proposal.new_base),
             *self._start_training(),
         ]

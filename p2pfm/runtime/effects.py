@@ -169,9 +169,9 @@ class Effects:
                 await self.adopt(base)
             case Rewind():
                 self._nursery.start_soon(self._rewind, action)
-            case Settle(certificate=certificate, rank=rank):
-                data = encode(certificate.proposal)
-                self.served.add(await trio.to_thread.run_sync(self._store.put, data))
+            case Settle(certificate=certificate, rank=rank, shards=shards):
+                for proposal in (certificate.proposal, *shards):
+                    self.served.add(await trio.to_thread.run_sync(self._store.put, encode(proposal)))
                 await self._settler.queue(certificate, rank)
             case AskSync():
                 self._nursery.start_soon(self._ask_sync, action)

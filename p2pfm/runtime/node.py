@@ -562,6 +562,7 @@ class Node:
                 log.info("data %s of a settled round: %s", digest.hex()[:10], error)
                 return None
             await trio.to_thread.run_sync(self._store.put, data)
+            self.settler.learn_shards(data)
         return data
 
     async def _on_request(self, peer: PeerId, data: bytes) -> bytes:

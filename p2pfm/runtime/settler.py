@@ -6,11 +6,12 @@ Knows the Ledger and the store; no libp2p, no model.
 
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 import trio
 
 from p2pfm.config import WEI_PER_PFM, NetworkConfig
-from p2pfm.errors import ChainError, Reverted
+from p2pfm.errors import ChainError, Reject, Reverted
 from p2pfm.messages import Certificate, Proposal, decode_message
 from p2pfm.protocol.events import AnyEvent, RosterChanged, SettledChanged
 from p2pfm.protocol.membership import get_member, is_outdated_for
@@ -57,7 +58,7 @@ class Settler:
         self.roster: Roster | None = None
         self.head: SettledRound | None = None
         self.data_digests: set[Digest] = set()
-        """Data hashes of the rounds on chain: their proposals are public."""
+        """Data hashes of the rounds on chain, and of the shards that they are made of: these proposals are public."""
         self.bases: set[Digest] = set()
         """Bases that a void could lead back to."""
         self.chain_error = ""
@@ -113,6 +114,10 @@ class Settler:
         if head is not None and head != self.head:
             rounds = await trio.to_thread.run_sync(self._ledger.get_rounds, Round(self._data_round + 1))
             self.data_digests |= {settled.data_digest for settled in rounds}
+            for settled in rounds if self._config.has_shards else ():
+                data = await trio.to_thread.run_sync(self._store.find, settled.data_digest)
+                if data is not None:
+                    self.learn_shards(data)
             self._data_round = head.round
             await self._remember_bases()
             member = get_member(roster, self._me)
@@ -129,6 +134,13 @@ class Settler:
             self.roster, self._due_since = roster, None
             if roster.committee:  # before the first draw there is nothing that a peer could do
                 await self._emit(RosterChanged(roster))
+
+    def learn_shards(self, data: bytes) -> None:
+        """`data` lie under a data hash on chain: what they name is public, too."""
+        with suppress(Reject):  # what a committee signed may be any nonsense
+            proposal = decode_message(data, len(data))
+            if isinstance(proposal, Proposal):
+                self.data_digests.update(proposal.shards)
 
     async def _read_claimed(self, index: MemberIndex) -> None:
         self.claimed = await trio.to_thread.run_sync(self._ledger.get_claimed, index)

@@ -193,7 +193,7 @@ def test_the_network_id_is_the_digest_of_the_configs_values() -> None:
     network = HASHES["network"]
     packed = msgpack.packb(values(network["config"]))
     assert packed == from_plain(network["packed"])
-    digest = sha256(b"p2pfm network 1" + packed).hexdigest()
+    digest = sha256(b"p2pfm network 2" + packed).hexdigest()
     assert network["id"] == "0x" + digest
     assert network["topic"] == "/p2pfm/" + digest[:32]
 
@@ -204,7 +204,7 @@ def test_an_envelopes_signature_is_its_authors_over_domain_network_author_and_bo
     assert array_of("envelope") == [author, body, from_plain(vector["signature"])]
     assert msgpack.unpackb(body) == array_of("announcement")
     network = from_plain(HASHES["network"]["id"])
-    signed = b"p2pfm/1 envelope" + network + struct.pack(">H", len(author)) + author.encode() + body
+    signed = b"p2pfm/2 envelope" + network + struct.pack(">H", len(author)) + author.encode() + body
     assert signed == from_plain(vector["signed"])
     raw = base58.b58decode(author)
     assert raw[:6].hex() == "002408011220"
@@ -215,7 +215,7 @@ def test_an_envelopes_signature_is_its_authors_over_domain_network_author_and_bo
 
 def test_commitment_and_proposal_digests() -> None:
     reveal, proposal = from_plain(VALID["reveal"]["bytes"]), array_of("proposal")
-    assert HASHES["commitment"] == "0x" + sha256(b"p2pfm/1 commit" + reveal).hexdigest()
+    assert HASHES["commitment"] == "0x" + sha256(b"p2pfm/2 commit" + reveal).hexdigest()
     assert array_of("commit")[3] == from_plain(HASHES["commitment"])
     assert HASHES["proposal_digest"] == "0x" + sha256(msgpack.packb(proposal)).hexdigest()
     draft = [*proposal[:6], bytes(32), *proposal[7:]]

@@ -196,6 +196,13 @@ KEPT = KeepStream(compute_digest(b"nonce"), CLAIMED, b"{}")
 
 MESSAGES: dict[str, Wire] = {
     "announcement": ANNOUNCEMENT,
+    "proposal_of_shards": msgspec.structs.replace(
+        PROPOSAL,
+        updates=tuple(
+            msgspec.structs.replace(update, peer=PeerId(f"shard-{update.member}")) for update in PROPOSAL.updates
+        ),
+        shards=(compute_digest(b"shard 1"), compute_digest(b"shard 0")),
+    ),
     "announcement_private": msgspec.structs.replace(ANNOUNCEMENT, privacy=DeclaredPrivacy(2_500_000, 10_000_000)),
     "commit": ScoreCommit(Round(41), MemberIndex(0), REVEALS[0].commitment),
     "reveal": REVEALS[0],

@@ -17,7 +17,7 @@ import { multiaddr } from '@multiformats/multiaddr'
 import { createLibp2p } from 'libp2p'
 
 const REQUEST_PROTOCOL = '/p2pfm/request/1'
-const SIGNING_DOMAIN = 'p2pfm/1 envelope'
+const SIGNING_DOMAIN = 'p2pfm/2 envelope'
 const CHUNK_BYTES = 262144
 const READY_MS = 20_000
 
