@@ -6,16 +6,16 @@ from typing import Literal
 import msgspec
 
 from nodes.rewards.checking import verify_proposal
-from nodes.rewards.reading import read_round
+from nodes.rewards.reading import Fetch, Reading, read_round
 from p2pfm.config import NetworkConfig
-from p2pfm.messages import Proposal
+from p2pfm.messages import IncludedUpdate, Proposal
 from p2pfm.settlement import merkle
 from p2pfm.settlement.ledger import Roster, SettledRound
 
 State = Literal["verified", "matched", "wrong", "missing"]
 """verified: medians, weights, leaves and root recompute from the revealed vectors. matched: the leaves are those of the
 root on chain, but the round before is not at hand, so that nothing can be recomputed. wrong: what the committee signed
-is not what the rules give; see the findings. missing: nobody serves it."""
+is not what the rules give; see the findings. missing: nobody serves it, or what its shards certified."""
 
 FINDINGS_MAX = 20
 """So many are shown; a proposal has thousands of places to be wrong in."""
@@ -28,6 +28,8 @@ class Evidence(msgspec.Struct, frozen=True):
     proposal: Proposal | None = None
     """None: nobody serves it, or its leaves are not those of the root on chain."""
     findings: tuple[str, ...] = ()
+    updates: tuple[IncludedUpdate, ...] = ()
+    """The peers', as far as they are known."""
 
 
 MISSING = Evidence("missing")
@@ -35,37 +37,39 @@ MISSING = Evidence("missing")
 
 def judge(
     settled: SettledRound,
-    data: bytes | None,
+    fetch: Fetch,
     rosters: Sequence[Roster],
     previous: Proposal | None,
     network: NetworkConfig,
 ) -> Evidence:
-    """What `data`, served by whomever under the round's data hash, is worth.
+    """What is served by whomever under the round's data hash is worth.
 
     Args:
         rosters: as the registry may have been when the round was signed (`nodes.rewards.reading.list_rosters`); one by
             which all recomputes is enough.
         previous: the believed proposal of the settled round before; None: not at hand, or there is none.
     """
-    reading = read_round(settled, data)
+    reading = read_round(settled, fetch)
     if reading.is_lie:
         return Evidence("wrong", findings=(reading.problem,))
     if reading.proposal is None:
         return MISSING
+    if reading.gap:
+        return Evidence("missing", reading.proposal, updates=reading.updates)
     if previous is None and settled.prev_root != merkle.EMPTY_ROOT:
-        return Evidence("matched", reading.proposal)
+        return Evidence("matched", reading.proposal, updates=reading.updates)
     findings: list[str] = []
     for roster in rosters:
-        findings = _verify(settled, reading.proposal, roster, previous, network)
+        findings = _verify(reading, reading.proposal, roster, previous, network)
         if not findings:
-            return Evidence("verified", reading.proposal)
-    return Evidence("wrong", reading.proposal, tuple(findings[:FINDINGS_MAX]))
+            return Evidence("verified", reading.proposal, updates=reading.updates)
+    return Evidence("wrong", reading.proposal, tuple(findings[:FINDINGS_MAX]), reading.updates)
 
 
 def _verify(
-    settled: SettledRound, proposal: Proposal, roster: Roster, previous: Proposal | None, network: NetworkConfig
+    reading: Reading, proposal: Proposal, roster: Roster, previous: Proposal | None, network: NetworkConfig
 ) -> list[str]:
     try:
-        return verify_proposal(settled, proposal, roster, previous, network)
+        return verify_proposal(reading.settled, proposal, reading.shards, roster, previous, network)
     except (ValueError, LookupError) as error:  # what a committee signed may be any nonsense that has the right root
         return [f"it cannot be recomputed: {error}"]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 
@@ -87,7 +88,7 @@ class Source:
             is_open = known.state == "missing" or (known.state == "matched" and previous is not None)
             if is_open and is_asking:
                 rosters = _list_rosters(facts, settled)
-                known = judge(settled, self._get(fetch, settled.data_digest), rosters, previous, self.network)
+                known = judge(settled, partial(self._get, fetch), rosters, previous, self.network)
             judged[key] = known
             if known.proposal is not None:
                 by_root[settled.root] = known.proposal

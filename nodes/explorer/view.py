@@ -361,7 +361,7 @@ def _get_deadline(settled: SettledRound, params: FederationParams, hold: _Hold) 
 def _make_shares(known: Evidence) -> tuple[Share, ...]:
     if known.proposal is None:
         return ()
-    updates = {update.member: update for update in known.proposal.updates}
+    updates = {update.member: update for update in known.updates}
     shares = []
     for position, leaf in enumerate(from_wire(known.proposal.leaves)):
         update = updates.get(MemberIndex(position))

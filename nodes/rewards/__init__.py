@@ -7,13 +7,14 @@ tables      on a screen, as JSON, as CSV
 inequality  Gini and Lorenz
 plots       pictures (loads matplotlib)
 checking    recompute every round
+games       what a round's committees were asked to measure
 measuring   measure contributions again, and what one update was good for (loads torch)
 explain     one peer's reward in one round, step by step
 contests    claim, challenge, demand, show, close
 cli         the commands
 """
 
-from nodes.rewards.checking import verify_rewards, verify_round
+from nodes.rewards.checking import verify_rewards
 from nodes.rewards.contests import claim_newest
 from nodes.rewards.reading import PROPOSAL_BYTES_MAX, Fetch, Row, read_rewards
 from nodes.rewards.tables import rows_to_json
@@ -26,5 +27,4 @@ __all__ = [
     "read_rewards",
     "rows_to_json",
     "verify_rewards",
-    "verify_round",
 ]

@@ -3,20 +3,23 @@
 What a member revealed may be wrong all the same: `measuring` measures it again. Knows no model.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 import msgspec
 
-from nodes.rewards.reading import Book, Fetch, compare_root, decode_proposal, list_rosters, read_book
+from nodes.rewards.reading import Book, Fetch, compare_root, list_rosters, name_maker, read_book
 from p2pfm.config import NetworkConfig
 from p2pfm.errors import Reject
 from p2pfm.messages import Announcement, IncludedUpdate, Proposal
-from p2pfm.protocol.committee import draft_proposal
+from p2pfm.protocol.committee import draft_proposal, draft_shard_proposal, draft_top_proposal
+from p2pfm.protocol.shards import Deal, deal, get_shard_name
 from p2pfm.settlement import merkle
 from p2pfm.settlement.ledger import LeafValue, Ledger, Roster, SettledRound
 from p2pfm.settlement.rewards import from_wire
 from p2pfm.settlement.sampling import compute_quorum
-from p2pfm.types import WEIGHT_ONE, Digest, MemberIndex, Round, compute_digest
+from p2pfm.types import WEIGHT_ONE, Digest, MemberIndex, Round
+
+STRANGE_REVEALS = "reveals: one member's stand there twice, or are nobody's, or of another round"
 
 
 def verify_rewards(ledger: Ledger, fetch: Fetch, network: NetworkConfig) -> dict[Round, list[str]]:
@@ -36,39 +39,38 @@ def verify_reading(book: Book, position: int, network: NetworkConfig, committee:
         return [f"{reading.problem}: it cannot be checked"]
     before = book.get_before(reading)
     previous = before.proposal if before else None
+    if reading.gap:
+        return [f"{reading.gap}: it cannot be checked"]
     findings: list[str] = []
     for roster in list_rosters(book, position):
-        findings = verify_proposal(reading.settled, reading.proposal, roster, previous, network)
+        findings = verify_proposal(reading.settled, reading.proposal, reading.shards, roster, previous, network)
         if not findings:
             break
     return [*findings, *_compare_committee(reading.proposal, committee)]
 
 
-def verify_round(
-    settled: SettledRound, proposal_bytes: bytes, roster: Roster, previous: Proposal | None, network: NetworkConfig
-) -> list[str]:
-    """As `verify_proposal`, from bytes that anyone gave."""
-    if compute_digest(proposal_bytes) != settled.data_digest:
-        return [f"data: expected SHA-256 {settled.data_digest.hex()}, got {compute_digest(proposal_bytes).hex()}"]
-    try:
-        proposal = decode_proposal(proposal_bytes)
-    except Reject as error:
-        return [f"data: {error}"]
-    return verify_proposal(settled, proposal, roster, previous, network)
-
-
 def verify_proposal(
-    settled: SettledRound, proposal: Proposal, roster: Roster, previous: Proposal | None, network: NetworkConfig
+    settled: SettledRound,
+    proposal: Proposal,
+    shards: Sequence[Proposal | None],
+    roster: Roster,
+    previous: Proposal | None,
+    network: NetworkConfig,
 ) -> list[str]:
     """What is wrong with a settled round; empty: medians, weights, leaves and root all recompute.
 
     Commitments are gossip of their round and not part of a proposal: that every reveal matched one is what the
-    committee's signatures say. `previous` is the proposal of the settled round before; None only for the first.
+    committee's signatures say.
+
+    Args:
+        shards: what each of a network's shards certified, by place in the proposal's updates.
+        roster: of then, with the committee of the round's epoch.
+        previous: the proposal of the settled round before; None only for the first.
     """
     return [
         *_compare_header(settled, proposal),
         *compare_root(settled, from_wire(proposal.leaves)),
-        *_compare_content(settled, proposal, roster, previous, network),
+        *_compare_content(settled, proposal, shards, roster, previous, network),
     ]
 
 
@@ -95,7 +97,12 @@ def _compare_header(settled: SettledRound, proposal: Proposal) -> list[str]:
 
 
 def _compare_content(
-    settled: SettledRound, proposal: Proposal, roster: Roster, previous: Proposal | None, network: NetworkConfig
+    settled: SettledRound,
+    proposal: Proposal,
+    shards: Sequence[Proposal | None],
+    roster: Roster,
+    previous: Proposal | None,
+    network: NetworkConfig,
 ) -> list[str]:
     """Medians, weights, leaves and root, recomputed from the revealed vectors by the peers' own rule.
 
@@ -103,32 +110,119 @@ def _compare_content(
     """
     if (previous.root if previous else merkle.EMPTY_ROOT) != settled.prev_root:
         return ["the settled round before this one is not at hand, so that its leaves cannot be recomputed"]
-    members = [reveal.member for reveal in proposal.reveals]
-    if len(set(members)) < len(members) or any(
-        reveal.round != proposal.round or reveal.member >= len(proposal.leaves) for reveal in proposal.reveals
-    ):
-        return ["reveals: one member's stand there twice, or are nobody's, or of another round"]
-    told = {update.payload: update for update in proposal.updates}
-    announced = {
-        payload: Announcement(proposal.round, update.peer, proposal.base, payload, 0, 0)
-        for payload, update in told.items()
-    }
+    if _has_strange_reveals(proposal, range(len(proposal.leaves))):
+        return [STRANGE_REVEALS]
     then = msgspec.structs.replace(
         roster, epoch=proposal.epoch, nonce=proposal.nonce, members=roster.members[: len(proposal.leaves)]
     )
+    dealt = deal(network, then, proposal.round)
+    if dealt is not None:
+        return _compare_shards(proposal, shards, then, dealt, previous, network)
+    if proposal.shards:
+        return [f"updates: they are shards', and {len(then.by_peer)} active members are one shard"]
     try:
-        right = draft_proposal(network, then, previous, proposal.round, proposal.base, proposal.reveals, announced)
+        right = draft_proposal(
+            network, then, previous, proposal.round, proposal.base, proposal.reveals, _announce(proposal)
+        )
     except Reject as error:
         return [f"reveals: {error}"]
-    findings = _compare_updates(right, told)
-    if right.leaves != proposal.leaves:
-        pairs = zip(from_wire(right.leaves), from_wire(proposal.leaves), strict=False)
-        findings += [
-            f"leaf of member {index}: {', '.join(_describe_difference(computed, given))}"
-            for index, (computed, given) in enumerate(pairs)
-            if computed != given
-        ]
-    return findings
+    return [*_compare_updates(right, proposal), *_compare_leaves(right, proposal)]
+
+
+def _has_strange_reveals(proposal: Proposal, members: Container[int]) -> bool:
+    revealed = [reveal.member for reveal in proposal.reveals]
+    return len(set(revealed)) < len(revealed) or any(
+        reveal.round != proposal.round or reveal.member not in members for reveal in proposal.reveals
+    )
+
+
+def _announce(proposal: Proposal) -> dict[Digest, Announcement]:
+    """The announcements that a proposal's updates must have had, by payload."""
+    return {
+        update.payload: Announcement(proposal.round, update.peer, proposal.base, update.payload, 0, 0)
+        for update in proposal.updates
+    }
+
+
+# --- networks of shards
+
+
+def _compare_shards(
+    proposal: Proposal,
+    shards: Sequence[Proposal | None],
+    roster: Roster,
+    dealt: Deal,
+    previous: Proposal | None,
+    network: NetworkConfig,
+) -> list[str]:
+    """Both levels: each shard's round by its members' reveals, and by what they certified the one above."""
+    if len(shards) != len(proposal.updates):
+        return [f"updates: {len(proposal.updates)} shards were merged, and what {len(shards)} certified is named"]
+    findings: list[str] = []
+    certified: dict[Digest, tuple[int, Proposal]] = {}
+    for update, shard in zip(proposal.updates, shards, strict=True):
+        number = update.member
+        if number >= len(dealt.shards) or update.peer != get_shard_name(number):
+            return [f"updates: {update.peer!r} (member {number}) is none of the round's {len(dealt.shards)} shards"]
+        if shard is None:
+            return [f"{update.peer}: nobody serves what it certified: the round cannot be checked"]
+        certified[update.payload] = (number, shard)
+        found = _verify_shard(proposal, update, shard, dealt, previous, network)
+        findings += [f"{update.peer}: {finding}" for finding in found]
+    absent = len(dealt.shards) - len({number for number, _ in certified.values()})
+    unknown = {score.payload for reveal in proposal.reveals for score in reveal.scores} - certified.keys()
+    if certified and not absent:  # then what else was scored can only be the second word of a shard that is there
+        certified |= dict.fromkeys(unknown, certified[min(certified)])
+    try:
+        right = draft_top_proposal(
+            network, roster, dealt, previous, proposal.round, proposal.base, proposal.reveals, certified
+        )
+    except Reject as error:
+        return [*findings, f"reveals: {error}"]
+    return [*findings, *_compare_updates(right, proposal), *_compare_leaves(right, proposal)]
+
+
+def _verify_shard(
+    proposal: Proposal,
+    update: IncludedUpdate,
+    shard: Proposal,
+    dealt: Deal,
+    previous: Proposal | None,
+    network: NetworkConfig,
+) -> list[str]:
+    """What is wrong with what one shard certified. As above, that reveals match commitments its signatures say."""
+    roster = dealt.shards[update.member]
+    pairs = (
+        ("round", proposal.round, shard.round),
+        ("base", proposal.base.hex(), shard.base.hex()),
+        ("payload", update.payload.hex(), shard.new_base.hex()),
+        ("leaves", 0, len(shard.leaves)),
+    )
+    findings = [f"{name}: should be {right}, is {told}" for name, right, told in pairs if right != told]
+    if _has_strange_reveals(shard, roster.by_index):
+        return [*findings, STRANGE_REVEALS]
+    findings += _compare_committee(shard, roster.committee)
+    try:
+        right = draft_shard_proposal(
+            network, roster, len(dealt.shards), previous, shard.round, shard.base, shard.reveals, _announce(shard)
+        )
+    except Reject as error:
+        return [*findings, f"reveals: {error}"]
+    return [*findings, *_compare_updates(right, shard)]
+
+
+# --- differences
+
+
+def _compare_leaves(right: Proposal, told: Proposal) -> list[str]:
+    if right.leaves == told.leaves:
+        return []
+    pairs = zip(from_wire(right.leaves), from_wire(told.leaves), strict=False)
+    return [
+        f"leaf of member {index}: {', '.join(_describe_difference(computed, given))}"
+        for index, (computed, given) in enumerate(pairs)
+        if computed != given
+    ]
 
 
 def _describe_difference(computed: LeafValue, given: LeafValue) -> Iterator[str]:
@@ -145,11 +239,12 @@ def _describe_difference(computed: LeafValue, given: LeafValue) -> Iterator[str]
             yield f"{called} should be {right:,}, the proposal says {told:,}"
 
 
-def _compare_updates(right: Proposal, told: Mapping[Digest, IncludedUpdate]) -> list[str]:
+def _compare_updates(right: Proposal, told: Proposal) -> list[str]:
     findings = []
     computed = {update.payload: update for update in right.updates}
-    for payload, given in told.items():
-        name, expected = f"update {payload.hex()[:10]} of member {given.member}", computed.get(payload)
+    for payload, given in {update.payload: update for update in told.updates}.items():
+        maker = name_maker(given.peer, given.member)
+        name, expected = f"update {payload.hex()[:10]} of {maker}", computed.get(payload)
         if expected is None:
             findings.append(f"{name}: included, but half of the reveals or fewer scored it")
         elif expected.contribution != given.contribution:

@@ -165,7 +165,8 @@ def explain_reward(
     book = read_book(world.ledger, world.blobs)
     member = find_member(book.roster, peer)
     reading = book.get_reading(Round(round))
-    excluded = list_excluded(validate_reading(reading))
+    validate_reading(reading)
+    excluded = list_excluded(reading)
     mine = _find_excluded(world.blobs, excluded, member.peer)
     committee = world.ledger.get_committee(reading.settled.epoch)
     told = explain(book, member, Round(round), world.config.network, committee, mine)
@@ -469,8 +470,8 @@ def _find_excluded(blobs: Blobs, payloads: Sequence[Digest], peer: PeerId) -> Di
 
 
 def _list_problems(book: Book, blobs: Blobs) -> list[str]:
-    problems = [f"{reading.problem}; {advise(reading)}" for reading in book.readings if reading.problem]
-    return [*problems, *blobs.warnings]
+    problems = [(reading, reading.problem or reading.gap) for reading in book.readings]
+    return [*(f"{problem}; {advise(reading)}" for reading, problem in problems if problem), *blobs.warnings]
 
 
 def _tell_problems(problems: list[str]) -> None:

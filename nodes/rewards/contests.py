@@ -70,7 +70,7 @@ def claim_newest(ledger: Ledger, peer: PeerId, fetch: Fetch) -> Wei:
     final = [settled for settled in ledger.get_rounds(FIRST) if settled.is_final]
     if not members or not final:
         raise WorldError("nothing to claim yet: " + ("no round is final" if members else "this peer is not registered"))
-    leaves = from_wire(validate_reading(read_round(final[-1], fetch(final[-1].data_digest))).leaves)
+    leaves = from_wire(validate_reading(read_round(final[-1], fetch)).leaves)
     # a peer that left and came back has two leaves
     return Wei(sum(sum(claim_owed(ledger, final[-1].round, member.index, leaves)) for member in members))
 
@@ -153,7 +153,7 @@ def show_leaf(ledger: Ledger, fetch: Fetch, number: int) -> MemberIndex:
     if demand.position >= len(rounds):
         raise OperatorError(f"demand {number}: its round was voided; p2pfm rewards close-demand returns the bond")
     settled = rounds[demand.position]
-    leaves = from_wire(validate_reading(read_round(settled, fetch(settled.data_digest))).leaves)
+    leaves = from_wire(validate_reading(read_round(settled, fetch)).leaves)
     ledger.show_leaf(number, leaves)
     return demand.index
 

@@ -8,14 +8,15 @@ from typing import Literal
 
 import msgspec
 
-from nodes.rewards.reading import Book, Fetch, Reading, list_rosters, validate_reading
+from nodes.rewards.reading import Book, Fetch, Reading, advise, list_rosters, validate_reading
 from nodes.rewards.views import Status, get_status
 from p2pfm import work
 from p2pfm.config import NetworkConfig, ScoringConfig
-from p2pfm.errors import OperatorError
+from p2pfm.errors import OperatorError, WorldError
 from p2pfm.messages import IncludedUpdate, Proposal
-from p2pfm.protocol.committee import MERGE_CAP
+from p2pfm.protocol.committee import MERGE_CAP, compute_shard_sums
 from p2pfm.protocol.membership import compute_shares
+from p2pfm.protocol.shards import deal
 from p2pfm.settlement import merkle
 from p2pfm.settlement.faults import compute_pool
 from p2pfm.settlement.ledger import LeafValue, Member
@@ -44,6 +45,20 @@ class Gate(msgspec.Struct, frozen=True):
     text: str
 
 
+class ShardPart(msgspec.Struct, frozen=True):
+    """In a network of shards: what became of an update's median."""
+
+    shard: MemberIndex
+    """Which one scored it."""
+    num_shards: int
+    contribution: Contribution
+    """Of the whole shard, as the committee above the shards certified it [nano-nats/token]."""
+    sum_positive: int
+    """Of all medians inside [nano-nats/token]: in this proportion the shard's contribution is divided."""
+    weight: Weight
+    """Of the whole shard, in the merge [parts per 10**9]."""
+
+
 class Explanation(msgspec.Struct, frozen=True):
     """All that can be said without measuring anything again."""
 
@@ -60,6 +75,10 @@ class Explanation(msgspec.Struct, frozen=True):
     """By the committee, in the order of its draw."""
     median: Contribution | None
     """Certified: of those that scored it [nano-nats/token]."""
+    contribution: Contribution | None
+    """What of it counts [nano-nats/token]: the median; in a network of shards, its part of its shard's contribution."""
+    part: ShardPart | None
+    """None: the network was one shard, or no update of this peer was included."""
     accumulated: int
     """Over the epoch's settled rounds, this one included [nano-nats/token]: what pays and weighs."""
     rank: int | None
@@ -126,9 +145,13 @@ def explain(
     if member.index >= len(reading.leaves):
         raise OperatorError(f"peer {member.peer} joined after round {round}: its tree has no leaf for it")
     leaf, update = reading.leaves[member.index], reading.get_update(member.index)
+    if update is None and reading.gap:
+        raise WorldError(f"{reading.gap}, perhaps of this peer; {advise(reading)}")
     payload = update.payload if update else excluded
-    judgements = _list_judgements(book, proposal, payload, committee)
-    wanted, weight_max = _compute_cap(book, reading, proposal, member, network) if update else (None, None)
+    ballot, seats, part = _find_ballot(book, reading, proposal, member, payload, network)
+    told = next((inner for inner in ballot.updates if inner.payload == payload), None)
+    judgements = _list_judgements(book, ballot, payload, committee if seats is None else seats)
+    wanted, weight_max = _compute_cap(book, reading, ballot, part, member, network) if update else (None, None)
     before = book.get_before(reading)
     pool = compute_pool(book.params, round, before.settled.round if before else None)
     settled = reading.settled
@@ -144,15 +167,17 @@ def explain(
         is_included=update is not None,
         payload=payload,
         judgements=judgements,
-        median=update.contribution if update else None,
+        median=told.contribution if told else None,
+        contribution=update.contribution if update else None,
+        part=part if update else None,
         accumulated=leaf.contribution,
-        rank=1 + sum(other.contribution > update.contribution for other in proposal.updates) if update else None,
-        num_updates=len(proposal.updates),
+        rank=1 + sum(other.contribution > update.contribution for other in reading.updates) if update else None,
+        num_updates=len(reading.updates),
         weight=update.weight if update else Weight(0),
         wanted_weight=wanted,
         weight_max=weight_max,
         is_capped=wanted is not None and weight_max is not None and wanted > weight_max,
-        gates=_list_gates(proposal, update, leaf, judgements, payload, wanted, weight_max, network.scoring),
+        gates=_list_gates(ballot, update, leaf, judgements, payload, wanted, weight_max, network.scoring),
         pool_wei=pool,
         payout_round=round if pool else Round(-(-(round + 1) // per_epoch) * per_epoch - 1),
         sum_positive=total,
@@ -171,16 +196,36 @@ def explain(
     )
 
 
-def list_excluded(proposal: Proposal) -> tuple[Digest, ...]:
-    """Payloads that somebody scored and that were not included: half of the vectors or fewer have them. Sorted."""
-    scored = {score.payload for reveal in proposal.reveals for score in reveal.scores}
-    return tuple(sorted(scored - {update.payload for update in proposal.updates}))
+def list_excluded(reading: Reading) -> tuple[Digest, ...]:
+    """Peers' payloads that somebody scored and nobody merged: half of the vectors or fewer have them. Sorted."""
+    scored = {score.payload for ballot in reading.ballots for reveal in ballot.reveals for score in reveal.scores}
+    return tuple(sorted(scored - {update.payload for update in reading.updates}))
 
 
 def find_makers(fetch: Fetch, payloads: Sequence[Digest]) -> dict[Digest, PeerId]:
     """Who made payloads, as their first bytes tell; those that nobody serves are left out."""
     held = ((payload, fetch(payload)) for payload in payloads)
     return {payload: work.split_payload(data)[0] for payload, data in held if data is not None}
+
+
+def _find_ballot(
+    book: Book, reading: Reading, proposal: Proposal, member: Member, payload: Digest | None, network: NetworkConfig
+) -> tuple[Proposal, Sequence[MemberIndex] | None, ShardPart | None]:
+    """(where the member's update was scored, its committee if that is a shard's, what became of that shard)."""
+    if not proposal.shards:
+        return proposal, None, None
+    for roster in list_rosters(book, reading.settled.position):
+        dealt = deal(network, roster, proposal.round)
+        number = dealt.shard_of.get(member.peer) if dealt else None
+        for update, shard in zip(proposal.updates, reading.shards, strict=True):
+            if dealt is None or shard is None or update.member != number:
+                continue
+            if payload is not None and not any(s.payload == payload for r in shard.reveals for s in r.scores):
+                continue  # it was dealt otherwise then
+            positive = sum(max(0, inner.contribution) for inner in shard.updates)
+            part = ShardPart(number, len(dealt.shards), update.contribution, positive, update.weight)
+            return shard, dealt.shards[number].committee, part
+    return msgspec.structs.replace(proposal, updates=(), reveals=()), (), None  # its shard's round is not known
 
 
 def _list_judgements(
@@ -202,15 +247,27 @@ def _list_judgements(
 
 
 def _compute_cap(
-    book: Book, reading: Reading, proposal: Proposal, member: Member, network: NetworkConfig
+    book: Book, reading: Reading, ballot: Proposal, part: ShardPart | None, member: Member, network: NetworkConfig
 ) -> tuple[Weight | None, Weight | None]:
-    """(wanted weight, greatest one), with the registry of then: the one with which all certified weights come out."""
-    wanted = compute_weights([reading.leaves[update.member].contribution for update in proposal.updates])
+    """(wanted weight, greatest one), with the registry of then: the one with which all certified weights come out.
+
+    In a network of shards both are of the merge inside of the shard.
+    """
+    before = book.get_before(reading)
+    measured = [(update.member, update.contribution) for update in ballot.updates]
+    sums = (
+        [reading.leaves[update.member].contribution for update in ballot.updates]
+        if part is None
+        else compute_shard_sums(before.proposal if before else None, part.num_shards, measured)
+    )
+    wanted = compute_weights(sums)
     for roster in list_rosters(book, reading.settled.position):
-        shares = compute_shares(roster, network.stake_cap())
-        most = [Weight(MERGE_CAP * shares.get(update.peer, 0)) for update in proposal.updates]
-        if [update.weight for update in proposal.updates] == list(map(min, wanted, most)):
-            place = next(place for place, update in enumerate(proposal.updates) if update.member == member.index)
+        dealt = deal(network, roster, ballot.round) if part else None
+        among = dealt.shards[part.shard] if dealt and part and part.shard < len(dealt.shards) else roster
+        shares = compute_shares(among, network.stake_cap())
+        most = [Weight(MERGE_CAP * shares.get(update.peer, 0)) for update in ballot.updates]
+        if [update.weight for update in ballot.updates] == list(map(min, wanted, most)):
+            place = next(place for place, update in enumerate(ballot.updates) if update.member == member.index)
             return wanted[place], most[place]
     return None, None
 
@@ -263,7 +320,7 @@ def _judge_scored(update: IncludedUpdate | None, payload: Digest | None, num_sco
         "failed",
         "no update of this peer was merged. The data cannot tell which of these it was: it did not train or announce "
         "in time, announced twice, started from another base, its payload could not be fetched or is malformed, or "
-        "too few members had it",
+        "too few members had it. Where there are shards, its shard may have certified nothing",
     )
 
 

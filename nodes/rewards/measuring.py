@@ -8,6 +8,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from transformers.utils import logging as transformers_logging
 
 from nodes.models import resolve
 from nodes.rewards.blobs import Blobs
-from nodes.rewards.reading import Book, Reading, validate_reading
+from nodes.rewards.games import Game, list_games, validate_held
+from nodes.rewards.reading import Book, Reading, name_maker, validate_reading
 from p2pfm import work
 from p2pfm.config import NetworkConfig, NodeConfig
 from p2pfm.errors import OperatorError, Reject, WorldError
@@ -28,9 +30,7 @@ from p2pfm.lora.samples import parse_probe
 from p2pfm.lora.torch_learner import TorchLearner
 from p2pfm.messages import Proposal
 from p2pfm.protocol.committee import merge_request
-from p2pfm.protocol.events import Remembered, ScoreUpdates, Weighted
-from p2pfm.protocol.membership import compute_shares
-from p2pfm.protocol.peer import EARLIER_MAX
+from p2pfm.protocol.events import Condense, Merge, ScoreUpdates, Weighted
 from p2pfm.protocol.shards import is_shard_name
 from p2pfm.settlement.ledger import Roster
 from p2pfm.types import Contribution, Digest, MemberIndex, PeerId, Round, Weight, compute_digest
@@ -73,6 +73,11 @@ class Remeasured(msgspec.Struct, frozen=True):
     """Greatest difference that is no finding."""
     is_finding: bool
     note: str = ""
+
+    @property
+    def name(self) -> str:
+        """Whose update, for people."""
+        return name_maker(self.peer, self.member)
 
 
 class DeepCheck(msgspec.Struct, frozen=True):
@@ -131,23 +136,43 @@ class Meter:
             WorldError: a payload or the base is not served any more; says which.
         """
         proposal = validate_reading(reading)
-        self.validate_held(proposal)
+        validate_held(self._blobs, proposal)
         base = self.find_base(book, reading)
         merge = merge_request(proposal)
         if merge is None:  # nobody's contribution was positive: the base stayed
             loss = self._evaluate(base)
             return Counterfactual(loss, loss, loss)
-        without = msgspec.structs.replace(
-            merge,
-            updates=tuple(
-                Weighted(item.payload, Weight(0) if item.payload == payload else item.weight) for item in merge.updates
-            ),
-        )
+        without = self._leave_out(reading, merge, payload)
         merged = (
             work.merge_updates(self._blobs, self._shapes, self._network, action).new_base for action in (merge, without)
         )
         loss_with, loss_without = (self._evaluate(digest) for digest in merged)
         return Counterfactual(self._evaluate(base), loss_with, loss_without)
+
+    def _leave_out(self, reading: Reading, merge: Merge, payload: Digest) -> Merge:
+        """The merge in which an update weighs nothing: inside of its shard, where it is part of one."""
+        for update, shard in zip(validate_reading(reading).updates, reading.shards, strict=False):
+            if shard is not None and payload in shard.payloads:
+                rest = self._condense(shard, update.peer, payload)
+                if rest is None:
+                    return _set_aside(merge, update.payload)
+                instead = (
+                    Weighted(rest, item.weight) if item.payload == update.payload else item for item in merge.updates
+                )
+                return msgspec.structs.replace(merge, updates=tuple(instead))
+        return _set_aside(merge, payload)
+
+    def _condense(self, shard: Proposal, name: PeerId, without: Digest | None = None) -> Digest | None:
+        """The payload of what a shard certified, perhaps without one update; None: nothing in it has a weight."""
+        validate_held(self._blobs, shard)
+        merge = merge_request(shard)
+        if merge is None:
+            return None
+        rest = _set_aside(merge, without) if without else merge
+        if not any(item.weight for item in rest.updates):
+            return None
+        action = Condense(rest.request, rest.base, rest.updates, name)
+        return work.condense_updates(self._blobs, self._shapes, self._network, action).new_base
 
     def check_round(self, book: Book, reading: Reading, roster: Roster, num_draws: int, tell: Tell) -> DeepCheck:
         """Measure a round's contributions again and compare them with the certified medians; recompute its merge.
@@ -158,55 +183,70 @@ class Meter:
         round = reading.settled.round
         try:
             proposal = validate_reading(reading)
-            self.validate_held(proposal)
+            validate_held(self._blobs, proposal)
             self.find_base(book, reading)
             if not proposal.updates:
                 return DeepCheck(round, (), self.compare_merge(proposal), ())
-            action, notes = self.make_action(book, reading, proposal, roster)
-            updates = self._compare_draws(proposal, action, reading.settled.data_digest, num_draws, notes, tell)
+            games, notes = list_games(self._network, self._blobs, book, reading, roster)
+            compare = partial(self._compare_draws, games, reading.settled.data_digest, tell=tell)
+            updates = compare(num_draws)
             if any(item.is_finding for item in updates):
                 # So few draws may take the spread for far too small: nobody is accused before more have been seen.
-                num_draws *= CONFIRMING
-                updates = self._compare_draws(proposal, action, reading.settled.data_digest, num_draws, notes, tell)
+                updates = compare(num_draws * CONFIRMING)
+            wrong = (*self.compare_merge(proposal), *self._compare_shards(games[1:]))
         except (WorldError, Reject) as error:
             return DeepCheck(round, (), (), (f"not measured: {error}",))
         findings = [
-            f"update of member {item.member}: certified {item.certified}, measured {item.measured} "
+            f"update of {item.name}: certified {item.certified}, measured {item.measured} "
             f"(tolerance {item.tolerance} nano-nats/token)"
             for item in updates
             if item.is_finding
         ]
-        return DeepCheck(round, updates, (*findings, *self.compare_merge(proposal)), notes)
+        return DeepCheck(round, updates, (*findings, *wrong), notes)
 
     def _compare_draws(
-        self,
-        proposal: Proposal,
-        action: ScoreUpdates,
-        data_digest: Digest,
-        num_draws: int,
-        notes: Sequence[str],
-        tell: Tell,
+        self, games: Sequence[Game], data_digest: Digest, num_draws: int, tell: Tell
     ) -> tuple[Remeasured, ...]:
-        draws = self._draw(action, data_digest, num_draws, tell)
-        by_payload = {item.payload: [draw[place] for draw in draws] for place, item in enumerate(action.updates)}
-        largest = max(abs(statistics.fmean(values)) for values in by_payload.values())
-        return tuple(
-            self.compare(proposal, update.payload, by_payload[update.payload], largest, has_gaps=bool(notes))
-            for update in proposal.updates
-        )
+        compared: list[Remeasured] = []
+        for number, game in enumerate(games):
+
+            def tell_all(done: int, number: int = number, game: Game = game) -> None:
+                tell(number * num_draws + done, len(games) * num_draws, f"round {game.action.round}")
+
+            draws = self._draw(game.action, data_digest, num_draws, tell_all)
+            by_payload = {
+                item.payload: [draw[place] for draw in draws] for place, item in enumerate(game.action.updates)
+            }
+            largest = max(abs(statistics.fmean(values)) for values in by_payload.values())
+            compared += (
+                self.compare(
+                    game.certified, update.payload, by_payload[update.payload], largest, has_gaps=game.has_gaps
+                )
+                for update in game.certified.updates
+            )
+        return tuple(compared)
 
     def _draw(
-        self, action: ScoreUpdates, data_digest: Digest, num_draws: int, tell: Tell
+        self, action: ScoreUpdates, data_digest: Digest, num_draws: int, tell: Callable[[int], None]
     ) -> list[tuple[Contribution, ...]]:
         """Contributions by draw, in the order of `action.updates`."""
         draws = []
         for number in range(num_draws):
-            tell(number, num_draws, f"round {action.round}")
+            tell(number)
             seed = draw_audit_seed(data_digest, number)
             scored = work.score_updates(self.learner, self._blobs, self._network, action, seed, NO_SALT)
             draws.append(scored.contributions)
-        tell(num_draws, num_draws, f"round {action.round}")
+        tell(num_draws)
         return draws
+
+    def _compare_shards(self, games: Sequence[Game]) -> tuple[str, ...]:
+        """Whether what shards certified makes the payloads that were merged."""
+        made = ((game, self._condense(game.certified, game.name) or game.certified.base) for game in games)
+        return tuple(
+            f"{game.name}: its updates make {digest.hex()}, it certified {game.certified.new_base.hex()}"
+            for game, digest in made
+            if digest != game.certified.new_base
+        )
 
     def find_base(self, book: Book, reading: Reading) -> Digest:
         """The digest of a round's base, whose bytes are at hand then: fetched, or merged again from an older one.
@@ -224,55 +264,12 @@ class Meter:
             missing.append(proposal)
             digest, before = proposal.base, book.get_before(before)
         for proposal in reversed(missing):
-            self.validate_held(proposal)
+            validate_held(self._blobs, proposal)
             if self._merge(proposal) != proposal.new_base:
                 raise WorldError(
                     f"nobody serves the base {wanted.hex()[:16]}, and the merge of round {proposal.round} gives another"
                 )
         return wanted
-
-    def make_action(
-        self, book: Book, reading: Reading, proposal: Proposal, roster: Roster
-    ) -> tuple[ScoreUpdates, tuple[str, ...]]:
-        """(what members were asked to score, what of it cannot be known); all payloads of the round are at hand.
-
-        Raises:
-            WorldError: what shards contributed cannot be measured again here.
-        """
-        if any(is_shard_name(update.peer) for update in proposal.updates):
-            raise WorldError("a network of shards certified it, and shards' shares are not known here")
-        shares = compute_shares(roster, self._network.stake_cap())
-        # The order of announcements is nobody's knowledge; of duplicates the one that was paid came first.
-        ordered = sorted(proposal.updates, key=lambda update: (-update.contribution, update.payload))
-        earlier: list[Remembered] = []
-        older, previous = book.get_before(reading), None
-        notes = set()
-        follows = reading.settled.round
-        while older is not None and len(earlier) < EARLIER_MAX:
-            if older.settled.round + 1 < follows:
-                notes.add("updates of void rounds are not known: what was repeated of them cannot be told")
-            if older.proposal is None:
-                notes.add("the data of an earlier round are missing: what was repeated of it cannot be told")
-                break
-            if previous is None:
-                previous = older.proposal.base
-            best = sorted(older.proposal.updates, key=lambda update: -update.contribution)
-            for update in best:
-                if self._blobs(update.payload) is None:
-                    notes.add("updates of earlier rounds are not served any more: what was repeated cannot be told")
-                else:
-                    earlier.append(Remembered(update.payload, is_paid=True))
-            follows, older = older.settled.round, book.get_before(older)
-        if previous is not None and self._blobs(previous) is None:
-            notes.add("the base before is not served any more: what was repeated of the last merge cannot be told")
-        action = ScoreUpdates(
-            round=reading.settled.round,
-            base=proposal.base,
-            previous=previous,
-            updates=tuple(Weighted(update.payload, shares.get(update.peer, Weight(0))) for update in ordered),
-            earlier=tuple(earlier[:EARLIER_MAX]),
-        )
-        return action, tuple(sorted(notes))
 
     def compare(
         self, proposal: Proposal, payload: Digest, draws: Sequence[int], largest: float, *, has_gaps: bool
@@ -324,15 +321,10 @@ class Meter:
             raise WorldError("the held-out loss is no finite number at this base")
         return loss
 
-    def validate_held(self, proposal: Proposal) -> None:
-        """Fetch a round's payloads. Raises: WorldError, naming the peers whose update nobody serves any more."""
-        missing = [update.peer for update in proposal.updates if self._blobs(update.payload) is None]
-        if missing:
-            raise WorldError(
-                f"round {proposal.round}: the updates of {len(missing)} of {len(proposal.updates)} peers are not "
-                f"served any more ({', '.join(peer[-6:] for peer in missing)}); a peer that kept them can be named "
-                "with --node URL"
-            )
+
+def _set_aside(merge: Merge, payload: Digest) -> Merge:
+    rest = (Weighted(item.payload, Weight(0) if item.payload == payload else item.weight) for item in merge.updates)
+    return msgspec.structs.replace(merge, updates=tuple(rest))
 
 
 def open_meter(config: NodeConfig, blobs: Blobs) -> Meter:
@@ -396,15 +388,15 @@ def check_rounds(
 
 
 def compute_balances(checks: Sequence[DeepCheck]) -> tuple[Balance, ...]:
-    """Each peer's sums over the rounds in which it was measured without a note, by registry index.
+    """Each peer's sums over the rounds in which it was measured without a note, by registry index; then the shards'.
 
     Spreads of different rounds add as squares, what rounding may change adds as it is.
     """
-    by_member: dict[MemberIndex, list[Remeasured]] = {}
+    by_member: dict[tuple[bool, MemberIndex], list[Remeasured]] = {}
     for update in (update for check in checks for update in check.updates if not update.note):
-        by_member.setdefault(update.member, []).append(update)
+        by_member.setdefault((is_shard_name(update.peer), update.member), []).append(update)
     balances = []
-    for member, updates in sorted(by_member.items()):
+    for (_, member), updates in sorted(by_member.items()):
         certified, measured = sum(item.certified for item in updates), sum(item.measured for item in updates)
         rounding = sum(item.tolerance - TOLERANCE_SPREADS * item.spread for item in updates)
         tolerance = math.ceil(TOLERANCE_SPREADS * math.hypot(*(item.spread for item in updates)) + rounding)

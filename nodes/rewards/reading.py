@@ -5,11 +5,14 @@ from anybody and is believed only after it was checked against both. Knows a Led
 """
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import msgspec
 
 from p2pfm.errors import OperatorError, P2PFMError, Reject, WorldError
 from p2pfm.messages import IncludedUpdate, Proposal, decode_message
+from p2pfm.protocol.committee import compute_split
+from p2pfm.protocol.shards import is_shard_name
 from p2pfm.settlement import merkle
 from p2pfm.settlement.ledger import (
     Accepted,
@@ -22,13 +25,14 @@ from p2pfm.settlement.ledger import (
     Left,
     Member,
     Roster,
+    Rotated,
     SettledRound,
     Slashed,
     Sums,
     Withdrawn,
 )
 from p2pfm.settlement.rewards import from_wire
-from p2pfm.types import Contribution, Digest, MemberIndex, PeerId, Round, Wei, Weight, compute_digest
+from p2pfm.types import WEIGHT_ONE, Contribution, Digest, MemberIndex, PeerId, Round, Wei, Weight, compute_digest
 
 PROPOSAL_BYTES_MAX = 8_000_000
 """Far above a proposal of a full network (128 peers: some 200 kB)."""
@@ -42,7 +46,7 @@ Fetch = Callable[[Digest], bytes | None]
 """Bytes of a content-addressed blob from wherever they are held; None: nobody serves it."""
 
 
-class Reading(msgspec.Struct, frozen=True):
+class Reading(msgspec.Struct, frozen=True, dict=True):
     """A settled round, with its data if they could be had and are those that the chain names."""
 
     settled: SettledRound
@@ -51,6 +55,43 @@ class Reading(msgspec.Struct, frozen=True):
     """Why there is no proposal; empty when there is one."""
     is_lie: bool = False
     """The data have the hash on chain, but are no proposal, or not of the root: its signers lied."""
+    shards: tuple[Proposal | None, ...] = ()
+    """In a network of shards, by place in the proposal's updates: what that shard certified; None: nobody serves it."""
+
+    @property
+    def gap(self) -> str:
+        """What of a round whose proposal is at hand is not known all the same; empty: nothing."""
+        lacking = sum(shard is None for shard in self.shards)
+        of = f"{lacking} of {len(self.shards)} shards"
+        return f"round {self.settled.round}: nobody serves what {of} certified of their members" if lacking else ""
+
+    @cached_property
+    def updates(self) -> tuple[IncludedUpdate, ...]:
+        """The peers' updates: in a network of shards those inside of what was merged, as far as it is known.
+
+        There a peer's contribution is its part of its shard's, and its weight that inside times the shard's.
+        """
+        if self.proposal is None or not self.proposal.shards:
+            return self.proposal.updates if self.proposal else ()
+        found = []
+        for update, shard in zip(self.proposal.updates, self.shards, strict=True):
+            split = compute_split(update.contribution, shard) if shard else {}
+            for inner in shard.updates if shard else ():
+                contribution = split.get(inner.member, Contribution(0))
+                weight = Weight(update.weight * inner.weight // WEIGHT_ONE)
+                found.append(msgspec.structs.replace(inner, contribution=contribution, weight=weight))
+        return tuple(found)
+
+    @property
+    def ballots(self) -> tuple[Proposal, ...]:
+        """Where peers' updates were scored and certified: the proposal, or those of its shards that are at hand."""
+        if self.proposal is None or not self.proposal.shards:
+            return (self.proposal,) if self.proposal else ()
+        return tuple(shard for shard in self.shards if shard)
+
+    @cached_property
+    def _by_member(self) -> dict[MemberIndex, IncludedUpdate]:
+        return {update.member: update for update in self.updates}
 
     @property
     def leaves(self) -> tuple[LeafValue, ...]:
@@ -59,8 +100,7 @@ class Reading(msgspec.Struct, frozen=True):
 
     def get_update(self, member: MemberIndex) -> IncludedUpdate | None:
         """The member's update that the round merged."""
-        updates = self.proposal.updates if self.proposal else ()
-        return next((update for update in updates if update.member == member), None)
+        return self._by_member.get(member)
 
 
 class Book(msgspec.Struct, frozen=True):
@@ -110,7 +150,7 @@ class Row(msgspec.Struct, frozen=True):
     member: MemberIndex
     peer: PeerId
     contribution: Contribution | None
-    """Of this round's update [nano-nats/token]; None: no update of this peer was included."""
+    """Of this round's update [nano-nats/token]; None: no update of this peer was included, as far as is known."""
     total: Contribution
     """Accumulated over the epoch so far [nano-nats/token]."""
     weight: Weight
@@ -128,7 +168,7 @@ def read_book(ledger: Ledger, fetch: Fetch) -> Book:
     """Everything, at once. Rounds without data are part of it, with the reason. Raises: ChainError."""
     # What may grow in the meantime comes after what refers to it.
     entries, demands = ledger.get_entries(), ledger.get_demands()
-    readings = tuple(read_round(settled, fetch(settled.data_digest)) for settled in ledger.get_rounds(FIRST))
+    readings = tuple(read_round(settled, fetch) for settled in ledger.get_rounds(FIRST))
     roster = ledger.get_roster()
     return Book(
         params=ledger.get_params(),
@@ -141,8 +181,9 @@ def read_book(ledger: Ledger, fetch: Fetch) -> Book:
     )
 
 
-def read_round(settled: SettledRound, data: bytes | None) -> Reading:
+def read_round(settled: SettledRound, fetch: Fetch) -> Reading:
     """A settled round with its data, or with what is wrong with them."""
+    data = fetch(settled.data_digest)
     if data is None:
         return Reading(settled, None, f"round {settled.round}: nobody serves its data {settled.data_digest.hex()}")
     found = compute_digest(data)
@@ -155,12 +196,28 @@ def read_round(settled: SettledRound, data: bytes | None) -> Reading:
         )
     try:
         proposal = decode_proposal(data)
+        faults = compare_root(settled, from_wire(proposal.leaves))
+        if faults:
+            raise Reject(faults[0])
+        return Reading(settled, proposal, shards=_read_shards(proposal, fetch))
     except Reject as error:
-        return Reading(settled, None, f"round {settled.round}: its data are no proposal: {error}", is_lie=True)
-    faults = compare_root(settled, from_wire(proposal.leaves))
-    if faults:
-        return Reading(settled, None, f"round {settled.round}: {faults[0]}", is_lie=True)
-    return Reading(settled, proposal)
+        return Reading(settled, None, f"round {settled.round}: {error}", is_lie=True)
+
+
+def _read_shards(proposal: Proposal, fetch: Fetch) -> tuple[Proposal | None, ...]:
+    """What the shards of a proposal certified. Raises: Reject, what is no data of shards."""
+    if not proposal.shards:
+        return ()
+    if len(proposal.shards) != len(proposal.updates):
+        raise Reject(
+            f"it has {len(proposal.updates)} updates of shards, and names what {len(proposal.shards)} certified"
+        )
+    found: list[Proposal | None] = []
+    for digest in proposal.shards:
+        data = fetch(digest)
+        is_right = data is not None and compute_digest(data) == digest
+        found.append(decode_proposal(data) if data is not None and is_right else None)
+    return tuple(found)
 
 
 def read_rewards(ledger: Ledger, fetch: Fetch, first: Round = FIRST, is_partial: bool = False) -> tuple[Row, ...]:
@@ -253,13 +310,20 @@ def find_member(roster: Roster, name: str) -> Member:
     )
 
 
+def name_maker(peer: PeerId, member: MemberIndex) -> str:
+    """Whose update it is, for people: a member's, or a shard's."""
+    return peer if is_shard_name(peer) else f"member {member}"
+
+
 def list_rosters(book: Book, position: int) -> tuple[Roster, ...]:
-    """The registry as it may have been when the round at `position` was proposed, the likeliest first.
+    """The registry as it may have been when the round at `position` was proposed, the likeliest first, each with the
+    committee of the round's epoch.
 
     A proposer saw the registry at some moment after the round before was accepted and before its own was; only what
     happened in between is uncertain. Keys and accounts are today's.
     """
     settled = book.readings[position].settled
+    committee = book.roster.committee  # of a ledger that does not tell what happened
     members: tuple[Member, ...] = ()
     seen: list[tuple[Member, ...]] = [members]
     for entry in book.entries:
@@ -277,6 +341,9 @@ def list_rosters(book: Book, position: int) -> tuple[Roster, ...]:
                 break
             case Accepted():
                 seen = []
+            case Rotated(epoch=settled.epoch, committee=drawn):
+                committee = drawn
+                continue
             case _:
                 continue
         seen.append(members)
@@ -284,16 +351,21 @@ def list_rosters(book: Book, position: int) -> tuple[Roster, ...]:
         seen = [book.roster.members]  # a ledger that does not tell what happened
     fitting = dict.fromkeys(known[: settled.num_leaves] for known in reversed(seen) if len(known) >= settled.num_leaves)
     return tuple(
-        msgspec.structs.replace(book.roster, epoch=settled.epoch, nonce=settled.nonce, members=known)
+        msgspec.structs.replace(
+            book.roster, epoch=settled.epoch, nonce=settled.nonce, members=known, committee=committee
+        )
         for known in (fitting or {book.roster.members[: settled.num_leaves]: None})
     )
 
 
 def decode_proposal(data: bytes) -> Proposal:
     """A round's data. Raises: Reject."""
-    message = decode_message(data, PROPOSAL_BYTES_MAX)
+    try:
+        message = decode_message(data, PROPOSAL_BYTES_MAX)
+    except Reject as error:
+        raise Reject(f"its data are no proposal: {error}") from error
     if not isinstance(message, Proposal):
-        raise Reject(f"expected a proposal, got a {type(message).__name__}")
+        raise Reject(f"its data are no proposal, but a {type(message).__name__}")
     return message
 
 

@@ -8,8 +8,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from nodes.rewards.contests import Contest
-from nodes.rewards.explain import Explanation
-from nodes.rewards.reading import Book
+from nodes.rewards.explain import Explanation, ShardPart
+from nodes.rewards.reading import Book, name_maker
 from nodes.rewards.tables import format_amount, format_nats, format_peer, format_time, make_table
 from p2pfm.settlement.faults import FaultKind
 from p2pfm.types import WEIGHT_ONE, Round
@@ -49,6 +49,8 @@ def print_explanation(
         elif judgement.contribution is None:
             reading = "did not score it"
         table.add_row(f"  member {judgement.member}", f"{reading}  [dim]{format_peer(judgement.peer)}[/]")
+    if told.part is not None:
+        table.add_row("its part", _describe_part(told, told.part))
     table.add_row("this epoch", f"epoch {told.epoch}: {format_nats(told.accumulated)} mnat/token so far")
     if told.rank is not None:
         table.add_row("rank", f"{told.rank} of {told.num_updates} merged updates")
@@ -93,9 +95,9 @@ def print_balances(out: Console, balances: "Sequence[Balance]") -> None:
         off, most = abs(balance.certified - balance.measured), balance.tolerance
         verdict = "[red]too far[/]" if balance.is_finding else "within"
         out.print(
-            f"  member {balance.member} ({balance.num_rounds} rounds): certified {format_nats(balance.certified)}, "
-            f"measured again {format_nats(balance.measured)} mnat/token; off by {format_nats(off)[1:]}, tolerated "
-            f"{format_nats(most)[1:]}: {verdict}",
+            f"  {name_maker(balance.peer, balance.member)} ({balance.num_rounds} rounds): certified "
+            f"{format_nats(balance.certified)}, measured again {format_nats(balance.measured)} mnat/token; off by "
+            f"{format_nats(off)[1:]}, tolerated {format_nats(most)[1:]}: {verdict}",
             highlight=False,
             soft_wrap=True,
         )
@@ -149,11 +151,20 @@ def _describe_contribution(told: Explanation) -> str:
     return f"{format_nats(told.median)} mnat/token, the lower median of {num} committee members' readings:"
 
 
+def _describe_part(told: Explanation, part: ShardPart) -> str:
+    return (
+        f"{format_nats(told.contribution)} mnat/token: shard {part.shard} of {part.num_shards} contributed "
+        f"{format_nats(part.contribution)}, divided by what its members contributed inside (this update "
+        f"{abs(told.median or 0)} of {part.sum_positive} nano-nats)"
+    )
+
+
 def _describe_weight(told: Explanation) -> str:
     text = f"{told.weight / WEIGHT_ONE:.2%}"
     if told.is_capped and told.wanted_weight is not None and told.weight_max is not None:
         wanted, most = told.wanted_weight / WEIGHT_ONE, told.weight_max / WEIGHT_ONE
-        text += f", capped: its contributions ask for {wanted:.2%}, its stake allows {most:.2%}"
+        where = "" if told.part is None else " in its shard"
+        text += f", capped{where}: its contributions ask for {wanted:.2%}, its stake allows {most:.2%}"
     return text
 
 
@@ -209,7 +220,7 @@ def _print_check(out: Console, check: "DeepCheck") -> None:
         off, most = format_nats(abs(update.certified - update.measured)), format_nats(update.tolerance)
         verdict = "[red]too far[/]" if update.is_finding else update.note or "within"
         out.print(
-            f"  member {update.member}: certified {format_nats(update.certified)}, measured again "
+            f"  {update.name}: certified {format_nats(update.certified)}, measured again "
             f"{format_nats(update.measured)} mnat/token; off by {off[1:]}, tolerated {most[1:]}: "
             f"{verdict}",
             highlight=False,

@@ -102,7 +102,7 @@ def view_peers(book: Book) -> tuple[PeerLine, ...]:
     total = sum(allotted)
     by_member: dict[MemberIndex, list[tuple[Round, Contribution]]] = {}
     for reading in book.readings:
-        for update in reading.proposal.updates if reading.proposal else ():
+        for update in reading.updates:
             by_member.setdefault(update.member, []).append((reading.settled.round, update.contribution))
     lines = []
     for member, claimed in zip(book.roster.members, book.claimed, strict=True):
@@ -132,7 +132,7 @@ def view_rounds(book: Book, rounds_per_epoch: int) -> tuple[RoundLine, ...]:
     for reading in book.readings:
         settled, proposal = reading.settled, reading.proposal
         status, until_s = get_status(book, settled)
-        worth = [update.contribution for update in proposal.updates] if proposal else None
+        worth = [update.contribution for update in reading.updates] if proposal and not reading.gap else None
         rewards = [leaf.reward_wei for leaf in reading.leaves]
         lines.append(
             RoundLine(
@@ -147,7 +147,7 @@ def view_rounds(book: Book, rounds_per_epoch: int) -> tuple[RoundLine, ...]:
                 cumulative_wei=settled.sums.cumulative_wei,
                 gini=compute_gini(rewards) if any(rewards) else None,
                 num_absent=len(settled.absent),
-                problem=reading.problem,
+                problem=reading.problem or reading.gap,
             )
         )
     return tuple(lines)

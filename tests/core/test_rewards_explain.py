@@ -92,11 +92,12 @@ def test_who_is_worth_nothing_is_told_so(settled: Settled) -> None:
 
 
 def test_an_update_that_too_few_scored_is_found_by_its_maker(settled: Settled) -> None:
-    proposal = settled.settle(0, measured={0: (50, 40, 60), 2: (90, None, None)})
-    assert list_excluded(proposal) == (get_payload(0, 2),)
+    settled.settle(0, measured={0: (50, 40, 60), 2: (90, None, None)})
+    reading = settled.book().readings[0]
+    assert list_excluded(reading) == (get_payload(0, 2),)
     served = {get_payload(0, 2): get_payload_bytes(0, 2)}
-    assert find_makers(served.get, list_excluded(proposal)) == {get_payload(0, 2): PEERS[3]}
-    assert find_makers({}.get, list_excluded(proposal)) == {}
+    assert find_makers(served.get, list_excluded(reading)) == {get_payload(0, 2): PEERS[3]}
+    assert find_makers({}.get, list_excluded(reading)) == {}
     told = get(settled, 2, 0, excluded=get_payload(0, 2))
     gate = told.gates[0]
     assert (told.is_included, told.median, told.rank, told.weight) == (False, None, None, 0)

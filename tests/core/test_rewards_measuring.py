@@ -39,7 +39,6 @@ from p2pfm.messages import Announcement, Proposal, Score, ScoreReveal
 from p2pfm.protocol.committee import draft_proposal, merge_request
 from p2pfm.protocol.events import Remembered, ScoreUpdates, Train, Weighted
 from p2pfm.protocol.membership import compute_shares
-from p2pfm.protocol.shards import get_shard_name
 from p2pfm.settlement.rewards import compute_median
 from p2pfm.types import Contribution, Digest, MemberIndex, Round, Weight, compute_digest
 
@@ -244,20 +243,6 @@ def test_missing_payloads_are_named_and_nothing_is_invented(honest: Trained) -> 
     )
     with pytest.raises(WorldError, match="round 0: the updates of 1 of 3"):
         early.find_base(book, book.readings[1])
-
-
-def test_a_round_of_shards_is_not_measured_and_nobody_is_accused(honest: Trained) -> None:
-    book = honest.settled.book()
-    reading = book.readings[1]
-    first, *others = reading.proposal.updates
-    of_shards = msgspec.structs.replace(
-        reading.proposal, updates=(msgspec.structs.replace(first, peer=get_shard_name(0)), *others)
-    )
-    roster = list_rosters(book, 1)[0]
-    with pytest.raises(WorldError, match="a network of shards certified it"):
-        honest.meter.make_action(book, reading, of_shards, roster)
-    action, _ = honest.meter.make_action(book, reading, reading.proposal, roster)
-    assert action.is_compared
 
 
 @pytest.mark.parametrize("is_lie", [True, False])

@@ -163,7 +163,7 @@ def test_data_is_not_believed_that_is_not_of_the_hash_or_not_of_the_root(told: F
     previous, data = told.history[-2], told.blobs[settled.data_digest]
 
     def say(given: bytes, **changes: Any) -> Any:
-        return judge(msgspec.structs.replace(settled, **changes), given, rosters, previous, told.network)
+        return judge(msgspec.structs.replace(settled, **changes), lambda _: given, rosters, previous, told.network)
 
     assert say(data).state == "verified"
     assert say(data + b"\0").state == "missing"  # a node lied, not the committee: another may have it
@@ -177,8 +177,9 @@ def test_data_is_not_believed_that_is_not_of_the_hash_or_not_of_the_root(told: F
 
 def test_a_round_is_judged_by_the_stakes_of_its_time(told: Federation) -> None:
     settled, today = told.any.get_rounds(Round(0))[0], told.ledger.get_roster()
-    data = told.blobs[settled.data_digest]
-    assert judge(settled, data, [today], None, told.network).state == "wrong"  # its signers were slashed since
+    assert (
+        judge(settled, told.blobs.get, [today], None, told.network).state == "wrong"
+    )  # its signers were slashed since
     assert view_of(told).rounds[0].evidence == "verified"
 
 

@@ -1,17 +1,21 @@
 """A network of two shards as ten real processes: rounds of two levels, one base, everybody paid, and two deaths."""
 
+import subprocess
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import httpx
 import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from nodes.homes import CONFIG_NAME
 from nodes.localnet import PRESETS, Localnet, LocalNode, Role, localnet
-from nodes.rewards import Fetch, read_rewards
+from nodes.rewards import Fetch, read_rewards, verify_rewards
 from p2pfm.config import LimitConfig, PhaseConfig
 from p2pfm.messages import Announcement, ShardMessage
 from p2pfm.protocol.events import Received
@@ -117,6 +121,7 @@ def test_two_shards_certify_rounds_pay_everybody_and_outlive_a_death_in_each(net
         assert protocol["waits_for"]
     assert all(len(same) == 1 for same in bases.values()), bases
 
+    check_audit(net)
     for node in net.nodes:  # nobody heard the announcements of a shard that it was not in
         heard = get_samples(node, "p2pfm_messages_total", "kind")
         last = get_now(net)
@@ -144,6 +149,26 @@ def test_two_shards_certify_rounds_pay_everybody_and_outlive_a_death_in_each(net
 
     for node in net.nodes:
         check_log(net, node)
+
+
+def check_audit(net: Localnet) -> None:
+    """Whichever node an auditor asks: both levels recompute, and each peer's contribution is known."""
+    roster = net.ledger.get_roster()
+    seated = {roster.by_index[index].peer for index in roster.committee}
+    outside = next(node for node in net.nodes if node.peer not in seated)
+    inside = next(node for node in net.nodes if node.peer in seated)
+    for node in (outside, inside):
+        judge = partial(verify_rewards, net.ledger, fetch_from(node), net.network)
+        net.wait_until("the node has looked at the chain", lambda judge=judge: "nobody serves" not in str(judge()), 10)
+        findings = judge()
+        assert len(findings) >= 2
+        assert not any(findings.values()), findings
+        rows = read_rewards(net.ledger, fetch_from(node))
+        assert sum(row.contribution is not None for row in rows) >= NUM_PEERS
+        options = ["--round", str(rows[0].round), "--no-measure", "--config", str(node.home / CONFIG_NAME)]
+        command = [sys.executable, "-m", "nodes.cli", "rewards", "explain", outside.peer, *options]
+        told = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert "of 2 contributed" in told.stdout, told.stdout + told.stderr
 
 
 def check_topics(net: Localnet, round: Round) -> None:
