@@ -51,6 +51,10 @@ class Settled:
 
     def settle(self, round: int, tamper: Tamper = lambda proposal: proposal, measured: Measured = MEASURED) -> Proposal:
         """The round's right proposal, changed by `tamper`, signed by all and accepted by the contract."""
+        return self.accept(tamper(self.draft(round, measured)))
+
+    def draft(self, round: int, measured: Measured = MEASURED) -> Proposal:
+        """The round's right proposal, under the registry of now and after the newest one that was accepted."""
         roster = self.world.any.get_roster()
         payloads = {author: get_payload(round, author) for author in measured}
         announcements = {
@@ -78,7 +82,7 @@ class Settled:
         ]
         base = Digest(b"b" * 32)
         draft = draft_proposal(self.network, roster, self.previous, Round(round), base, reveals, announcements)
-        return self.accept(tamper(msgspec.structs.replace(draft, new_base=Digest(b"n" * 32))))
+        return msgspec.structs.replace(draft, new_base=Digest(b"n" * 32))
 
     def accept(self, proposal: Proposal) -> Proposal:
         """Sign a proposal by all, bring it on chain, and serve it."""

@@ -49,6 +49,18 @@ def verify_reading(book: Book, position: int, network: NetworkConfig, committee:
     return [*findings, *_compare_committee(reading.proposal, committee)]
 
 
+def find_roster(book: Book, position: int, network: NetworkConfig) -> Roster:
+    """The registry by which the round at a position recomputes; the newest of its time, if it does by none."""
+    reading, before = book.readings[position], book.get_before(book.readings[position])
+    rosters = list_rosters(book, position)
+    previous = before.proposal if before else None
+    for roster in rosters if reading.proposal else ():
+        assert reading.proposal is not None, "looked at above"
+        if not verify_proposal(reading.settled, reading.proposal, reading.shards, roster, previous, network):
+            return roster
+    return rosters[0]
+
+
 def verify_proposal(
     settled: SettledRound,
     proposal: Proposal,

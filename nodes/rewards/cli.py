@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from nodes.rewards import checking, contests, reports
 from nodes.rewards.blobs import Blobs
 from nodes.rewards.explain import explain, find_makers, list_excluded
-from nodes.rewards.reading import Book, advise, find_member, list_rosters, read_book, validate_reading
+from nodes.rewards.reading import Book, advise, find_member, read_book, validate_reading
 from nodes.rewards.tables import (
     describe_totals,
     format_amount,
@@ -229,7 +229,7 @@ def verify(
                 meter,
                 book,
                 wanted,
-                lambda position: list_rosters(book, position)[0],
+                lambda position: checking.find_roster(book, position, world.config.network),
                 draws,
                 60 * minutes,
                 lambda done, total, what: progress.update(task, description=what, completed=done, total=total),

@@ -316,14 +316,16 @@ def name_maker(peer: PeerId, member: MemberIndex) -> str:
 
 
 def list_rosters(book: Book, position: int) -> tuple[Roster, ...]:
-    """The registry as it may have been when the round at `position` was proposed, the likeliest first, each with the
-    committee of the round's epoch.
+    """The registry as it may have been when the round at `position` began, the newest first, each with the committee of
+    the round's epoch.
 
-    A proposer saw the registry at some moment after the round before was accepted and before its own was; only what
-    happened in between is uncertain. Keys and accounts are today's.
+    Its members saw the registry at some moment after that committee was drawn, before the next one was, and before the
+    round was accepted; what happened in between is uncertain, since a chain may accept a round long after it was
+    certified. Keys and accounts are today's.
     """
     settled = book.readings[position].settled
     committee = book.roster.committee  # of a ledger that does not tell what happened
+    is_over = False
     members: tuple[Member, ...] = ()
     seen: list[tuple[Member, ...]] = [members]
     for entry in book.entries:
@@ -339,14 +341,14 @@ def list_rosters(book: Book, position: int) -> tuple[Roster, ...]:
                 members = _change(members, index, stake=Wei(0))
             case Accepted(settled=accepted) if accepted.position == position and accepted.root == settled.root:
                 break
-            case Accepted():
-                seen = []
             case Rotated(epoch=settled.epoch, committee=drawn):
-                committee = drawn
-                continue
+                committee, seen = drawn, []
+            case Rotated(epoch=later) if later > settled.epoch:
+                is_over = True
             case _:
                 continue
-        seen.append(members)
+        if not is_over:
+            seen.append(members)
     else:
         seen = [book.roster.members]  # a ledger that does not tell what happened
     fitting = dict.fromkeys(known[: settled.num_leaves] for known in reversed(seen) if len(known) >= settled.num_leaves)

@@ -8,6 +8,7 @@ from ledger_worlds import PARAMS, PEERS
 from rewards_world import MEASURED, POOL_WEI, Settled, add_served, move_cumulative, move_reward
 
 from nodes.rewards import claim_newest, read_rewards, rows_to_json
+from nodes.rewards.checking import find_roster
 from nodes.rewards.plots import plot_rewards
 from nodes.rewards.reading import find_member
 from p2pfm.errors import OperatorError, Reject, WorldError
@@ -42,6 +43,26 @@ def test_an_honest_history_has_no_findings(settled: Settled) -> None:
     for round in (0, 1, 3):  # round 2 was void
         settled.settle(round)
     assert settled.findings() == {0: [], 1: [], 3: []}
+
+
+def test_rounds_that_a_chain_took_late_are_judged_by_the_registry_of_their_own_time() -> None:
+    """Two rounds were certified while it was away; then a member left before either was accepted, and one joined."""
+    settled = Settled()
+    first = settled.draft(0)
+    settled.previous = first
+    second = settled.draft(1)
+    settled.world.ledgers[4].unbond()
+    settled.world.join(5)
+    settled.accept(first)
+    settled.accept(second)
+    assert settled.findings() == {0: [], 1: []}
+    book = settled.book()
+    for position in (0, 1):
+        assert [member.active for member in find_roster(book, position, settled.network).members] == [True] * 4
+    settled.settle(2)
+    assert settled.findings()[Round(2)] == []
+    told = find_roster(settled.book(), 2, settled.network)
+    assert [member.active for member in told.members] == [True, True, True, False, True]
 
 
 def test_verify_finds_a_raised_median(settled: Settled) -> None:
