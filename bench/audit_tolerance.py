@@ -20,6 +20,7 @@ from harness import Target, finish, parse_options, print_table
 from nodes.homes import read_config
 from nodes.localnet import PRESETS, localnet
 from nodes.rewards.blobs import Blobs
+from nodes.rewards.games import make_action, validate_held
 from nodes.rewards.measuring import (
     DRAWS,
     NO_SALT,
@@ -117,12 +118,12 @@ def measure(folder: Path, num_draws: int) -> tuple[list[tuple[float, float]], li
         proposal = reading.proposal
         assert proposal is not None
         try:
-            meter.validate_held(proposal)
+            validate_held(blobs, proposal)
             meter.find_base(book, reading)
         except WorldError as error:
             print(f"round {proposal.round}: {error}")
             continue
-        action, notes = meter.make_action(book, reading, proposal, book.roster)
+        action, notes = make_action(config.network, blobs, book, reading, book.roster)
         began = time.perf_counter()
         draws = []
         for number in range(num_draws):
