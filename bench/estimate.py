@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from sim.estimate import compute_pairs
-from sim.scenarios import LearnerModel, Scenario
+from sim.scenarios import LearnerModel, Scenario, make_network
 
 LONGER = 8
 """One more run of a middle size has so many times the rounds: what each leaves behind in memory."""
@@ -60,7 +60,7 @@ def main() -> None:
     runs = [(*read_size(size), options.rounds) for size in options.peers.split(",")]
     runs.append((*runs[len(runs) // 2][:2], LONGER * options.rounds))
     sizes, _, rounds = np.array(runs, float).T
-    seats = Scenario().committee_size
+    seats = make_network(Scenario(num_peers=max(peers for peers, *_ in runs))).scoring.committee_size
     pairs = np.array([compute_pairs(peers, shard, seats) for peers, shard, _ in runs], float)
     for kind in options.kind or ["digests", "convex", "mlp", "lora"]:
         memory, seconds = np.array([measure(kind, *run) for run in runs]).T

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from sim.page.plots import format_value
 from sim.recorder import HONEST
-from sim.report import SimReport, compute_harm, compute_kinds_report
+from sim.report import SimReport, compute_end_ginis, compute_harm, compute_kinds_report
 
 
 class Spread(msgspec.Struct, frozen=True):
@@ -53,14 +53,14 @@ def compute_figures(report: SimReport) -> dict[str, float]:
         "availability, share": fmean(item.availability for item in rounds),
         "sent a peer and round, kB": fmean(item.sent.mean_bytes for item in rounds) / 1000,
         "received a peer and round, kB": fmean(item.received.mean_bytes for item in rounds) / 1000,
-        "Gini": rounds[-1].gini,
-        "Gini, honest": rounds[-1].gini_honest,
     }
+    figures["Gini"], figures["Gini, honest"] = compute_end_ginis(report)
     for kind in kinds:
         if kind.kind == HONEST:
             figures["reward, honest, PFM"] = kind.reward_pfm
         else:
-            figures[f"gain over honest, {kind.kind}, PFM"] = kind.gain_pfm
+            if kind.gain_pfm is not None:
+                figures[f"gain over honest, {kind.kind}, PFM"] = kind.gain_pfm
             figures[f"together, {kind.kind}, PFM"] = kind.together_pfm
     harm = compute_harm(report)
     if harm is not None:

@@ -12,7 +12,7 @@ import psutil
 
 from p2pfm.errors import ConfigError
 from p2pfm.protocol.shards import FOLLOWED_MAX
-from sim.scenarios import LearnerModel, Scenario
+from sim.scenarios import LearnerModel, Scenario, make_network
 
 MEMORY_SHARE_MAX = 0.9
 """Of the free memory, what a run may take; the rest is for the report and for whoever else is here."""
@@ -56,7 +56,7 @@ def compute_estimate(scenario: Scenario) -> Estimate:
     """Memory and CPU time of a run of this scenario."""
     learner, num_peers = scenario.learner, scenario.num_peers
     cost = COSTS.get(f"{learner.kind} {learner.codec}", COSTS[learner.kind])
-    num_pairs = compute_pairs(num_peers, scenario.shard_size, scenario.committee_size)
+    num_pairs = compute_pairs(num_peers, scenario.shard_size, make_network(scenario).scoring.committee_size)
     return Estimate(
         memory_bytes=cost.base_bytes
         + cost.peer_bytes * num_peers

@@ -7,7 +7,8 @@ from math import sqrt
 from statistics import fmean, stdev
 
 import msgspec
-from rich.console import Group, RenderableType
+import numpy as np
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -16,7 +17,7 @@ from p2pfm.errors import ConfigError
 from p2pfm.settlement.memory_ledger import InMemoryLedger
 from p2pfm.types import NANO, PeerId
 from sim.breakdowns import telling_breakdowns
-from sim.recorder import HONEST, Record, Recorder
+from sim.recorder import HONEST, Record, Recorder, compute_gini
 from sim.scenarios import STAKE, Scenario, compute_kinds
 from sim.workshop import Workshop
 from sim.world import World
@@ -67,10 +68,12 @@ class KindReport(msgspec.Struct, frozen=True):
     """Of all peers of the kind: they may have one owner."""
     slashed_pfm: float
     """A mean a peer."""
-    gain_pfm: float
-    """Of a peer over honest work: its reward less what an honest peer drew and what it lost by slashing. 0: honest."""
-    gain_error_pfm: float
-    """Its standard error, if rewards of this kind differed among themselves as honest ones do."""
+    gain_pfm: float | None
+    """Of a peer over honest work: its reward less what an honest peer drew and what it lost by slashing. 0: honest;
+    None: there is no honest peer."""
+    gain_error_pfm: float | None
+    """Its standard error, if rewards of this kind differed among themselves as honest ones do; None: fewer than two
+    honest peers, or none was paid, tell nothing of that."""
     sent_bytes: float
     """A mean a peer and round."""
     received_bytes: float
@@ -115,7 +118,7 @@ class SimReport(msgspec.Struct, frozen=True):
     num_steps: int
     num_crashes: int
     num_bases: int
-    """Different bases that peers hold at the end."""
+    """Different bases that peers hold that are up at the end: who is away keeps what it had."""
     cpu_s: float
     rounds: tuple[RoundReport, ...]
     peers: tuple[PeerReport, ...]
@@ -178,7 +181,7 @@ def make_report(world: World, recorder: Recorder, cpu_s: float, is_complete: boo
         optimum_loss_nats=world.workshop.get_optimum_loss(),
         num_steps=world.num_steps,
         num_crashes=world.num_crashes,
-        num_bases=len({host.durable.base for host in world.hosts}),
+        num_bases=len({host.durable.base for host in world.hosts if host.peer is not None}),
         cpu_s=cpu_s,
         rounds=tuple(_make_round(world, recorder, record) for record in recorder.records),
         peers=tuple(
@@ -256,8 +259,8 @@ def compute_kinds_report(report: SimReport) -> tuple[KindReport, ...]:
     num_rounds = len(report.rounds)
     kinds = sorted({peer.kind for peer in report.peers}, key=lambda kind: (kind != HONEST, kind))
     honest = [peer.reward_pfm for peer in report.peers if peer.kind == HONEST]
-    honest_pfm = fmean(honest) if honest else 0.0
-    spread_pfm = stdev(honest) if len(honest) > 1 else 0.0
+    honest_pfm = fmean(honest) if honest else None
+    spread_pfm = stdev(honest) if len(honest) > 1 and any(honest) else None
     own_gas = sum(report.gas.get(name, 0) for name in OWN_TRANSACTIONS) / max(1, len(report.peers))
     stakes = {str(kind): times for kind, times in report.scenario.stakes.items()}
     reports = []
@@ -272,8 +275,8 @@ def compute_kinds_report(report: SimReport) -> tuple[KindReport, ...]:
                 reward_pfm=reward_pfm,
                 together_pfm=sum(peer.reward_pfm for peer in peers),
                 slashed_pfm=slashed_pfm,
-                gain_pfm=0.0 if kind == HONEST else reward_pfm - honest_pfm - slashed_pfm,
-                gain_error_pfm=0.0 if kind == HONEST else spread_pfm * sqrt(1 / len(peers) + 1 / max(1, len(honest))),
+                gain_pfm=_compute_gain(kind, reward_pfm - slashed_pfm, honest_pfm),
+                gain_error_pfm=_compute_gain_error(kind, len(peers), len(honest), spread_pfm),
                 sent_bytes=fmean(peer.bytes_sent for peer in peers) / num_rounds,
                 received_bytes=fmean(peer.bytes_received for peer in peers) / num_rounds,
                 stake_pfm=STAKE / WEI_PER_PFM * stakes.get(kind, 1.0),
@@ -281,6 +284,34 @@ def compute_kinds_report(report: SimReport) -> tuple[KindReport, ...]:
             )
         )
     return tuple(reports)
+
+
+def _compute_gain(kind: str, drawn_pfm: float, honest_pfm: float | None) -> float | None:
+    if kind == HONEST:
+        return 0.0
+    return None if honest_pfm is None else drawn_pfm - honest_pfm
+
+
+def _compute_gain_error(kind: str, num_peers: int, num_honest: int, spread_pfm: float | None) -> float | None:
+    if kind == HONEST:
+        return 0.0
+    return None if spread_pfm is None else spread_pfm * sqrt(1 / num_peers + 1 / num_honest)
+
+
+def compute_end_ginis(report: SimReport) -> tuple[float, float]:
+    """Gini of all peers' rewards, and of the honest ones', by the newest root: it may come after the last round."""
+    amounts = np.array([peer.reward_pfm for peer in report.peers])
+    return compute_gini(amounts), compute_gini(amounts[[peer.kind == HONEST for peer in report.peers]])
+
+
+def describe_gain(kind: KindReport) -> str:
+    """For people."""
+    if kind.kind == HONEST:
+        return ""
+    if kind.gain_pfm is None:
+        return "–"
+    error = "" if kind.gain_error_pfm is None else f" ± {kind.gain_error_pfm:.2g}"
+    return f"{kind.gain_pfm:+.3g}{error}"
 
 
 def render(report: SimReport) -> RenderableType:
@@ -292,25 +323,24 @@ def render(report: SimReport) -> RenderableType:
     return Group(_render_rounds(report), _render_kinds(report), *costs, _render_totals(report))
 
 
-def _render_rounds(report: SimReport) -> Table:
-    table = Table(title="Rounds", title_justify="left")
-    for name in ("round", "certified", "updates", "holders", "up", "held-out loss", "kB sent a peer", "Gini"):
-        table.add_column(name, justify="right")
-    for item in _cut(report.rounds):
-        if item is None:
-            table.add_row(*["…"] * len(table.columns))
-            continue
-        table.add_row(
+def _render_rounds(report: SimReport) -> RenderableType:
+    names = ("round", "certified", "held-out\nloss", "kB sent\na peer", "Gini", "updates", "holders", "up")
+    rows = [
+        ["…"] * len(names)
+        if item is None
+        else [
             str(item.round),
             "yes" if item.is_certified else "[red]void",
-            str(item.num_updates),
-            f"{item.num_holders}/{len(report.peers)}",
-            f"{item.availability:.0%}",
             "" if item.loss_nats is None else f"{item.loss_nats:.4f}",
             f"{item.sent.mean_bytes / 1000:.1f}",
             f"{item.gini:.3f}",
-        )
-    return table
+            str(item.num_updates),
+            f"{item.num_holders}/{len(report.peers)}",
+            f"{item.availability:.0%}",
+        ]
+        for item in _cut(report.rounds)
+    ]
+    return _Fitting("Rounds", names, rows)
 
 
 def _cut(rounds: Sequence[RoundReport]) -> list[RoundReport | None]:
@@ -319,36 +349,64 @@ def _cut(rounds: Sequence[RoundReport]) -> list[RoundReport | None]:
     return [*rounds[: ROWS_MAX // 2], None, *rounds[-ROWS_MAX // 2 :]]
 
 
-def _render_kinds(report: SimReport) -> Table:
-    table = Table(title="Peers", title_justify="left")
-    for name in ("kind", "peers", "reward", "together", "slashed", "gain over\nhonest", "blamed"):
-        # Where a screen is narrow, a kind's name is broken, and no number cut.
-        table.add_column(name, justify="left" if name == "kind" else "right", no_wrap=name != "kind")
-    for kind in compute_kinds_report(report):
-        table.add_row(
+def _render_kinds(report: SimReport) -> RenderableType:
+    names = ("kind", "peers", "reward", "gain over\nhonest", "slashed", "blamed", "together")
+    rows = [
+        [
             kind.kind,
             str(kind.num_peers),
             f"{kind.reward_pfm:.4g}",
-            f"{kind.together_pfm:.4g}",
+            describe_gain(kind),
             f"{kind.slashed_pfm:.2f}",
-            "" if kind.kind == HONEST else f"{kind.gain_pfm:+.3g} ± {kind.gain_error_pfm:.2g}",
             str(kind.num_blamed),
-        )
-    table.caption, table.caption_justify = "PFM; means a peer, but for what all of a kind drew together", "left"
-    return table
+            f"{kind.together_pfm:.4g}",
+        ]
+        for kind in compute_kinds_report(report)
+    ]
+    return _Fitting("Peers", names, rows, "PFM; means a peer, but for what all of a kind drew together")
 
 
-def _render_costs(report: SimReport) -> Table:
-    table = Table(title="What it costs to be one", title_justify="left", caption_justify="left")
-    for name in ("kind", "stake locked [PFM]", "kB sent a round", "gas of its own"):
-        table.add_column(name, justify="left" if name == "kind" else "right")
-    for kind in compute_kinds_report(report):
-        gas = "" if kind.gas is None else f"{kind.gas:,.0f}"
-        table.add_row(kind.kind, f"{kind.stake_pfm:.4g}", f"{kind.sent_bytes / 1000:.3g}", gas)
+def _render_costs(report: SimReport) -> RenderableType:
+    names = ("kind", "stake locked\n[PFM]", "kB sent\na round", *(("gas of\nits own",) if report.gas else ()))
+    rows = [
+        [
+            kind.kind,
+            f"{kind.stake_pfm:.4g}",
+            f"{kind.sent_bytes / 1000:.3g}",
+            *(() if kind.gas is None else (f"{kind.gas:,.0f}",)),
+        ]
+        for kind in compute_kinds_report(report)
+    ]
     harm = compute_harm(report)
-    if harm is not None:
-        table.caption = f"harm done, beside the same seed with all of them honest: {describe_harm(harm)}"
-    return table
+    beside = "harm done, beside the same seed with all of them honest: "
+    return _Fitting("What it costs to be one", names, rows, beside + describe_harm(harm) if harm else "")
+
+
+class _Fitting:
+    """A table whose last columns are left out, one by one, where the screen is too narrow: no figure is ever cut."""
+
+    def __init__(self, title: str, names: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
+        self._title, self._names, self._rows, self._caption = title, names, rows, caption
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        num = len(self._names)
+        while num > 2 and console.measure(self._make(num), options=options.update(max_width=999)).maximum > (
+            options.max_width
+        ):
+            num -= 1
+        table = self._make(num)
+        missing = ", ".join(name.replace("\n", " ") for name in self._names[num:])
+        told = [self._caption, f"no room here for: {missing}" if missing else ""]
+        table.caption = "\n".join(text for text in told if text) or None
+        yield table
+
+    def _make(self, num: int) -> Table:
+        table = Table(title=self._title, title_justify="left", caption_justify="left")
+        for name in self._names[:num]:
+            table.add_column(name, justify="left" if name == "kind" else "right", no_wrap=True)
+        for row in self._rows:
+            table.add_row(*row[:num])
+        return table
 
 
 def _render_totals(report: SimReport) -> Text:
@@ -359,6 +417,6 @@ def _render_totals(report: SimReport) -> Text:
     so_far = "" if report.is_complete else f"interrupted after {num} of {report.scenario.num_rounds} rounds; "
     return Text(
         f"{so_far}{certified} of {num} rounds certified, {num - certified} void; {report.num_crashes} crashes; "
-        f"{report.num_bases} base(s) held at the end{optimum}{spent}\n{report.num_steps} steps in "
+        f"{report.num_bases} base(s) held by who is up at the end{optimum}{spent}\n{report.num_steps} steps in "
         f"{report.cpu_s:.2f} CPU seconds ({report.cpu_s / max(1, num):.2f} a round); trace {report.trace[:16]}"
     )

@@ -24,7 +24,9 @@ BASE_BYTES = NUM_PARAMETERS * 4
 WORTH_NANO = 1_000_000.0
 """Mean of what honest updates are worth at their full weight [nano-nats]."""
 
-WORTHLESS: frozenset[AdversaryKind] = frozenset({"zero", "replay", "noisy_replay", "noise", "skipper"})
+WORTHLESS: frozenset[AdversaryKind] = frozenset(
+    {"zero", "replay", "noisy_replay", "noise", "skipper", "colluder", "overpayer"}
+)
 
 HARMFUL: frozenset[AdversaryKind] = frozenset(
     {"sign_flip", "boosted", "gaussian", "alie", "ipm", "minmax", "label_flip", "backdoor"}

@@ -9,7 +9,15 @@ from sim.checks import replay_command
 from sim.library import dump_toml
 from sim.page.plots import Plot, Series, format_value, render_plot
 from sim.recorder import HONEST
-from sim.report import KindReport, SimReport, compute_harm, compute_kinds_report, describe_harm
+from sim.report import (
+    KindReport,
+    SimReport,
+    compute_end_ginis,
+    compute_harm,
+    compute_kinds_report,
+    describe_gain,
+    describe_harm,
+)
 
 KINDS_MAX = 6
 """Kinds with a line of their own in the plot of rewards: as many as there are colours."""
@@ -69,7 +77,7 @@ def make_plots(report: SimReport) -> tuple[Plot, ...]:
         Plot(
             "certified", "Rounds certified", "share of peers that hold it", rounds,
             [Series("holders", [item.num_holders / num_peers if item.is_certified else 0.0 for item in items])],
-            note="A cross: the round is void, the base stays.", is_share=True, is_bars=True,
+            note="A cross: a round is void, the base stays.", is_share=True, is_bars=True,
         ),
         Plot(
             "bytes", "Traffic", "kB a peer and round", rounds,
@@ -134,7 +142,7 @@ def _make_facts(report: SimReport) -> list[tuple[str, str]]:
         facts += [
             ("Availability", f"{fmean(item.availability for item in rounds):.1%} · {report.num_crashes:,} crashes"),
             ("Sent by a peer", f"{format_value(fmean(item.sent.mean_bytes for item in rounds) / 1000)} kB a round"),
-            ("Gini at the end", f"{rounds[-1].gini:.3f} · honest only {rounds[-1].gini_honest:.3f}"),
+            ("Gini at the end", "{:.3f} · honest only {:.3f}".format(*compute_end_ginis(report))),
         ]
     harm = compute_harm(report)
     if harm is not None:
@@ -145,7 +153,7 @@ def _make_facts(report: SimReport) -> list[tuple[str, str]]:
     return [
         *facts,
         ("Stakes slashed", f"{sum(item.num_slashed for item in rounds)}"),
-        ("Bases at the end", f"{report.num_bases}" if report.num_bases > 1 else "1: all hold the same"),
+        ("Bases at the end", f"{report.num_bases}" if report.num_bases != 1 else "1: all that are up hold the same"),
         ("Simulated in", f"{report.cpu_s:.1f} CPU s · {report.num_steps:,} steps"),
         ("Seed", f"{scenario.seed}"),
         ("Trace", report.trace[:16]),
@@ -197,7 +205,7 @@ def _render_kind(kind: KindReport) -> str:
         format_value(kind.reward_pfm),
         format_value(kind.together_pfm),
         format_value(kind.slashed_pfm),
-        "–" if is_honest else f"{format_value(kind.gain_pfm)} ± {format_value(kind.gain_error_pfm)}",
+        "–" if is_honest else describe_gain(kind),
         verdict,
         format_value(kind.stake_pfm),
         format_value(kind.sent_bytes / 1000),
@@ -210,6 +218,8 @@ def _render_kind(kind: KindReport) -> str:
 
 def _judge(kind: KindReport) -> str:
     """What is told apart from chance: honest peers' rewards differ, too."""
+    if kind.gain_pfm is None or kind.gain_error_pfm is None:
+        return _NONE
     if abs(kind.gain_pfm) <= 2 * kind.gain_error_pfm:
         return _CHANCE
     return _PAYS if kind.gain_pfm > 0 else _LOSES

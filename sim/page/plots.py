@@ -51,7 +51,7 @@ class Plot(msgspec.Struct, frozen=True):
     is_share: bool = False
     """Values are 0 to 1, shown as percent on the whole scale."""
     is_bars: bool = False
-    """The first series as bars; a round of value 0 is crossed."""
+    """The first series as bars; a round of value 0 is crossed, and so is a mean of several where one is."""
     from_zero: bool = True
     may_be_log: bool = False
     """Values far apart are drawn on a scale of powers of ten."""
@@ -138,7 +138,8 @@ def _render_drawing(plot: Plot) -> str:
         _render_middle(centers[index], HEIGHT - BOTTOM + 16, str(plot.rounds[columns[index][0]])) for index in marks
     )
     axis += _render_middle(LEFT + (WIDTH - LEFT - RIGHT) / 2, HEIGHT - 3, "round")
-    drawn = _render_bars(series[0], centers, width, scale) if plot.is_bars else ""
+    is_crossed = [any(plot.series[0].values[index] == 0 for index in column) for column in columns]
+    drawn = _render_bars(series[0], is_crossed, centers, width, scale) if plot.is_bars else ""
     lines = list(enumerate(series))[1:] if plot.is_bars else list(enumerate(series))
     # The first series is what the figure is about: it lies on top.
     drawn += "".join(_render_line(one, rank, centers, scale) for rank, one in reversed(lines))
@@ -166,19 +167,27 @@ def _render_line(series: Series, rank: int, centers: Sequence[float], scale: _Sc
     # Over a gap the line goes on: a void round leaves the base, and so its loss, as it was.
     seen = [(x, scale.place(value)) for x, value in zip(centers, series.values, strict=True) if value is not None]
     path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in seen) if seen else ""
-    look = "reference" if series.is_reference else f"c{rank % 6}"
+    look = _get_look(series, rank)
     has_dots = len(seen) <= DOTS_MAX and not series.is_reference
     dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.2"/>' for x, y in seen) if has_dots else ""
     return f'<g class="line {look}"><path d="{path}"/>{dots}</g>'
 
 
-def _render_bars(series: Series, centers: Sequence[float], width: float, scale: _Scale) -> str:
+def _get_look(series: Series, rank: int) -> str:
+    if series.is_reference:
+        return "reference" if rank < 2 else "reference second"
+    return f"c{rank % 6}"
+
+
+def _render_bars(
+    series: Series, is_crossed: Sequence[bool], centers: Sequence[float], width: float, scale: _Scale
+) -> str:
     floor_px, half = scale.place(0.0), max(width * 0.4, 0.4)
     path, crosses = "", ""
-    for x, value in zip(centers, series.values, strict=True):
+    for x, value, has_zero in zip(centers, series.values, is_crossed, strict=True):
         if value:
             path += f"M{x - half:.1f} {floor_px:.1f}V{scale.place(value):.1f}H{x + half:.1f}V{floor_px:.1f}Z"
-        else:
+        if has_zero:
             arm, y = min(4.0, max(1.5, half)), floor_px - 7
             left, right, top, bottom = f"{x - arm:.1f}", f"{x + arm:.1f}", f"{y - arm:.1f}", f"{y + arm:.1f}"
             crosses += f"M{left} {top}L{right} {bottom}M{right} {top}L{left} {bottom}"
@@ -190,7 +199,7 @@ def _render_legend(plot: Plot) -> str:
         return ""
     items = ""
     for rank, series in enumerate(plot.series):
-        look = "reference" if series.is_reference else f"c{rank % 6}"
+        look = _get_look(series, rank)
         sample = (
             '<rect class="bars" y="1" width="22" height="8"/>'
             if plot.is_bars and rank == 0
@@ -212,7 +221,7 @@ def _render_table(plot: Plot) -> str:
             f'<td class="num">{format_value(series.values[index], plot.is_share)}</td>' for series in plot.series
         )
         rows += f'<tr><th scope="row">{plot.rounds[index]}</th>{cells}</tr>'
-    cut = f"; every {every}th round, all are in the tables beside this page" if every > 1 else ""
+    cut = f"; one round of {every}, all are in the tables beside this page" if every > 1 else ""
     name = escape(f"{plot.title} {plot.unit}{cut}")
     return (
         f'<details><summary>Figures<span class="unseen"> of {escape(plot.title)}</span></summary>'
@@ -234,7 +243,8 @@ def _describe_plot(plot: Plot) -> str:
         seen = [value for value in series.values if value is not None]
         if seen:
             first, last = format_value(seen[0], plot.is_share), format_value(seen[-1], plot.is_share)
-            parts.append(f"{series.name} from {first} to {last}" if first != last else f"{series.name} {first}")
+            zeros = f", {seen.count(0)} rounds at 0" if plot.is_bars and 0 in seen else ""
+            parts.append(f"{series.name} {first if first == last else f'from {first} to {last}'}{zeros}")
     return f"{plot.title} {plot.unit} over {len(plot.rounds)} rounds: {'; '.join(parts)}"
 
 

@@ -183,6 +183,11 @@ def test_the_estimate_is_near_to_what_a_run_takes(num_peers: int, shard_size: in
     assert 1 / 4 < run_scenario(scenario).cpu_s / compute_estimate(scenario).cpu_s < 4
 
 
+def test_the_estimate_counts_the_seats_of_a_committee_that_was_not_named() -> None:
+    scenario = Scenario(num_peers=256, shard_size=64)
+    assert compute_estimate(scenario) == compute_estimate(msgspec.structs.replace(scenario, committee_size=9))
+
+
 @pytest.mark.parametrize("kind", ["digests", "convex", "mlp", "lora"])
 def test_the_estimate_grows_with_peers_and_rounds(kind: str) -> None:
     learner = msgspec.convert({"kind": kind}, LearnerModel)

@@ -15,12 +15,13 @@ from rich.console import Console
 
 from p2pfm.config import WEI_PER_PFM
 from p2pfm.errors import ConfigError, OperatorError
-from p2pfm.types import NANO
+from p2pfm.protocol.phases import compute_round_start
+from p2pfm.types import NANO, Round
 from sim.churn import ChurnModel
 from sim.compare import compare, compute_figures, compute_spreads, format_spread
 from sim.network import NetworkModel
 from sim.page import FOLDER, make_plots, render_page
-from sim.page.plots import compute_ticks, format_value
+from sim.page.plots import Plot, Series, compute_ticks, format_value, render_plot
 from sim.recorder import Recorder, compute_gini
 from sim.report import (
     SimReport,
@@ -33,7 +34,7 @@ from sim.report import (
     run_scenario,
     set_beside,
 )
-from sim.scenarios import Scenario
+from sim.scenarios import Outage, Scenario, make_network
 from sim.tables import make_round_rows, validate_format, write_table
 from sim.world import World
 
@@ -50,8 +51,8 @@ def troubled() -> tuple[World, SimReport]:
     return world, make_report(world, recorder, 1.0)
 
 
-def show(report: SimReport) -> str:
-    screen = Console(file=StringIO(), width=80)
+def show(report: SimReport, width: int = 80) -> str:
+    screen = Console(file=StringIO(), width=width)
     screen.print(render(report))
     return screen.file.getvalue()  # type: ignore[attr-defined]
 
@@ -163,6 +164,66 @@ def test_no_number_is_cut_on_a_screen_of_80_columns() -> None:
     shown = show(msgspec.structs.replace(report, peers=peers))
     assert "blamed" in shown
     assert "…" not in shown
+
+
+def test_a_narrow_screen_shows_fewer_figures_and_cuts_none() -> None:
+    _, report = troubled()
+    for width in (30, 45, 60, 76):
+        shown = show(report, width)
+        assert all(kind.kind in shown for kind in compute_kinds_report(report))
+        assert all(f"{item.loss_nats:.4f}" in shown for item in report.rounds if item.loss_nats and width > 40)
+        assert "…" not in shown
+        assert "no room here for" in shown
+    assert "no room here for" not in show(report)
+
+
+def test_bases_are_counted_of_those_that_are_up() -> None:
+    """Who left keeps what it had: that is no fork."""
+    report = run_scenario(Scenario(seed=4, num_peers=12, num_rounds=4, churn=ChurnModel(leave=0.1)))
+    assert report.rounds[-1].num_holders < 12
+    assert report.num_bases == 1
+    assert "1: all that are up" in render_page(report)
+
+
+def test_what_no_honest_peer_can_be_held_against_has_no_verdict() -> None:
+    alone, pair, none = (
+        run_scenario(Scenario(seed=4, num_peers=num, num_rounds=2, adversaries=("liar",) * liars))
+        for num, liars in ((2, 1), (4, 1), (3, 3))
+    )
+    found = {
+        name: next(kind for kind in compute_kinds_report(report) if kind.kind == "liar")
+        for name, report in (("alone", alone), ("pair", pair), ("none", none))
+    }
+    assert found["alone"].gain_pfm is not None
+    assert found["alone"].gain_error_pfm is None
+    assert (found["none"].gain_pfm, found["none"].gain_error_pfm) == (None, None)
+    assert found["pair"].gain_error_pfm
+    assert "±" not in show(alone) + show(none)
+    verdicts = ("it pays", "pays more", "within chance")
+    assert not any(verdict in render_page(alone) + render_page(none) for verdict in verdicts)
+    assert any(verdict in render_page(pair) for verdict in verdicts)
+    assert "gain over honest, liar, PFM" not in compute_figures(none)
+
+
+def test_ginis_at_the_end_are_of_the_newest_root_though_it_came_after_the_last_round() -> None:
+    scenario = Scenario(seed=4, num_peers=8, num_rounds=3)
+    round_ms = compute_round_start(make_network(scenario), Round(1)) - make_network(scenario).genesis_ms
+    outage = Outage(start_ms=5 * round_ms // 2, end_ms=3 * round_ms + 3_000)
+    report = run_scenario(msgspec.structs.replace(scenario, outages=(outage,)))
+    honest = compute_gini(np.array([peer.reward_pfm for peer in report.peers]))
+    assert honest != pytest.approx(report.rounds[-1].gini)
+    assert compute_figures(report)["Gini"] == pytest.approx(honest)
+    assert f"<dd>{honest:.3f} · honest only" in render_page(report)
+
+
+def test_of_many_rounds_a_void_one_is_crossed_in_the_mean_of_its_neighbours() -> None:
+    values = [0.0 if index == 7 else 1.0 for index in range(250)]
+    drawn = render_plot(
+        Plot("key", "Title", "unit", range(250), [Series("holders", values)], is_bars=True, is_share=True)
+    )
+    assert drawn.count('class="cross"') == 1
+    assert "1 rounds at 0" in drawn
+    assert "2th" not in drawn
 
 
 def test_a_comparison_has_what_all_of_a_kind_draw_together() -> None:
