@@ -45,6 +45,10 @@ COSTS: dict[str, Cost] = {
 on one core (Python 3.11, torch 2.13) in 2026-11. Lora was measured up to 96 peers."""
 
 
+EVM_PEER_S, EVM_ROUND_S = 0.25, 0.1
+"""CPU time of a real EVM for a peer's joining and claims, and for a round: 5 to 40 peers, 2 and 6 rounds."""
+
+
 class Estimate(msgspec.Struct, frozen=True):
     """What a scenario will take, within a factor of about two."""
 
@@ -56,13 +60,14 @@ def compute_estimate(scenario: Scenario) -> Estimate:
     """Memory and CPU time of a run of this scenario."""
     learner, num_peers = scenario.learner, scenario.num_peers
     cost = COSTS.get(f"{learner.kind} {learner.codec}", COSTS[learner.kind])
+    chain_s = EVM_PEER_S * num_peers + EVM_ROUND_S * scenario.num_rounds if scenario.ledger == "evm" else 0.0
     num_pairs = compute_pairs(num_peers, scenario.shard_size, make_network(scenario).scoring.committee_size)
     return Estimate(
         memory_bytes=cost.base_bytes
         + cost.peer_bytes * num_peers
         + cost.pair_bytes * num_pairs
         + cost.round_bytes * num_peers * scenario.num_rounds,
-        cpu_s=(cost.peer_s * num_peers + cost.pair_s * num_pairs) * scenario.num_rounds,
+        cpu_s=(cost.peer_s * num_peers + cost.pair_s * num_pairs) * scenario.num_rounds + chain_s,
     )
 
 
