@@ -17,7 +17,7 @@ from p2pfm.protocol.peer import Peer
 from p2pfm.settlement import merkle
 from p2pfm.settlement.ledger import LeafValue
 from p2pfm.settlement.rewards import from_wire, to_wire
-from p2pfm.types import Round, Tensors, Wei
+from p2pfm.types import Digest, Round, Tensors, Wei
 
 Wrap = Callable[[Learner], Learner]
 """What a node makes of its learner: nothing, or a dishonest one."""
@@ -71,9 +71,9 @@ def corrupt(adversary: str, honest: Learner) -> Learner:
 class OverpayingBallot(Ballot):
     """All of a round's reward goes to the proposer."""
 
-    def draft(self, reveals: tuple[ScoreReveal, ...]) -> Proposal:
+    def draft(self, reveals: tuple[ScoreReveal, ...], named: tuple[Digest, ...] = ()) -> Proposal:
         """See Ballot."""
-        honest = super().draft(reveals)
+        honest = super().draft(reveals, named)
         leaves = from_wire(honest.leaves)
         total = sum(leaf.reward_wei for leaf in leaves)
         false = [

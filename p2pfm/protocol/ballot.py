@@ -29,6 +29,7 @@ from p2pfm.protocol.committee import (
     shard_message,
     validate_proposal,
     validate_reveals,
+    validate_shard,
     validate_vector,
 )
 from p2pfm.protocol.events import (
@@ -68,6 +69,9 @@ from p2pfm.settlement.rewards import compute_served_epoch, is_payout_round, prop
 from p2pfm.settlement.sampling import compute_quorum
 from p2pfm.types import Contribution, Digest, MemberIndex, PeerId, Round
 
+CERTIFIED_MAX = 4
+"""Different things of one shard that are kept: an honest one certifies one."""
+
 
 class Ballot:
     """A round's committee as one of its peers sees it: all that it heard, and what to do about it."""
@@ -82,7 +86,7 @@ class Ballot:
         self.dealt = dealt
         self.shard = shard
         self._certified: dict[Digest, tuple[int, Proposal]] = {}
-        """Shards' certificates heard, by the payload that they certify."""
+        """What shards certified, by its digest, and which one did."""
         self._lacking: list[Digest] = []
         """Payloads of the valid proposal of which the last one is not here; empty: to be looked at."""
         member = get_member(state.roster, standing.me) if state.roster else None
@@ -263,8 +267,12 @@ class Ballot:
 
     # --- ATTEST
 
-    def draft(self, reveals: tuple[ScoreReveal, ...]) -> Proposal:
-        """The one right proposal for these reveals. Raises Reject where there is none."""
+    def draft(self, reveals: tuple[ScoreReveal, ...], named: tuple[Digest, ...] = ()) -> Proposal:
+        """The one right proposal for these reveals. Raises Reject where there is none.
+
+        Args:
+            named: what shards certified by which a received proposal is to be judged, where one certified twice.
+        """
         state, standing = self.state, self.standing
         assert state.roster is not None, "only a peer with a roster drafts"
         standing.validate_readiness(state.roster)
@@ -274,7 +282,8 @@ class Ballot:
         if self.dealt is None:
             return draft_proposal(config, roster, previous, round, base, reveals, state.updates.by_payload())
         if self.shard is None:
-            return draft_top_proposal(config, roster, self.dealt, previous, round, base, reveals, self._certified)
+            certified = self._by_payload(named)
+            return draft_top_proposal(config, roster, self.dealt, previous, round, base, reveals, certified)
         announced, num_shards = state.updates.by_payload(), len(self.dealt.shards)
         return draft_shard_proposal(config, roster, num_shards, previous, round, base, reveals, announced)
 
@@ -330,7 +339,7 @@ class Ballot:
             return []
         if not state.is_proposal_valid:
             try:
-                validate_proposal(state.proposal, self.draft(state.proposal.reveals))
+                validate_proposal(state.proposal, self.draft(state.proposal.reveals, state.proposal.shards))
             except Reject as error:
                 # Perhaps a commitment or an announcement has not come yet: the next message or sync tries again.
                 state.failure = f"the proposal does not hold here: {error}"
@@ -451,10 +460,19 @@ class Ballot:
 
     def on_shard_certificate(self, number: int, certificate: Certificate) -> list[AnyAction]:
         """A shard's update, one level up. The driver has checked its signatures."""
-        state, proposal = self.state, certificate.proposal
-        if proposal.base != self.standing.durable.base or proposal.new_base == proposal.base:
+        state, proposal, standing = self.state, certificate.proposal, self.standing
+        if proposal.base != standing.durable.base or proposal.new_base == proposal.base or self.dealt is None:
             return []  # of another history, or nobody contributed anything there
-        self._certified[proposal.new_base] = (number, proposal)
+        if proposal.digest in self._certified:
+            return []
+        if sum(other == number for other, _ in self._certified.values()) >= CERTIFIED_MAX:
+            return [Note(state.round, f"shard {number} certified more than {CERTIFIED_MAX} things")]
+        previous = standing.durable.head.proposal if standing.durable.head else None
+        try:
+            validate_shard(standing.config, self.dealt, number, previous, state.round, proposal)
+        except Reject as error:  # or its registry is another one
+            return [Note(state.round, str(error))]
+        self._certified[proposal.digest] = (number, proposal)
         held = self._announce_shard(number, proposal)
         is_late = state.phase > Phase.TRAIN and state.saw_train
         first = state.updates.announcements.get(held.peer)
@@ -469,8 +487,12 @@ class Ballot:
 
     def list_shards(self, proposal: Proposal) -> tuple[Proposal, ...]:
         """What the shards of a proposal certified, of those whose certificates were heard here."""
-        held = {shard.digest: shard for _, shard in self._certified.values()}
-        return tuple(held[digest] for digest in proposal.shards if digest in held)
+        return tuple(self._certified[digest][1] for digest in proposal.shards if digest in self._certified)
+
+    def _by_payload(self, named: tuple[Digest, ...]) -> dict[Digest, tuple[int, Proposal]]:
+        """What shards certified, by payload: where one payload has several, those that are named, or the lowest."""
+        digests = (*sorted(self._certified, reverse=True), *(digest for digest in named if digest in self._certified))
+        return {self._certified[digest][1].new_base: self._certified[digest] for digest in digests}
 
     def can_follow(self, proposal: Proposal) -> bool:
         """Whether what was certified is made of shards that are known here, in this round and from this base."""

@@ -135,7 +135,7 @@ def draft_top_proposal(
     A peer's contribution is its shard's, times its own share in the shard.
 
     Args:
-        certified: by payload digest: the shard's number and what its certificate certifies.
+        certified: by payload digest: the shard's number and what its certificate certifies (`validate_shard`).
     """
     reveals = tuple(sorted(reveals, key=lambda reveal: reveal.member))
     included: list[tuple[int, Proposal, Contribution]] = []
@@ -171,10 +171,47 @@ def draft_top_proposal(
     return _once(roster, (config, dealt, previous, *reveals, *proposals), ("top draft", round, base, numbers), make)
 
 
+def validate_shard(
+    config: NetworkConfig, dealt: Deal, number: int, previous: Proposal | None, round: Round, proposal: Proposal
+) -> None:
+    """Recompute what a shard certified from the vectors that its committee revealed; its signatures say the rest.
+
+    So two thirds of one shard's committee can lie about what their members are worth to each other, and about nothing
+    else: not for members of other shards, and not about weights.
+
+    Raises:
+        Reject: names the rule.
+    """
+    if number >= len(dealt.shards):
+        raise Reject(f"shard {number} certified something, and there are {len(dealt.shards)} shards")
+    shard = dealt.shards[number]
+
+    def judge() -> str:
+        announced = {
+            update.payload: Announcement(round, update.peer, proposal.base, update.payload, 0, 0)
+            for update in proposal.updates
+        }
+        try:
+            _validate_members(shard, proposal.reveals, round)
+            expected = draft_shard_proposal(
+                config, shard, len(dealt.shards), previous, round, proposal.base, proposal.reveals, announced
+            )
+            validate_proposal(proposal, expected)
+        except Reject as error:
+            return str(error)
+        return ""
+
+    fault = _once(shard, (config, previous, proposal), ("certified", round), judge)
+    if fault:
+        raise Reject(f"what shard {number} certified is not right: {fault}")
+
+
 def compute_split(contribution: Contribution, shard: Proposal) -> dict[MemberIndex, Contribution]:
     """A shard's contribution divided over its members, in proportion to what each contributed inside.
 
-    What harmed the shard counts against its maker in the same proportion; of a shard that did harm nobody gains.
+    What harmed the shard counts against its maker in the same proportion, but for no more than the whole shard brought:
+    where members' harm nearly outweighs what the others gained, the proportion is no measure. Of a shard that did harm
+    nobody gains.
     """
     positive = sum(max(0, update.contribution) for update in shard.updates)
     if not positive:
@@ -183,7 +220,7 @@ def compute_split(contribution: Contribution, shard: Proposal) -> dict[MemberInd
     for update in shard.updates:
         part = abs(update.contribution) * abs(contribution) // positive
         is_gain = update.contribution > 0 and contribution > 0
-        split[update.member] = Contribution(part if is_gain else -part)
+        split[update.member] = Contribution(part if is_gain else -min(part, abs(contribution)))
     return split
 
 
@@ -315,25 +352,31 @@ def validate_reveals(
     Raises:
         Reject: names the rule and the member.
     """
-    seen: set[MemberIndex] = set()
+    _validate_members(roster, reveals, round)
     num_late = 0
     for reveal in reveals:
-        if reveal.round != round or reveal.member not in roster.committee or reveal.member in seen:
-            raise Reject(f"reveal of member {reveal.member} is of another round, no committee member's, or twice there")
-        seen.add(reveal.member)
         commitment = reveal.commitment
         if commitment not in commitments.get(reveal.member, ()):
             if commitment not in late.get(reveal.member, ()):
                 raise Reject(f"reveal of member {reveal.member} does not match a commitment known here")
             num_late += 1
+    if 2 * num_late >= len(reveals):
+        raise Reject(f"{num_late} of {len(reveals)} members committed here only after vectors were public")
+
+
+def _validate_members(roster: Roster, reveals: Sequence[ScoreReveal], round: Round) -> None:
+    """Enough members, each once, with well-formed vectors of this round. Raises: Reject."""
+    seen: set[MemberIndex] = set()
+    for reveal in reveals:
+        if reveal.round != round or reveal.member not in roster.committee or reveal.member in seen:
+            raise Reject(f"reveal of member {reveal.member} is of another round, no committee member's, or twice there")
+        seen.add(reveal.member)
         validate_vector(reveal, len(roster.members))
         if not are_members(reveal.served, roster):
             raise Reject(f"reveal of member {reveal.member} names a replica that is no member")
     needed = compute_quorum(len(roster.committee))
     if len(seen) < needed:
         raise Reject(f"expected reveals of at least {needed} committee members, got {len(seen)}")
-    if 2 * num_late >= len(seen):
-        raise Reject(f"{num_late} of {len(seen)} members committed here only after vectors were public")
 
 
 def validate_vector(reveal: ScoreReveal, num_members: int) -> None:
@@ -379,15 +422,18 @@ def _compute_next_leaves(
         raise Reject("the registry known here is older than the newest certificate")
     last_round = previous.round if previous else Round(-1)
     is_payout = is_payout_round(round, last_round, config.settlement.rounds_per_epoch)
-    return compute_leaves(
-        from_wire(previous.leaves) if previous else (),
-        measured,
-        num_members=len(roster.members),
-        pool=config.pool_per_epoch(),
-        is_payout=is_payout,
-        is_epoch_start=previous is None or _is_epoch_start(previous),
-        served=compute_served(reveals, config.serving_per_epoch()) if is_payout else {},
-    )
+    try:
+        return compute_leaves(
+            from_wire(previous.leaves) if previous else (),
+            measured,
+            num_members=len(roster.members),
+            pool=config.pool_per_epoch(),
+            is_payout=is_payout,
+            is_epoch_start=previous is None or _is_epoch_start(previous),
+            served=compute_served(reveals, config.serving_per_epoch()) if is_payout else {},
+        )
+    except ValueError as error:  # of what others signed
+        raise Reject(f"leaves: {error}") from error
 
 
 def _is_epoch_start(previous: Proposal) -> bool:

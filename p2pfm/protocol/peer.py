@@ -411,15 +411,16 @@ class Peer(Place):
 
     def _settle_rank(self, round: Round) -> int | None:
         """Who brings the root on chain first: the committee in its ranks, then (in a small network) the others."""
-        if self.roster is None:
+        roster = self.top.state.roster if round == self.top.state.round else self.roster
+        if roster is None:
             return 0
-        ranks = compute_ranks(self.roster, round)
-        member = get_member(self.roster, self.me)
+        ranks = compute_ranks(roster, round)  # by then the next committee may have been drawn, which knows no shard
+        member = get_member(roster, self.me)
         if member is not None and member.index in ranks:
             return ranks.index(member.index)
         if self.top is not self.leaf:
             return None
-        return len(self.roster.members) if member is None else len(ranks) + member.index
+        return len(roster.members) if member is None else len(ranks) + member.index
 
     # --- what others say
 

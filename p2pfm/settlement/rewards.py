@@ -81,7 +81,7 @@ def compute_leaves(
     A leaf's contribution accumulates over the epoch (from 0 at `is_epoch_start`), saturating at +-CONTRIBUTION_MAX. At
     `is_payout`, reward = floor(pool * max(0, Phi_i) / sum of max(0, Phi)); in other rounds it is 0; the cumulative sum
     grows by it. The rewards never exceed `pool`, and fall short of it by less than one wei a member (or pay nothing
-    when nobody's contribution is positive).
+    when nobody's contribution is positive). What is given for serving saturates, too: no sum on chain bounds it.
 
     Args:
         served: what each is given for serving (`compute_served`).
@@ -106,7 +106,12 @@ def compute_leaves(
         before = previous[position] if position < len(previous) else NOTHING
         given = served.get(MemberIndex(position), 0)
         leaves.append(
-            LeafValue(Wei(before.cumulative_wei + reward), Wei(reward), total, Wei(before.served_wei + given))
+            LeafValue(
+                Wei(before.cumulative_wei + reward),
+                Wei(reward),
+                total,
+                Wei(min(merkle.AMOUNT_MAX, before.served_wei + given)),
+            )
         )
     return tuple(leaves)
 

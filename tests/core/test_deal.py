@@ -100,6 +100,7 @@ def make_shard_proposal(contributions: list[int]) -> Proposal:
 def test_a_shards_contribution_is_split_and_nothing_is_made_from_nothing(whole: int, inside: list[int]) -> None:
     split = compute_split(Contribution(whole), make_shard_proposal(inside))
     assert sum(max(0, part) for part in split.values()) <= max(0, whole)
+    assert all(abs(part) <= abs(whole) for part in split.values())
     for member, part in split.items():
         assert part <= 0 or (inside[member] > 0 and whole > 0)
 
@@ -108,6 +109,7 @@ def test_who_contributed_twice_as_much_gets_twice_as_much() -> None:
     assert compute_split(Contribution(900), make_shard_proposal([200, 100, -50])) == {0: 600, 1: 300, 2: -150}
     assert compute_split(Contribution(-900), make_shard_proposal([200, 100, -50])) == {0: -600, 1: -300, 2: -150}
     assert compute_split(Contribution(900), make_shard_proposal([-1, 0])) == {}
+    assert compute_split(Contribution(900), make_shard_proposal([1, -400])) == {0: 900, 1: -900}
 
 
 def test_more_peers_than_two_levels_reach_are_refused() -> None:

@@ -90,6 +90,15 @@ def test_leaves_refuse_a_stranger_and_a_shrinking_registry() -> None:
         compute_leaves((LeafValue(Wei(0), Wei(0), 0),) * 3, {}, 2, Wei(1), is_payout=True, is_epoch_start=True)
 
 
+def test_a_liars_sum_for_serving_ends_no_later_round() -> None:
+    """No sum on chain holds it, so nothing contests it: the next leaves must still be leaves of a tree."""
+    full = (LeafValue(Wei(0), Wei(0), 0, Wei(merkle.AMOUNT_MAX)),)
+    served = {MemberIndex(0): Wei(7)}
+    after = compute_leaves(full, {}, 1, Wei(1), is_payout=True, is_epoch_start=True, served=served)
+    assert after[0].served_wei == merkle.AMOUNT_MAX
+    merkle.compute_root(after)
+
+
 @given(st.lists(st.integers(-100, 100).map(Contribution), min_size=1))
 def test_the_median_is_a_value_that_half_do_not_exceed(values: list[Contribution]) -> None:
     median = compute_median(values)
