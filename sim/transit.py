@@ -114,9 +114,19 @@ class Transit:
             self._schedule.after(0, partial(self._hear_own, host, host.life, received))
         num_bytes = len(received.envelope.body) + len(received.envelope.signature)
         others = self._get_audience(host, deed)
-        host.num_bytes_sent += num_bytes * len(others)
-        for delay_ms, targets in self._network.draw_wave(host.index, others, num_bytes, self._schedule.now_ms):
+        wave = self._network.draw_wave(host.index, others, num_bytes, self._schedule.now_ms)
+        self._book_broadcast(host, wave, num_bytes * len(others))
+        for delay_ms, targets in wave:
             self._schedule.after(delay_ms, partial(self._arrive, targets, received, num_bytes))
+
+    def _book_broadcast(self, host: Host, wave: list[tuple[int, list[int]]], num_bytes: int) -> None:
+        """Gossip is handed on by whoever hears it: its author and they send equal parts, the author what is left."""
+        reached = [self._hosts[index] for _, targets in wave for index in targets]
+        carriers = [hearer for hearer in reached if hearer.peer is not None]
+        share, left = divmod(num_bytes, len(carriers) + 1)
+        host.num_bytes_sent += share + left
+        for hearer in carriers:
+            hearer.num_bytes_sent += share
 
     def _seal(self, host: Host, message: Message) -> Received | None:
         body = encode(message)

@@ -33,7 +33,7 @@ from sim.report import (
     run_scenario,
     set_beside,
 )
-from sim.scenarios import Scenario
+from sim.scenarios import LearnerModel, Scenario
 from sim.tables import make_round_rows, validate_format, write_table
 from sim.world import World
 
@@ -125,12 +125,23 @@ def test_harm_is_what_the_same_seed_comes_to_without_the_attackers() -> None:
 
 
 def test_what_an_attack_costs_stands_beside_what_it_brings() -> None:
-    scenario = Scenario(seed=4, num_peers=6, num_rounds=2, adversaries=("zero", "sign_flip"), stakes={"sign_flip": 2.5})
+    scenario = Scenario(
+        seed=4,
+        num_peers=6,
+        num_rounds=2,
+        learner=LearnerModel(kind="digests"),
+        adversaries=("withholder", "sign_flip"),
+        stakes={"sign_flip": 2.5},
+    )
     report = run_scenario(scenario)
     kinds = {kind.kind: kind for kind in compute_kinds_report(report)}
-    assert {name: kind.stake_pfm for name, kind in kinds.items()} == {"honest": 100, "zero": 100, "sign_flip": 250}
-    assert kinds["zero"].gas is None  # the ledger in memory has none
-    assert kinds["zero"].sent_bytes < kinds["honest"].sent_bytes  # who changes nothing has next to nothing to serve
+    assert {name: kind.stake_pfm for name, kind in kinds.items()} == {
+        "honest": 100,
+        "withholder": 100,
+        "sign_flip": 250,
+    }
+    assert kinds["withholder"].gas is None  # the ledger in memory has none
+    assert kinds["withholder"].sent_bytes < kinds["honest"].sent_bytes / 10  # it serves no payload
     shown = Console(file=StringIO(), width=100)
     shown.print(render(report))
     assert "stake locked" in shown.file.getvalue()  # type: ignore[attr-defined]
