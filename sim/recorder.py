@@ -71,7 +71,8 @@ class Recorder:
         self._world = world
         self._kinds = np.array([host.kind or HONEST for host in world.hosts])
         self._sent = self._received = np.zeros(len(world.hosts), np.int64)
-        self._num_entries = self._num_steps = self._gas = 0
+        self._num_entries = self._num_steps = 0
+        self._gas = self._get_gas() or 0  # set-up is of no round
         self._cpu_s = time.process_time()
         self._up_shares: list[float] = []
         self._reasons: dict[Round, Counter[str]] = {}

@@ -78,7 +78,8 @@ class KindReport(msgspec.Struct, frozen=True):
     stake_pfm: float
     """Locked by each peer as long as it takes part."""
     gas: float | None
-    """For a peer's own transactions, registration and claim; None: the ledger is in memory, which has none."""
+    """For a peer's own transactions: approval, registration, and a claim if it drew anything; a mean a peer. None: the
+    ledger is in memory, which has none."""
 
 
 class Beside(msgspec.Struct, frozen=True):
@@ -120,13 +121,10 @@ class SimReport(msgspec.Struct, frozen=True):
     rounds: tuple[RoundReport, ...]
     peers: tuple[PeerReport, ...]
     gas: dict[str, int] = {}
-    """Spent by kind of transaction; empty: the ledger is in memory."""
+    """Spent by kind of transaction, set-up and claims included; empty: the ledger is in memory."""
     beside: Beside | None = None
     """None: nobody asked for it."""
 
-
-OWN_TRANSACTIONS = ("register", "claim")
-"""Those that each peer needs for itself; rounds are brought on chain once for all."""
 
 OpenWorld = Callable[[Scenario], AbstractContextManager[World]]
 
@@ -258,7 +256,12 @@ def compute_kinds_report(report: SimReport) -> tuple[KindReport, ...]:
     honest = [peer.reward_pfm for peer in report.peers if peer.kind == HONEST]
     honest_pfm = fmean(honest) if honest else 0.0
     spread_pfm = stdev(honest) if len(honest) > 1 else 0.0
-    own_gas = sum(report.gas.get(name, 0) for name in OWN_TRANSACTIONS) / max(1, len(report.peers))
+    num_paid = sum(peer.reward_pfm > 0 for peer in report.peers)
+    # Rounds are brought on chain once for all. The sponsor approves once, too.
+    join_gas = report.gas.get("register", 0) / len(report.peers) + report.gas.get("approve", 0) / (
+        len(report.peers) + 1
+    )
+    claim_gas = report.gas.get("claim", 0) / max(1, num_paid)
     stakes = {str(kind): times for kind, times in report.scenario.stakes.items()}
     reports = []
     for kind in kinds if num_rounds else ():
@@ -277,7 +280,7 @@ def compute_kinds_report(report: SimReport) -> tuple[KindReport, ...]:
                 sent_bytes=fmean(peer.bytes_sent for peer in peers) / num_rounds,
                 received_bytes=fmean(peer.bytes_received for peer in peers) / num_rounds,
                 stake_pfm=STAKE / WEI_PER_PFM * stakes.get(kind, 1.0),
-                gas=own_gas if report.gas else None,
+                gas=join_gas + claim_gas * fmean(peer.reward_pfm > 0 for peer in peers) if report.gas else None,
             )
         )
     return tuple(reports)
@@ -354,8 +357,7 @@ def _render_costs(report: SimReport) -> Table:
 def _render_totals(report: SimReport) -> Text:
     certified, num = sum(item.is_certified for item in report.rounds), len(report.rounds)
     optimum = "" if report.optimum_loss_nats is None else f"; optimum {report.optimum_loss_nats:.4f}"
-    gas = sum(item.gas or 0 for item in report.rounds)
-    spent = f"; {gas:,} gas" if gas else ""
+    spent = f"; {sum(report.gas.values()):,} gas with set-up and claims" if report.gas else ""
     so_far = "" if report.is_complete else f"interrupted after {num} of {report.scenario.num_rounds} rounds; "
     return Text(
         f"{so_far}{certified} of {num} rounds certified, {num - certified} void; {report.num_crashes} crashes; "

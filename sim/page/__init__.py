@@ -139,9 +139,8 @@ def _make_facts(report: SimReport) -> list[tuple[str, str]]:
     harm = compute_harm(report)
     if harm is not None:
         facts.append(("Harm, beside all honest", describe_harm(harm)))
-    gas = sum(item.gas or 0 for item in rounds)
-    if gas:
-        facts.append(("Gas", f"{gas:,}"))
+    if report.gas:
+        facts.append(("Gas, set-up and claims included", f"{sum(report.gas.values()):,}"))
     return [
         *facts,
         ("Stakes slashed", f"{sum(item.num_slashed for item in rounds)}"),
