@@ -67,7 +67,7 @@ class Recorder:
         """To be made before the world runs."""
         self.records: list[Record] = []
         self.slashed_wei: dict[int, int] = {}
-        """Stake that a peer has lost, by its number."""
+        """Stake that a peer has lost, by its number; up to the last `count_slashed`."""
         self._world = world
         self._kinds = np.array([host.kind or HONEST for host in world.hosts])
         self._sent = self._received = np.zeros(len(world.hosts), np.int64)
@@ -94,7 +94,7 @@ class Recorder:
                 {str(kind): float(rewards[self._kinds == kind].mean()) for kind in np.unique(self._kinds)},
                 compute_gini(rewards),
                 compute_gini(rewards[self._kinds == HONEST]),
-                self._count_slashed(),
+                self.count_slashed(),
                 steps - self._num_steps,
                 cpu_s - self._cpu_s,
                 None if gas is None else gas - self._gas,
@@ -137,7 +137,8 @@ class Recorder:
         self._up_shares.append(sum(host.peer is not None for host in hosts) / len(hosts))
         self._plan_look(number + 1)
 
-    def _count_slashed(self) -> int:
+    def count_slashed(self) -> int:
+        """Read what the ledger slashed since the last call into `slashed_wei`; returns how many members."""
         entries = self._world.chain.ledger.get_entries()
         slashed = [entry.what for entry in entries[self._num_entries :] if isinstance(entry.what, Slashed)]
         self._num_entries = len(entries)

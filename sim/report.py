@@ -169,6 +169,7 @@ def run_scenario(scenario: Scenario, on_world: Callable[[World], None] | None = 
 def make_report(world: World, recorder: Recorder, cpu_s: float, is_complete: bool = True) -> SimReport:
     """All figures of a world that is finished, or was stopped: then of its rounds so far."""
     rewards = recorder.compute_rewards()
+    recorder.count_slashed()  # evidence of the last round comes when it is over
     return SimReport(
         scenario=world.scenario,
         is_complete=is_complete,

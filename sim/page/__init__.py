@@ -143,7 +143,7 @@ def _make_facts(report: SimReport) -> list[tuple[str, str]]:
         facts.append(("Gas, set-up and claims included", f"{sum(report.gas.values()):,}"))
     return [
         *facts,
-        ("Stakes slashed", f"{sum(item.num_slashed for item in rounds)}"),
+        ("Stakes slashed", f"{sum(peer.slashed_pfm > 0 for peer in report.peers)}"),
         ("Bases at the end", f"{report.num_bases}" if report.num_bases > 1 else "1: all hold the same"),
         ("Simulated in", f"{report.cpu_s:.1f} CPU s · {report.num_steps:,} steps"),
         ("Seed", f"{scenario.seed}"),

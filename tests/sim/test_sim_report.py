@@ -15,6 +15,7 @@ from rich.console import Console
 
 from p2pfm.config import WEI_PER_PFM
 from p2pfm.errors import ConfigError, OperatorError
+from p2pfm.settlement.ledger import Slashed
 from p2pfm.types import NANO
 from sim.churn import ChurnModel
 from sim.compare import compare, compute_figures, compute_spreads, format_spread
@@ -33,7 +34,7 @@ from sim.report import (
     run_scenario,
     set_beside,
 )
-from sim.scenarios import LearnerModel, Scenario
+from sim.scenarios import AdversaryKind, LearnerModel, PhaseConfig, Scenario
 from sim.tables import make_round_rows, validate_format, write_table
 from sim.world import World
 
@@ -122,6 +123,22 @@ def test_harm_is_what_the_same_seed_comes_to_without_the_attackers() -> None:
     assert "attackers made honest" not in render_page(report)
     with pytest.raises(ConfigError, match="no adversaries"):
         make_honest(scenario)
+
+
+def test_slashes_after_the_last_round_are_in_the_report() -> None:
+    phases = PhaseConfig(20_000, 10_000, 10_000, 5_000, 3_000, 900)  # no time is left to bring evidence
+    kinds: tuple[AdversaryKind, ...] = ("split_votes", "split_votes", "split_votes", "equivocator")
+    world = World(Scenario(num_peers=12, num_rounds=6, adversaries=kinds, phases=phases))
+    recorder = Recorder(world)
+    world.run(recorder.on_round)
+    report = make_report(world, recorder, 1.0)
+    lost = {e.what.index: e.what.amount for e in world.chain.ledger.get_entries() if isinstance(e.what, Slashed)}
+    assert len(lost) > sum(item.num_slashed for item in report.rounds)
+    assert {i: peer.slashed_pfm for i, peer in enumerate(report.peers) if peer.slashed_pfm} == {
+        index: amount / WEI_PER_PFM for index, amount in lost.items()
+    }
+    assert compute_figures(report)["stakes slashed"] == len(lost)
+    assert f"<dt>Stakes slashed</dt><dd>{len(lost)}</dd>" in render_page(report)
 
 
 def test_what_an_attack_costs_stands_beside_what_it_brings() -> None:
