@@ -114,7 +114,8 @@ class SimReport(msgspec.Struct, frozen=True):
     optimum_loss_nats: float | None
     """The least loss that anything reaches; None: not known."""
     num_steps: int
-    num_crashes: int
+    num_departures: int
+    """How often a peer went down: crashed, left, or by its schedule."""
     num_bases: int
     """Different bases that peers hold at the end."""
     cpu_s: float
@@ -176,7 +177,7 @@ def make_report(world: World, recorder: Recorder, cpu_s: float, is_complete: boo
         trace=world.trace_digest(),
         optimum_loss_nats=world.workshop.get_optimum_loss(),
         num_steps=world.num_steps,
-        num_crashes=world.num_crashes,
+        num_departures=world.num_departures,
         num_bases=len({host.durable.base for host in world.hosts}),
         cpu_s=cpu_s,
         rounds=tuple(_make_round(world, recorder, record) for record in recorder.records),
@@ -361,7 +362,7 @@ def _render_totals(report: SimReport) -> Text:
     spent = f"; {sum(report.gas.values()):,} gas with set-up and claims" if report.gas else ""
     so_far = "" if report.is_complete else f"interrupted after {num} of {report.scenario.num_rounds} rounds; "
     return Text(
-        f"{so_far}{certified} of {num} rounds certified, {num - certified} void; {report.num_crashes} crashes; "
+        f"{so_far}{certified} of {num} rounds certified, {num - certified} void; {report.num_departures} departures; "
         f"{report.num_bases} base(s) held at the end{optimum}{spent}\n{report.num_steps} steps in "
         f"{report.cpu_s:.2f} CPU seconds ({report.cpu_s / max(1, num):.2f} a round); trace {report.trace[:16]}"
     )

@@ -132,7 +132,10 @@ def _make_facts(report: SimReport) -> list[tuple[str, str]]:
         facts.append(("Loss at the end", f"{losses[-1]:.4f} nats{above}"))
     if rounds:
         facts += [
-            ("Availability", f"{fmean(item.availability for item in rounds):.1%} · {report.num_crashes:,} crashes"),
+            (
+                "Availability",
+                f"{fmean(item.availability for item in rounds):.1%} · {report.num_departures:,} departures",
+            ),
             ("Sent by a peer", f"{format_value(fmean(item.sent.mean_bytes for item in rounds) / 1000)} kB a round"),
             ("Gini at the end", f"{rounds[-1].gini:.3f} · honest only {rounds[-1].gini_honest:.3f}"),
         ]

@@ -17,7 +17,7 @@ from p2pfm.config import WEI_PER_PFM
 from p2pfm.errors import ConfigError, OperatorError
 from p2pfm.settlement.ledger import Slashed
 from p2pfm.types import NANO
-from sim.churn import ChurnModel
+from sim.churn import ChurnModel, UpTime
 from sim.compare import compare, compute_figures, compute_spreads, format_spread
 from sim.network import NetworkModel
 from sim.page import FOLDER, make_plots, render_page
@@ -87,8 +87,17 @@ def test_rounds_have_what_the_world_saw() -> None:
 
 def test_crashes_are_seen_in_the_availability() -> None:
     _, report = troubled()
-    assert report.num_crashes > 0
+    assert report.num_departures > 0
     assert 0.5 < np.mean([item.availability for item in report.rounds]) < 1
+
+
+def test_who_goes_by_its_schedule_is_not_told_to_have_crashed() -> None:
+    scenario = Scenario(num_peers=4, num_rounds=2, churn=ChurnModel(trace=(UpTime(0, 0, 70_000),)))
+    report = run_scenario(scenario)
+    shown = show(report) + render_page(report)
+    assert report.num_departures == 1
+    assert "1 departures" in shown
+    assert "crashes" not in shown
 
 
 def test_a_void_round_has_its_reasons() -> None:

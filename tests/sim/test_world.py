@@ -91,7 +91,7 @@ def test_the_trace_does_not_depend_on_the_hash_seed() -> None:
     code = (
         "import sys; from sim.library import load_scenario; from sim.world import World;"
         "world = World(load_scenario(sys.argv[1]));"
-        "world.run(); print(world.trace_digest(), world.num_crashes, sorted(world.checks.certificates))"
+        "world.run(); print(world.trace_digest(), world.num_departures, sorted(world.checks.certificates))"
     )
     told = {
         subprocess.run(
@@ -104,15 +104,15 @@ def test_the_trace_does_not_depend_on_the_hash_seed() -> None:
         for seed in ("1", "2")
     }
     assert len(told) == 1
-    trace, num_crashes, certificates = told.pop().split(maxsplit=2)
+    trace, num_departures, certificates = told.pop().split(maxsplit=2)
     assert len(trace) == 64
-    assert int(num_crashes) > 5
+    assert int(num_departures) > 5
     assert certificates != "[]\n"
 
 
 def test_crashes_do_not_stop_the_network() -> None:
     world = fifty_with_crashes()
-    assert world.num_crashes >= 20
+    assert world.num_departures >= 20
     assert len(certified(world)) >= 4
     assert world.chain.get_head() is not None
 
