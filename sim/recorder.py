@@ -70,8 +70,11 @@ class Recorder:
         """Stake that a peer has lost, by its number; up to the last `count_slashed`."""
         self._world = world
         self._kinds = np.array([host.kind or HONEST for host in world.hosts])
-        self._sent = self._received = np.zeros(len(world.hosts), np.int64)
-        self._num_entries = self._num_steps = 0
+        self.sent = self.received = np.zeros(len(world.hosts), np.int64)
+        """(num_peers,) bytes up to the end of the last round."""
+        self.num_steps = 0
+        """The same of steps."""
+        self._num_entries = 0
         self._gas = self._get_gas() or 0  # set-up is of no round
         self._cpu_s = time.process_time()
         self._up_shares: list[float] = []
@@ -89,18 +92,18 @@ class Recorder:
             Record(
                 round,
                 float(np.mean(self._up_shares)),
-                _summarize(sent - self._sent),
-                _summarize(received - self._received),
+                _summarize(sent - self.sent),
+                _summarize(received - self.received),
                 {str(kind): float(rewards[self._kinds == kind].mean()) for kind in np.unique(self._kinds)},
                 compute_gini(rewards),
                 compute_gini(rewards[self._kinds == HONEST]),
                 self.count_slashed(),
-                steps - self._num_steps,
+                steps - self.num_steps,
                 cpu_s - self._cpu_s,
                 None if gas is None else gas - self._gas,
             )
         )
-        self._sent, self._received, self._num_steps, self._cpu_s, self._gas = sent, received, steps, cpu_s, gas or 0
+        self.sent, self.received, self.num_steps, self._cpu_s, self._gas = sent, received, steps, cpu_s, gas or 0
         self._up_shares.clear()
         if round not in world.checks.certificates:
             self._reasons[round] = self._ask_why(round)

@@ -51,7 +51,9 @@ class PeerReport(msgspec.Struct, frozen=True):
     """Allotted by the newest root on chain."""
     slashed_pfm: float
     bytes_sent: int
+    """In the report's rounds: not in one that was interrupted, nor after the last."""
     bytes_received: int
+    """The same."""
     is_blamed: bool
 
 
@@ -114,6 +116,7 @@ class SimReport(msgspec.Struct, frozen=True):
     optimum_loss_nats: float | None
     """The least loss that anything reaches; None: not known."""
     num_steps: int
+    """Of its rounds."""
     num_departures: int
     """How often a peer went down: crashed, left, or by its schedule."""
     num_bases: int
@@ -176,7 +179,7 @@ def make_report(world: World, recorder: Recorder, cpu_s: float, is_complete: boo
         is_complete=is_complete,
         trace=world.trace_digest(),
         optimum_loss_nats=world.workshop.get_optimum_loss(),
-        num_steps=world.num_steps,
+        num_steps=recorder.num_steps,
         num_departures=world.num_departures,
         num_bases=len({host.durable.base for host in world.hosts}),
         cpu_s=cpu_s,
@@ -187,8 +190,8 @@ def make_report(world: World, recorder: Recorder, cpu_s: float, is_complete: boo
                 host.kind or HONEST,
                 float(rewards[host.index]),
                 recorder.slashed_wei.get(host.index, 0) / WEI_PER_PFM,
-                host.num_bytes_sent,
-                host.num_bytes_received,
+                int(recorder.sent[host.index]),
+                int(recorder.received[host.index]),
                 host.me in world.checks.blamed,
             )
             for host in world.hosts
@@ -292,7 +295,7 @@ def render(report: SimReport) -> RenderableType:
     """Tables of rounds and of peers by kind, where there are attackers of their costs, and the totals; a sentence where
     no round has ended."""
     if not report.rounds:
-        return Text(f"no round of {report.scenario.num_rounds} has ended: {report.num_steps} steps so far")
+        return Text(f"no round of {report.scenario.num_rounds} has ended")
     costs = [_render_costs(report)] if any(peer.kind != HONEST for peer in report.peers) else []
     return Group(_render_rounds(report), _render_kinds(report), *costs, _render_totals(report))
 
