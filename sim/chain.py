@@ -173,13 +173,16 @@ class Chain:
         Raises:
             ChainError: the chain is down, or (Reverted) refuses.
         """
-        if self.is_down():
-            raise ChainError("the chain cannot be reached: its outage is part of the scenario")
+        self._reach()
         head = self.get_head()
         if head is not None and head.round >= certificate.proposal.round:
             return False
         self.ledger.submit_round(make_submission(certificate))
         return True
+
+    def _reach(self) -> None:
+        if self.is_down():
+            raise ChainError("the chain cannot be reached: its outage is part of the scenario")
 
     def claim(self, certificate: Certificate) -> None:
         """Every member draws what the round of this certificate, which the chain has taken, owes it."""
@@ -197,7 +200,12 @@ class Chain:
         return None if isinstance(self.ledger, InMemoryLedger) else sum(self.ledger.get_gas().values())
 
     def accuse(self, accuser: int, evidence: Accuse) -> bool:
-        """Let the chain slash a member that signed two proposals of one round; False: it sees no fault (any more)."""
+        """Let the chain slash a member that signed two proposals of one round; False: it sees no fault (any more).
+
+        Raises:
+            ChainError: the chain is down.
+        """
+        self._reach()
         committee = self.ledger.get_committee(evidence.first.epoch)
         absent = tuple(sorted(index for index in committee if index != evidence.member))
         first, second = (

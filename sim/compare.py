@@ -67,7 +67,7 @@ def compute_figures(report: SimReport) -> dict[str, float]:
         figures |= {"harm: pay of an honest peer, PFM": harm.pay_pfm, "harm: void rounds": harm.num_void}
         if harm.loss_nats is not None:
             figures["harm: loss, nats"] = harm.loss_nats
-    figures["stakes slashed"] = sum(item.num_slashed for item in rounds)
+    figures["stakes slashed"] = sum(peer.slashed_pfm > 0 for peer in report.peers)
     if any(item.gas is not None for item in rounds):
         figures["gas a round"] = fmean(item.gas or 0 for item in rounds)
     figures["steps a peer and round"] = report.num_steps / num_peer_rounds

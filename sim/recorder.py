@@ -67,11 +67,15 @@ class Recorder:
         """To be made before the world runs."""
         self.records: list[Record] = []
         self.slashed_wei: dict[int, int] = {}
-        """Stake that a peer has lost, by its number."""
+        """Stake that a peer has lost, by its number; up to the last `count_slashed`."""
         self._world = world
         self._kinds = np.array([host.kind or HONEST for host in world.hosts])
-        self._sent = self._received = np.zeros(len(world.hosts), np.int64)
-        self._num_entries = self._num_steps = self._gas = 0
+        self.sent = self.received = np.zeros(len(world.hosts), np.int64)
+        """(num_peers,) bytes up to the end of the last round."""
+        self.num_steps = 0
+        """The same of steps."""
+        self._num_entries = 0
+        self._gas = self._get_gas() or 0  # set-up is of no round
         self._cpu_s = time.process_time()
         self._up_shares: list[float] = []
         self._reasons: dict[Round, Counter[str]] = {}
@@ -88,18 +92,18 @@ class Recorder:
             Record(
                 round,
                 float(np.mean(self._up_shares)),
-                _summarize(sent - self._sent),
-                _summarize(received - self._received),
+                _summarize(sent - self.sent),
+                _summarize(received - self.received),
                 {str(kind): float(rewards[self._kinds == kind].mean()) for kind in np.unique(self._kinds)},
                 compute_gini(rewards),
                 compute_gini(rewards[self._kinds == HONEST]),
-                self._count_slashed(),
-                steps - self._num_steps,
+                self.count_slashed(),
+                steps - self.num_steps,
                 cpu_s - self._cpu_s,
                 None if gas is None else gas - self._gas,
             )
         )
-        self._sent, self._received, self._num_steps, self._cpu_s, self._gas = sent, received, steps, cpu_s, gas or 0
+        self.sent, self.received, self.num_steps, self._cpu_s, self._gas = sent, received, steps, cpu_s, gas or 0
         self._up_shares.clear()
         if round not in world.checks.certificates:
             self._reasons[round] = self._ask_why(round)
@@ -136,7 +140,8 @@ class Recorder:
         self._up_shares.append(sum(host.peer is not None for host in hosts) / len(hosts))
         self._plan_look(number + 1)
 
-    def _count_slashed(self) -> int:
+    def count_slashed(self) -> int:
+        """Read what the ledger slashed since the last call into `slashed_wei`; returns how many members."""
         entries = self._world.chain.ledger.get_entries()
         slashed = [entry.what for entry in entries[self._num_entries :] if isinstance(entry.what, Slashed)]
         self._num_entries = len(entries)

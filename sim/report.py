@@ -52,7 +52,9 @@ class PeerReport(msgspec.Struct, frozen=True):
     """Allotted by the newest root on chain."""
     slashed_pfm: float
     bytes_sent: int
+    """In the report's rounds: not in one that was interrupted, nor after the last."""
     bytes_received: int
+    """The same."""
     is_blamed: bool
 
 
@@ -81,7 +83,8 @@ class KindReport(msgspec.Struct, frozen=True):
     stake_pfm: float
     """Locked by each peer as long as it takes part."""
     gas: float | None
-    """For a peer's own transactions, registration and claim; None: the ledger is in memory, which has none."""
+    """For a peer's own transactions: approval, registration, and a claim if it drew anything; a mean a peer. None: the
+    ledger is in memory, which has none."""
 
 
 class Beside(msgspec.Struct, frozen=True):
@@ -116,20 +119,19 @@ class SimReport(msgspec.Struct, frozen=True):
     optimum_loss_nats: float | None
     """The least loss that anything reaches; None: not known."""
     num_steps: int
-    num_crashes: int
+    """Of its rounds."""
+    num_departures: int
+    """How often a peer went down: crashed, left, or by its schedule."""
     num_bases: int
     """Different bases that peers hold that are up at the end: who is away keeps what it had."""
     cpu_s: float
     rounds: tuple[RoundReport, ...]
     peers: tuple[PeerReport, ...]
     gas: dict[str, int] = {}
-    """Spent by kind of transaction; empty: the ledger is in memory."""
+    """Spent by kind of transaction, set-up and claims included; empty: the ledger is in memory."""
     beside: Beside | None = None
     """None: nobody asked for it."""
 
-
-OWN_TRANSACTIONS = ("register", "claim")
-"""Those that each peer needs for itself; rounds are brought on chain once for all."""
 
 OpenWorld = Callable[[Scenario], AbstractContextManager[World]]
 
@@ -174,13 +176,14 @@ def run_scenario(scenario: Scenario, on_world: Callable[[World], None] | None = 
 def make_report(world: World, recorder: Recorder, cpu_s: float, is_complete: bool = True) -> SimReport:
     """All figures of a world that is finished, or was stopped: then of its rounds so far."""
     rewards = recorder.compute_rewards()
+    recorder.count_slashed()  # evidence of the last round comes when it is over
     return SimReport(
         scenario=world.scenario,
         is_complete=is_complete,
         trace=world.trace_digest(),
         optimum_loss_nats=world.workshop.get_optimum_loss(),
-        num_steps=world.num_steps,
-        num_crashes=world.num_crashes,
+        num_steps=recorder.num_steps,
+        num_departures=world.num_departures,
         num_bases=len({host.durable.base for host in world.hosts if host.peer is not None}),
         cpu_s=cpu_s,
         rounds=tuple(_make_round(world, recorder, record) for record in recorder.records),
@@ -190,8 +193,8 @@ def make_report(world: World, recorder: Recorder, cpu_s: float, is_complete: boo
                 host.kind or HONEST,
                 float(rewards[host.index]),
                 recorder.slashed_wei.get(host.index, 0) / WEI_PER_PFM,
-                host.num_bytes_sent,
-                host.num_bytes_received,
+                int(recorder.sent[host.index]),
+                int(recorder.received[host.index]),
                 host.me in world.checks.blamed,
             )
             for host in world.hosts
@@ -261,7 +264,12 @@ def compute_kinds_report(report: SimReport) -> tuple[KindReport, ...]:
     honest = [peer.reward_pfm for peer in report.peers if peer.kind == HONEST]
     honest_pfm = fmean(honest) if honest else None
     spread_pfm = stdev(honest) if len(honest) > 1 and any(honest) else None
-    own_gas = sum(report.gas.get(name, 0) for name in OWN_TRANSACTIONS) / max(1, len(report.peers))
+    num_paid = sum(peer.reward_pfm > 0 for peer in report.peers)
+    # Rounds are brought on chain once for all. The sponsor approves once, too.
+    join_gas = report.gas.get("register", 0) / len(report.peers) + report.gas.get("approve", 0) / (
+        len(report.peers) + 1
+    )
+    claim_gas = report.gas.get("claim", 0) / max(1, num_paid)
     stakes = {str(kind): times for kind, times in report.scenario.stakes.items()}
     reports = []
     for kind in kinds if num_rounds else ():
@@ -280,7 +288,7 @@ def compute_kinds_report(report: SimReport) -> tuple[KindReport, ...]:
                 sent_bytes=fmean(peer.bytes_sent for peer in peers) / num_rounds,
                 received_bytes=fmean(peer.bytes_received for peer in peers) / num_rounds,
                 stake_pfm=STAKE / WEI_PER_PFM * stakes.get(kind, 1.0),
-                gas=own_gas if report.gas else None,
+                gas=join_gas + claim_gas * fmean(peer.reward_pfm > 0 for peer in peers) if report.gas else None,
             )
         )
     return tuple(reports)
@@ -318,7 +326,7 @@ def render(report: SimReport) -> RenderableType:
     """Tables of rounds and of peers by kind, where there are attackers of their costs, and the totals; a sentence where
     no round has ended."""
     if not report.rounds:
-        return Text(f"no round of {report.scenario.num_rounds} has ended: {report.num_steps} steps so far")
+        return Text(f"no round of {report.scenario.num_rounds} has ended")
     costs = [_render_costs(report)] if any(peer.kind != HONEST for peer in report.peers) else []
     return Group(_render_rounds(report), _render_kinds(report), *costs, _render_totals(report))
 
@@ -412,11 +420,10 @@ class _Fitting:
 def _render_totals(report: SimReport) -> Text:
     certified, num = sum(item.is_certified for item in report.rounds), len(report.rounds)
     optimum = "" if report.optimum_loss_nats is None else f"; optimum {report.optimum_loss_nats:.4f}"
-    gas = sum(item.gas or 0 for item in report.rounds)
-    spent = f"; {gas:,} gas" if gas else ""
+    spent = f"; {sum(report.gas.values()):,} gas with set-up and claims" if report.gas else ""
     so_far = "" if report.is_complete else f"interrupted after {num} of {report.scenario.num_rounds} rounds; "
     return Text(
-        f"{so_far}{certified} of {num} rounds certified, {num - certified} void; {report.num_crashes} crashes; "
+        f"{so_far}{certified} of {num} rounds certified, {num - certified} void; {report.num_departures} departures; "
         f"{report.num_bases} base(s) held by who is up at the end{optimum}{spent}\n{report.num_steps} steps in "
         f"{report.cpu_s:.2f} CPU seconds ({report.cpu_s / max(1, num):.2f} a round); trace {report.trace[:16]}"
     )

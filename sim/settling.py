@@ -94,10 +94,17 @@ class Settling:
 
     def accuse(self, host: Host, evidence: Accuse) -> None:
         """Bring evidence on chain with the next block: all who saw it do, and the first is heard."""
-        self._schedule.after(BLOCK_MS, partial(self._prove, host, evidence))
+        self._schedule.after(BLOCK_MS, partial(self._prove, host, host.life, evidence))
 
-    def _prove(self, host: Host, evidence: Accuse) -> None:
-        if host.peer is not None and self._chain.accuse(host.index, evidence):
+    def _prove(self, host: Host, life: int, evidence: Accuse) -> None:
+        if host.life != life or host.peer is None:
+            return
+        try:
+            is_slashed = self._chain.accuse(host.index, evidence)
+        except ChainError:
+            self._schedule.after(RETRY_MS, partial(self._prove, host, life, evidence))
+            return
+        if is_slashed:
             self.tell()
 
     def rotate(self, now: Round) -> None:

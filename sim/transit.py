@@ -114,9 +114,19 @@ class Transit:
             self._schedule.after(0, partial(self._hear_own, host, host.life, received))
         num_bytes = len(received.envelope.body) + len(received.envelope.signature)
         others = self._get_audience(host, deed)
-        host.num_bytes_sent += num_bytes * len(others)
-        for delay_ms, targets in self._network.draw_wave(host.index, others, num_bytes, self._schedule.now_ms):
+        wave = self._network.draw_wave(host.index, others, num_bytes, self._schedule.now_ms)
+        self._book_broadcast(host, wave, num_bytes * len(others))
+        for delay_ms, targets in wave:
             self._schedule.after(delay_ms, partial(self._arrive, targets, received, num_bytes))
+
+    def _book_broadcast(self, host: Host, wave: list[tuple[int, list[int]]], num_bytes: int) -> None:
+        """Gossip is handed on by whoever hears it: its author and they send equal parts, the author what is left."""
+        reached = [self._hosts[index] for _, targets in wave for index in targets]
+        carriers = [hearer for hearer in reached if hearer.peer is not None]
+        share, left = divmod(num_bytes, len(carriers) + 1)
+        host.num_bytes_sent += share + left
+        for hearer in carriers:
+            hearer.num_bytes_sent += share
 
     def _seal(self, host: Host, message: Message) -> Received | None:
         body = encode(message)
@@ -148,7 +158,9 @@ class Transit:
 
     def _arrive(self, targets: list[int], received: Received, num_bytes: int) -> None:
         for index in targets:
-            self._hosts[index].num_bytes_received += num_bytes
+            host = self._hosts[index]
+            if host.peer is not None:
+                host.num_bytes_received += num_bytes
         self._deliver(targets, received)
 
     def _is_genuine(self, message: Message) -> bool:
@@ -173,11 +185,12 @@ class Transit:
         host.num_bytes_sent += num_bytes
         delay_ms = self._network.draw_delay(host.index, target.index, num_bytes, self._schedule.now_ms)
         if delay_ms is not None:
-            self._schedule.after(delay_ms, partial(self._hear_sync, host, host.life, target, request))
+            self._schedule.after(delay_ms, partial(self._hear_sync, host, host.life, target, request, num_bytes))
 
-    def _hear_sync(self, host: Host, life: int, target: Host, request: SyncRequest) -> None:
+    def _hear_sync(self, host: Host, life: int, target: Host, request: SyncRequest, num_bytes: int) -> None:
         if target.peer is None:
             return
+        target.num_bytes_received += num_bytes
         self._num_tokens += 1
         self._askers[self._num_tokens] = (host, life, target)
         self._step(target, SyncAsked(host.me, request, self._num_tokens))
@@ -187,6 +200,8 @@ class Transit:
         host, life, target = self._askers.pop(token)
         if not reply.envelopes and not reply.head:  # what tells nothing changes nothing
             target.num_bytes_sent += REQUEST_BYTES
+            if host.life == life and host.peer is not None:
+                host.num_bytes_received += REQUEST_BYTES
             return
         num_bytes = len(encode(reply))
         target.num_bytes_sent += num_bytes
@@ -243,6 +258,7 @@ class Transit:
             if target.peer is None:
                 silent.append(pull)
                 continue
+            target.num_bytes_received += REQUEST_BYTES
             digest = action.digest
             size = len(read(digest)) if digest in target.served and digest in target.disk.held else 0
             if not 0 < size <= action.bytes_max:
@@ -268,10 +284,10 @@ class Transit:
         disk, validate = host.disk, self._workshop.validate
         for action, _, _, size in pulls:
             digest = action.digest
+            host.num_bytes_received += size
             if not disk.can_read(digest):  # under way for rounds, over a slow link: nobody needs it any more
                 told.append(FetchFailed(digest, is_malformed=False))
                 continue
-            host.num_bytes_received += size
             is_valid, maker = validate(action.kind, digest, disk)
             if is_valid:
                 disk.held.add(digest)

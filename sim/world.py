@@ -127,7 +127,8 @@ class World:
         self.checks = Checks(scenario)
         self.losses: dict[Round, int] = {}
         """Held-out loss of the base certified in a round [nano-nats/token]."""
-        self.num_crashes = 0
+        self.num_departures = 0
+        """Crashes and all other goings: hosts that left, or were down by their schedule."""
         self.num_steps = 0
         self.num_steps_by_round: dict[Round, int] = {}
         self._rng = {name: Random(f"{scenario.seed} {name}") for name in ("network", "work", "faults", "churn")}
@@ -294,7 +295,7 @@ class World:
     def _kill(self, host: Host) -> None:
         departure, host.departure = host.departure, None
         assert departure is not None, "whoever goes was sent"
-        self.num_crashes += 1
+        self.num_departures += 1
         host.peer = None
         host.actions_left = None
         self.transit.listen(host, ())

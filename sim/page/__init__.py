@@ -140,19 +140,21 @@ def _make_facts(report: SimReport) -> list[tuple[str, str]]:
         facts.append(("Loss at the end", f"{losses[-1]:.4f} nats{above}"))
     if rounds:
         facts += [
-            ("Availability", f"{fmean(item.availability for item in rounds):.1%} · {report.num_crashes:,} crashes"),
+            (
+                "Availability",
+                f"{fmean(item.availability for item in rounds):.1%} · {report.num_departures:,} departures",
+            ),
             ("Sent by a peer", f"{format_value(fmean(item.sent.mean_bytes for item in rounds) / 1000)} kB a round"),
             ("Gini at the end", "{:.3f} · honest only {:.3f}".format(*compute_end_ginis(report))),
         ]
     harm = compute_harm(report)
     if harm is not None:
         facts.append(("Harm, beside all honest", describe_harm(harm)))
-    gas = sum(item.gas or 0 for item in rounds)
-    if gas:
-        facts.append(("Gas", f"{gas:,}"))
+    if report.gas:
+        facts.append(("Gas, set-up and claims included", f"{sum(report.gas.values()):,}"))
     return [
         *facts,
-        ("Stakes slashed", f"{sum(item.num_slashed for item in rounds)}"),
+        ("Stakes slashed", f"{sum(peer.slashed_pfm > 0 for peer in report.peers)}"),
         ("Bases at the end", f"{report.num_bases}" if report.num_bases != 1 else "1: all that are up hold the same"),
         ("Simulated in", f"{report.cpu_s:.1f} CPU s · {report.num_steps:,} steps"),
         ("Seed", f"{scenario.seed}"),

@@ -264,7 +264,7 @@ def test_a_trace_lies_beside_its_scenario_or_is_set_for_one_run(tmp_path: Path) 
     assert told.exit_code == 0, told.output
     report = load_report(tmp_path / "out")
     assert report.scenario.churn.trace == ((0, 0, 70_000),)
-    assert report.num_crashes == 1
+    assert report.num_departures == 1
     shares = ("--set", "churn.trace_file=residential", "--set", "churn.trace_share=0.5")
     told = sim("run", "--peers", 6, "--rounds", 1, *shares, "--json")
     assert told.exit_code == 0, told.output

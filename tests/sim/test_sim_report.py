@@ -16,8 +16,9 @@ from rich.console import Console
 from p2pfm.config import WEI_PER_PFM
 from p2pfm.errors import ConfigError, OperatorError
 from p2pfm.protocol.phases import compute_round_start
-from p2pfm.types import NANO, Round
-from sim.churn import ChurnModel
+from p2pfm.settlement.ledger import Slashed
+from p2pfm.types import NANO, Millis, Round
+from sim.churn import ChurnModel, UpTime
 from sim.compare import compare, compute_figures, compute_spreads, format_spread
 from sim.network import NetworkModel
 from sim.page import FOLDER, make_plots, render_page
@@ -34,7 +35,7 @@ from sim.report import (
     run_scenario,
     set_beside,
 )
-from sim.scenarios import Outage, Scenario, make_network
+from sim.scenarios import AdversaryKind, LearnerModel, Outage, PhaseConfig, Scenario, make_network
 from sim.tables import make_round_rows, validate_format, write_table
 from sim.world import World
 
@@ -80,15 +81,46 @@ def test_rounds_have_what_the_world_saw() -> None:
     for item in report.rounds:
         assert item.is_certified == (item.round in world.checks.certificates)
         assert item.loss_nats == (world.losses[item.round] / NANO if item.is_certified else None)
-    assert sum(item.num_steps for item in report.rounds) <= world.num_steps
-    assert sum(item.sent.mean_bytes for item in report.rounds) <= np.mean([host.num_bytes_sent for host in world.hosts])
+    assert report.num_steps < world.num_steps
     assert all(item.sent.mean_bytes <= item.sent.max_bytes for item in report.rounds)
+
+
+def test_totals_are_of_the_rounds_that_have_ended() -> None:
+    def stop(round: Round) -> None:
+        recorder.on_round(round)
+        if round == 1:
+            world.schedule.at(Millis(world.schedule.now_ms + 50_000), interrupt)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    world = World(Scenario(num_peers=4, num_rounds=3))
+    recorder = Recorder(world)
+    with pytest.raises(KeyboardInterrupt):
+        world.run(stop)
+    interrupted = make_report(world, recorder, 1.0, is_complete=False)
+    assert len(interrupted.rounds) == 2
+    for report in (interrupted, troubled()[1]):
+        num = len(report.peers)
+        assert report.num_steps == sum(item.num_steps for item in report.rounds)
+        sent, received = sum(p.bytes_sent for p in report.peers), sum(p.bytes_received for p in report.peers)
+        assert sent == pytest.approx(num * sum(item.sent.mean_bytes for item in report.rounds))
+        assert received == pytest.approx(num * sum(item.received.mean_bytes for item in report.rounds))
 
 
 def test_crashes_are_seen_in_the_availability() -> None:
     _, report = troubled()
-    assert report.num_crashes > 0
+    assert report.num_departures > 0
     assert 0.5 < np.mean([item.availability for item in report.rounds]) < 1
+
+
+def test_who_goes_by_its_schedule_is_not_told_to_have_crashed() -> None:
+    scenario = Scenario(num_peers=4, num_rounds=2, churn=ChurnModel(trace=(UpTime(0, 0, 70_000),)))
+    report = run_scenario(scenario)
+    shown = show(report) + render_page(report)
+    assert report.num_departures == 1
+    assert "1 departures" in shown
+    assert "crashes" not in shown
 
 
 def test_a_void_round_has_its_reasons() -> None:
@@ -125,13 +157,40 @@ def test_harm_is_what_the_same_seed_comes_to_without_the_attackers() -> None:
         make_honest(scenario)
 
 
+def test_slashes_after_the_last_round_are_in_the_report() -> None:
+    phases = PhaseConfig(20_000, 10_000, 10_000, 5_000, 3_000, 900)  # no time is left to bring evidence
+    kinds: tuple[AdversaryKind, ...] = ("split_votes", "split_votes", "split_votes", "equivocator")
+    world = World(Scenario(num_peers=12, num_rounds=6, adversaries=kinds, phases=phases))
+    recorder = Recorder(world)
+    world.run(recorder.on_round)
+    report = make_report(world, recorder, 1.0)
+    lost = {e.what.index: e.what.amount for e in world.chain.ledger.get_entries() if isinstance(e.what, Slashed)}
+    assert len(lost) > sum(item.num_slashed for item in report.rounds)
+    assert {i: peer.slashed_pfm for i, peer in enumerate(report.peers) if peer.slashed_pfm} == {
+        index: amount / WEI_PER_PFM for index, amount in lost.items()
+    }
+    assert compute_figures(report)["stakes slashed"] == len(lost)
+    assert f"<dt>Stakes slashed</dt><dd>{len(lost)}</dd>" in render_page(report)
+
+
 def test_what_an_attack_costs_stands_beside_what_it_brings() -> None:
-    scenario = Scenario(seed=4, num_peers=6, num_rounds=2, adversaries=("zero", "sign_flip"), stakes={"sign_flip": 2.5})
+    scenario = Scenario(
+        seed=4,
+        num_peers=6,
+        num_rounds=2,
+        learner=LearnerModel(kind="digests"),
+        adversaries=("withholder", "sign_flip"),
+        stakes={"sign_flip": 2.5},
+    )
     report = run_scenario(scenario)
     kinds = {kind.kind: kind for kind in compute_kinds_report(report)}
-    assert {name: kind.stake_pfm for name, kind in kinds.items()} == {"honest": 100, "zero": 100, "sign_flip": 250}
-    assert kinds["zero"].gas is None  # the ledger in memory has none
-    assert kinds["zero"].sent_bytes < kinds["honest"].sent_bytes  # who changes nothing has next to nothing to serve
+    assert {name: kind.stake_pfm for name, kind in kinds.items()} == {
+        "honest": 100,
+        "withholder": 100,
+        "sign_flip": 250,
+    }
+    assert kinds["withholder"].gas is None  # the ledger in memory has none
+    assert kinds["withholder"].sent_bytes < kinds["honest"].sent_bytes / 10  # it serves no payload
     shown = Console(file=StringIO(), width=100)
     shown.print(render(report))
     assert "stake locked" in shown.file.getvalue()  # type: ignore[attr-defined]
@@ -153,7 +212,7 @@ def test_the_page_has_every_plot_that_was_promised() -> None:
 def test_a_run_without_a_whole_round_is_told_in_a_sentence() -> None:
     world = World(Scenario(num_peers=2, num_rounds=6))
     report = make_report(world, Recorder(world), 0.1, is_complete=False)
-    assert show(report).strip() == "no round of 6 has ended: 0 steps so far"
+    assert show(report).strip() == "no round of 6 has ended"
     assert "No round has ended" in render_page(report)
 
 

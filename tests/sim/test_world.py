@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from p2pfm.errors import ConfigError
+from p2pfm.settlement.ledger import Slashed
 from p2pfm.types import NANO, Millis, Round, compute_digest
 from sim.checks import Violation
 from sim.churn import ChurnModel, Diurnal, UpTime
@@ -15,7 +16,7 @@ from sim.host import Host
 from sim.learners.convex import Problem
 from sim.network import Gossip, LinkClass, NetworkModel, Partition
 from sim.replay import replay
-from sim.scenarios import AdversaryKind, ClockModel, Outage, Scenario
+from sim.scenarios import AdversaryKind, ClockModel, Outage, PhaseConfig, Scenario
 from sim.world import World
 
 
@@ -90,7 +91,7 @@ def test_the_trace_does_not_depend_on_the_hash_seed() -> None:
     code = (
         "import sys; from sim.library import load_scenario; from sim.world import World;"
         "world = World(load_scenario(sys.argv[1]));"
-        "world.run(); print(world.trace_digest(), world.num_crashes, sorted(world.checks.certificates))"
+        "world.run(); print(world.trace_digest(), world.num_departures, sorted(world.checks.certificates))"
     )
     told = {
         subprocess.run(
@@ -103,15 +104,15 @@ def test_the_trace_does_not_depend_on_the_hash_seed() -> None:
         for seed in ("1", "2")
     }
     assert len(told) == 1
-    trace, num_crashes, certificates = told.pop().split(maxsplit=2)
+    trace, num_departures, certificates = told.pop().split(maxsplit=2)
     assert len(trace) == 64
-    assert int(num_crashes) > 5
+    assert int(num_departures) > 5
     assert certificates != "[]\n"
 
 
 def test_crashes_do_not_stop_the_network() -> None:
     world = fifty_with_crashes()
-    assert world.num_crashes >= 20
+    assert world.num_departures >= 20
     assert len(certified(world)) >= 4
     assert world.chain.get_head() is not None
 
@@ -211,6 +212,23 @@ def test_settlement_waits_for_the_chain_and_training_does_not() -> None:
     head = world.chain.get_head()
     assert head is not None
     assert head.round == 2
+
+
+def test_evidence_waits_for_the_chain() -> None:
+    def run_with(*outages: Outage) -> list[int]:
+        """When stakes were slashed, by the ledger's clock [s after genesis]."""
+        phases = PhaseConfig(20_000, 10_000, 10_000, 5_000, 3_000, 900)
+        kinds: tuple[AdversaryKind, ...] = ("split_votes", "split_votes", "split_votes", "equivocator")
+        world = run(Scenario(num_peers=12, num_rounds=6, adversaries=kinds, phases=phases, outages=outages))
+        entries = world.chain.ledger.get_entries()
+        return [e.time_s - world.config.genesis_ms // 1000 for e in entries if isinstance(e.what, Slashed)]
+
+    at_once = run_with()
+    assert at_once
+    end_s = at_once[0] + 10
+    waited = run_with(Outage(start_ms=0, end_ms=end_s * 1000))
+    assert waited
+    assert all(end_s <= when for when in waited)
 
 
 def test_an_epoch_of_several_rounds_is_paid_once() -> None:
