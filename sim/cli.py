@@ -373,6 +373,8 @@ def _parse_seeds(text: str) -> list[int]:
         if not first.isdecimal() or (last and not last.isdecimal()) or int(last or first) < int(first):
             raise ConfigError(f"--seeds: expected numbers and ranges such as 1-8 or 1,5,9; got {text!r}")
         seeds += range(int(first), int(last or first) + 1)
+    if len(set(seeds)) < len(seeds):  # the same run twice would pass for two, and lessen the errors
+        raise ConfigError(f"--seeds: expected each seed once, got {text!r}")
     return seeds
 
 
@@ -394,12 +396,22 @@ def _plan_sweep(
     sources: Sequence[str], seeds: Sequence[int], choices: dict[str, list[Any]]
 ) -> list[tuple[str, Scenario]]:
     """Every run's label, equal for those that differ in their seed only, and its scenario."""
+    if "seed" in choices:
+        raise ConfigError("--set seed: expected a sweep's seeds in --seeds, as in --seeds 1-8")
     plan = []
+    taken: dict[str, str] = {}
     for source in sources:
         base = load_scenario(source)
         for values in itertools.product(*choices.values()):
             changes = dict(zip(choices, values, strict=True))
             label = " ".join([_make_label(source), *(f"{key}={value}" for key, value in changes.items())])
+            name = _make_folder_name(label)
+            if name in taken:
+                raise ConfigError(
+                    f"expected runs with names of their own, and {taken[name]} and {source} are both {label!r}: leave "
+                    "out what stands twice, or give scenarios as files of different names"
+                )
+            taken[name] = source
             plan += [(label, change_scenario(base, changes | {"seed": seed})) for seed in seeds]
     free_bytes = get_free_bytes()
     for _, scenario in plan:
@@ -409,6 +421,10 @@ def _plan_sweep(
 
 def _make_label(source: str) -> str:
     return "scenario" if source.lstrip().startswith("{") else Path(source).stem
+
+
+def _make_folder_name(label: str) -> str:
+    return label.replace("/", "_")
 
 
 def _sweep(scenarios: Sequence[Scenario], engine: Engine, screen: Console) -> dict[int, SimReport]:
@@ -432,7 +448,7 @@ def _sweep(scenarios: Sequence[Scenario], engine: Engine, screen: Console) -> di
 
 def _save_sweep(runs: Sequence[tuple[str, SimReport]], folder: Path, format: TableFormat) -> None:
     for label, item in runs:
-        save_report(item, folder / label.replace("/", "_") / f"seed-{item.scenario.seed}", format)
+        save_report(item, folder / _make_folder_name(label) / f"seed-{item.scenario.seed}", format)
     write_table(_make_sweep_rows(runs), folder / "sweep", format)
 
 

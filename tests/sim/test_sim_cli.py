@@ -381,6 +381,32 @@ def test_mistakes_are_told_before_anything_runs(arguments: list[str]) -> None:
     assert "rounds certified" not in told.output
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["small", "small"], "small and small are both 'small'"),
+        (["small", "b/small.toml"], "small and b/small.toml are both 'small'"),
+        (["a/x.toml", "b/x.toml"], "a/x.toml and b/x.toml are both 'x'"),
+        (['{"num_peers": 3}', '{"num_peers": 4}'], "both 'scenario': leave out what stands twice, or give scenarios"),
+        (["small", "--set", "network.loss=0.1,0.10"], "both 'small network.loss=0.1'"),
+        (["small", "--set", "title=a/b,a_b"], "both 'small title=a_b'"),
+        (["small", "--set", "seed=5"], "expected a sweep's seeds in --seeds"),
+        (["small", "--seeds", "7,7"], "expected each seed once, got '7,7'"),
+        (["small", "--seeds", "1-3,2"], "expected each seed once"),
+    ],
+)
+def test_runs_that_could_not_be_told_apart_are_refused(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/x.toml", "b/x.toml", "b/small.toml"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("num_peers = 3\nnum_rounds = 1\n")
+    told = sim("sweep", *arguments, "--out", "swept")
+    assert (told.exit_code, said in told.output) == (2, True), told.output
+    assert not Path("swept").exists()
+
+
 def test_the_list_names_every_scenario_with_its_question() -> None:
     told = sim("list", "--json")
     assert {name: item["title"] for name, item in json.loads(told.stdout).items()} == {
