@@ -217,6 +217,7 @@ def validate_scenario(scenario: Scenario) -> None:
             f"scenario adversaries: expected no more than the {num_peers} peers, got {num_named} by name and "
             f"{num_drawn} by adversary_shares: add peers or take fewer"
         )
+    _validate_kinds(scenario)
     missing = [index for index in scenario.keep_logs if not 0 <= index < num_peers]
     if missing:
         raise ConfigError(
@@ -227,6 +228,16 @@ def validate_scenario(scenario: Scenario) -> None:
         if not 1 <= stake <= STAKES_MAX:
             raise ConfigError(f"scenario stakes.{kind}: expected 1 to {STAKES_MAX:,} times the least, got {stake:g}")
     validate_network(make_network(scenario))
+
+
+def _validate_kinds(scenario: Scenario) -> None:
+    """Refuse a kind that this scenario's learner cannot be."""
+    kinds = {*scenario.adversaries, *compute_counts(scenario).elements()}
+    if scenario.learner.kind == "convex" and "backdoor" in kinds:
+        raise ConfigError(
+            "scenario adversaries: expected kinds that the learner convex can be, got backdoor, and linear regression "
+            "knows no triggers: take learner.kind mlp or lora"
+        )
 
 
 def _validate_times(scenario: Scenario) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pfm.errors import ConfigError
-from sim.scenarios import STAKE, Scenario, compute_kinds, compute_stakes, validate_scenario
+from sim.scenarios import STAKE, LearnerModel, Scenario, compute_kinds, compute_stakes, validate_scenario
 
 MIXED = Scenario(num_peers=20, adversaries=("silent",), adversary_shares={"zero": 0.25, "liar": 0.1, "late": 0.02})
 
@@ -54,3 +54,10 @@ def test_a_kind_stakes_what_is_said_of_it() -> None:
 def test_shares_over_all_or_below_none_are_refused(shares: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="adversary_shares"):
         validate_scenario(Scenario(adversary_shares=shares))  # type: ignore[arg-type]
+
+
+def test_a_kind_that_the_learner_cannot_be_is_refused() -> None:
+    for fields in ({"adversaries": ("backdoor",)}, {"adversary_shares": {"backdoor": 0.2}}):
+        with pytest.raises(ConfigError, match=r"backdoor.*take learner.kind mlp"):
+            validate_scenario(Scenario(**fields))  # type: ignore[arg-type]
+        validate_scenario(Scenario(**fields, learner=LearnerModel("mlp")))  # type: ignore[arg-type]
