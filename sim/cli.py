@@ -178,19 +178,21 @@ def sweep(
         if out is not None:
             validate_folder(out)
         plan = _plan_sweep(sources, _parse_seeds(seeds), _parse_choices(settings))
-        done = _sweep([item for _, item in plan], engine, screen)
-        runs = [(plan[index][0], report) for index, report in sorted(done.items())]
-        if out is not None:
-            _save_sweep(runs, out, format)
-    rows = _make_sweep_rows(runs)
-    if json:
-        _write_json(rows)
-    else:
-        screen.print(_render_sweep(runs))
-    if out is not None:
-        screen.print(f"results in {out}", highlight=False)
+        done: dict[int, SimReport] = {}
+        try:
+            _sweep([item for _, item in plan], engine, screen, done)
+        finally:  # whatever ends a sweep, the runs before it are kept
+            runs = [(plan[index][0], report) for index, report in sorted(done.items())]
+            if runs and json:
+                _write_json(_make_sweep_rows(runs))
+            elif runs:
+                screen.print(_render_sweep(runs))
+            if runs and out is not None:
+                _save_sweep(runs, out, format)
+                screen.print(f"results in {out}", highlight=False)
+            if len(done) < len(plan):
+                screen.print(f"interrupted after {len(done)} of {len(plan)} runs", style="red", highlight=False)
     if len(done) < len(plan):
-        screen.print(f"interrupted after {len(done)} of {len(plan)} runs", style="red")
         raise typer.Exit(EXIT_INTERRUPTED)
 
 
@@ -427,9 +429,8 @@ def _make_folder_name(label: str) -> str:
     return label.replace("/", "_")
 
 
-def _sweep(scenarios: Sequence[Scenario], engine: Engine, screen: Console) -> dict[int, SimReport]:
-    """The reports by their number; interrupted: of the runs that have ended."""
-    done: dict[int, SimReport] = {}
+def _sweep(scenarios: Sequence[Scenario], engine: Engine, screen: Console, done: dict[int, SimReport]) -> None:
+    """Put every report at its number into `done` as its run ends; interrupted: of those that have ended."""
     total_s = sum(compute_estimate(scenario).cpu_s for scenario in scenarios)
     screen.print(f"seeds {', '.join(map(str, sorted({item.seed for item in scenarios})))}", highlight=False)
     screen.print(f"{len(scenarios)} runs, about {total_s:.0f} s of CPU time", highlight=False, style="dim")
@@ -443,7 +444,6 @@ def _sweep(scenarios: Sequence[Scenario], engine: Engine, screen: Console) -> di
 
         with suppress(KeyboardInterrupt):  # the caller sees what is missing, and says so
             run_sweep(scenarios, engine, on_done)
-    return done
 
 
 def _save_sweep(runs: Sequence[tuple[str, SimReport]], folder: Path, format: TableFormat) -> None:
@@ -482,7 +482,9 @@ def _find_side(name: str, seeds: str) -> list[SimReport] | list[Scenario]:
 
 def _run_side(side: list[SimReport] | list[Scenario], engine: Engine, screen: Console) -> list[SimReport]:
     missing = [item for item in side if isinstance(item, Scenario)]
-    done = _sweep(missing, engine, screen) if missing else {}
+    done: dict[int, SimReport] = {}
+    if missing:
+        _sweep(missing, engine, screen, done)
     if len(done) < len(missing):
         raise KeyboardInterrupt
     return [item for item in side if isinstance(item, SimReport)] + list(done.values())

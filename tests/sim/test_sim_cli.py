@@ -15,11 +15,11 @@ import msgspec
 import pytest
 from typer.testing import CliRunner, Result
 
-from p2pfm.errors import ConfigError
+from p2pfm.errors import ConfigError, OperatorError
 from p2pfm.protocol.events import AnyAction, AnyEvent, Trained
 from p2pfm.protocol.peer import Peer
 from p2pfm.types import Millis
-from sim.checks import replay_command
+from sim.checks import Violation, replay_command
 from sim.cli import app
 from sim.estimate import compute_estimate, validate_memory
 from sim.library import (
@@ -348,6 +348,32 @@ def test_a_sweep_runs_every_seed_with_every_setting(swept: tuple[Path, list[dict
     assert load_report(folder / "small num_peers=6 num_rounds=2" / "seed-2").scenario.num_peers == 6
     with (folder / "sweep.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 4
+
+
+@pytest.mark.parametrize(
+    ("error", "num_done", "code", "said"),
+    [
+        (KeyboardInterrupt(), 0, 130, "interrupted after 0 of 3 runs"),
+        (KeyboardInterrupt(), 1, 130, "interrupted after 1 of 3 runs"),
+        (Violation("a planted violation"), 2, 3, "a planted violation"),
+        (OperatorError("a planted refusal"), 1, 2, "a planted refusal"),
+    ],
+)
+def test_whatever_ends_a_sweep_keeps_the_runs_before_it(
+    error: BaseException, num_done: int, code: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(scenario: Scenario) -> SimReport:
+        if scenario.seed > num_done:
+            raise error
+        return run_scenario(scenario)
+
+    monkeypatch.setattr("sim.engine.compute_num_workers", lambda scenarios: 1)
+    monkeypatch.setattr("sim.engine.run_scenario", stop)
+    told = sim("sweep", "small", "--set", "num_peers=3", "--set", "num_rounds=1", "--out", tmp_path / "out")
+    assert (told.exit_code, told.output.splitlines()[-1]) == (code, said)
+    assert f"interrupted after {num_done} of 3 runs" in told.output
+    assert len(list((tmp_path / "out").glob("*/seed-*/report.json"))) == num_done
+    assert (tmp_path / "out" / "sweep.csv").exists() == (num_done > 0)
 
 
 def test_runs_are_compared_with_means_errors_and_ratios(swept: tuple[Path, list[dict[str, float]]]) -> None:
