@@ -123,20 +123,23 @@ def run(
         if logs is not None:
             chosen = msgspec.structs.replace(chosen, keep_logs=tuple(range(chosen.num_peers)))
         honest = make_honest(chosen) if beside_honest else None
-        report = _simulate(chosen, screen, logs, engine)
-        if honest is not None and report.is_complete:
-            without = _simulate(honest, screen, None, engine)
-            report = set_beside(report, without) if without.is_complete else report
-    if json:
-        _write_json(report)
-    else:
-        screen.print(render(report))
-    if out is not None:
-        with _refusals(screen):
-            page = save_report(report, out, format)
-        screen.print(f"results in {out}, to be looked at: {page}", highlight=False, soft_wrap=True)
+        report, without = _simulate(chosen, screen, logs, engine), None
+        try:
+            if honest is not None and report.is_complete:
+                without = _simulate(honest, screen, None, engine)
+                report = set_beside(report, without) if without.is_complete else report
+        finally:  # whatever became of the other run, this one is told
+            if json:
+                _write_json(report)
+            else:
+                screen.print(render(report))
+            if out is not None:
+                page = save_report(report, out, format)
+                screen.print(f"results in {out}, to be looked at: {page}", highlight=False, soft_wrap=True)
     if not report.is_complete:
-        raise typer.Exit(EXIT_INTERRUPTED)
+        _fail(screen, "interrupted: the report is of the rounds so far", EXIT_INTERRUPTED)
+    if without is not None and not without.is_complete:
+        _fail(screen, "interrupted: the report is complete, without the run of honest attackers", EXIT_INTERRUPTED)
 
 
 @app.command("list", epilog="Example: p2pfm sim list --json")
@@ -343,8 +346,6 @@ def _watch(world: World, estimate_s: float, screen: Console, logs: Path | None) 
         finally:
             if logs is not None:
                 _write_logs(world, logs)
-    if not is_complete:
-        screen.print("interrupted: the report is of the rounds so far", style="red")
     return make_report(world, recorder, time.process_time() - started_s, is_complete)
 
 

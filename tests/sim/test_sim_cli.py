@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from typer.testing import CliRunner, Result
 from p2pfm.errors import ConfigError, OperatorError
 from p2pfm.protocol.events import AnyAction, AnyEvent, Trained
 from p2pfm.protocol.peer import Peer
-from p2pfm.types import Millis
+from p2pfm.types import Millis, Round
 from sim.checks import Violation, replay_command
 from sim.cli import app
 from sim.estimate import compute_estimate, validate_memory
@@ -35,6 +36,7 @@ from sim.library import (
 from sim.report import SimReport, run_scenario
 from sim.results import load_report
 from sim.scenarios import LearnerModel, Scenario, validate_scenario
+from sim.world import World
 
 PROMISED = {
     *("small", "honest_1000", "churn_2000", "attackers_40", "partition_heal", "free_riders", "sybils"),
@@ -456,3 +458,28 @@ def test_a_run_beside_honest_attackers_tells_the_harm(tmp_path: Path) -> None:
     refused = sim("run", "small", "--beside-honest")
     assert refused.exit_code == 2
     assert "no adversaries" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted: the report is complete, without the run of honest attackers"),
+        (Violation("a planted violation"), 3, "a planted violation"),
+    ],
+)
+def test_a_report_is_kept_whatever_becomes_of_the_honest_run_beside_it(
+    error: BaseException, code: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = World.run
+
+    def stop(self: World, on_round: Callable[[Round], None] | None = None) -> None:
+        if not self.scenario.adversaries:
+            raise error
+        run(self, on_round)
+
+    monkeypatch.setattr(World, "run", stop)
+    result = sim("run", "small", "--rounds", 1, "--adversary", "zero", "--beside-honest", "--out", tmp_path)
+    assert (result.exit_code, result.output.splitlines()[-1]) == (code, said)
+    assert "of the rounds so far" not in result.output
+    report = load_report(tmp_path)
+    assert (report.is_complete, report.beside) == (True, None)
