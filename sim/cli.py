@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from p2pfm.errors import ConfigError, OperatorError
-from p2pfm.types import Round
+from p2pfm.types import PeerId, Round
 from sim.breakdowns import Breakdown, telling_breakdowns
 from sim.checks import Violation
 from sim.compare import compare as compare_reports
@@ -55,6 +55,9 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+EventLogs = dict[PeerId, list[bytearray]]
+"""By peer: one a life."""
 
 Source = Annotated[
     str, typer.Argument(metavar="[SCENARIO]", help="A shipped scenario (`p2pfm sim list`), a TOML file, or JSON.")
@@ -123,19 +126,21 @@ def run(
         if logs is not None:
             chosen = msgspec.structs.replace(chosen, keep_logs=tuple(range(chosen.num_peers)))
         honest = make_honest(chosen) if beside_honest else None
-        report, without = _simulate(chosen, screen, logs, engine), None
-        try:
-            if honest is not None and report.is_complete:
-                without = _simulate(honest, screen, None, engine)
-                report = set_beside(report, without) if without.is_complete else report
-        finally:  # whatever became of the other run, this one is told
-            if json:
-                _write_json(report)
-            else:
-                screen.print(render(report))
-            if out is not None:
-                page = save_report(report, out, format)
-                screen.print(f"results in {out}, to be looked at: {page}", highlight=False, soft_wrap=True)
+        kept: EventLogs = {}
+        with _writing_logs(kept, logs):
+            report, without = _simulate(chosen, screen, engine, kept), None
+            try:
+                if honest is not None and report.is_complete:
+                    without = _simulate(honest, screen, engine, {})
+                    report = set_beside(report, without) if without.is_complete else report
+            finally:  # whatever became of the other run, this one is told
+                if json:
+                    _write_json(report)
+                else:
+                    screen.print(render(report))
+                if out is not None:
+                    page = save_report(report, out, format)
+                    screen.print(f"results in {out}, to be looked at: {page}", highlight=False, soft_wrap=True)
     if not report.is_complete:
         _fail(screen, "interrupted: the report is of the rounds so far", EXIT_INTERRUPTED)
     if without is not None and not without.is_complete:
@@ -317,8 +322,8 @@ def _run_again(source: str, screen: Console, json: bool) -> None:
     screen.print("nothing is wrong with it (any more)", highlight=False)
 
 
-def _simulate(scenario: Scenario, screen: Console, logs: Path | None, engine: Engine) -> SimReport:
-    """Run it with a bar; interrupted: the report so far."""
+def _simulate(scenario: Scenario, screen: Console, engine: Engine, kept: EventLogs) -> SimReport:
+    """Run it with a bar; interrupted: the report so far. The event logs are put into `kept`, however the run ends."""
     screen.print(f"seed {scenario.seed}", highlight=False)
     estimate = validate_memory(scenario, get_free_bytes())
     screen.print(describe(estimate), highlight=False, style="dim")
@@ -327,10 +332,10 @@ def _simulate(scenario: Scenario, screen: Console, logs: Path | None, engine: En
         spread(scenario) if engine == "ray" else nullcontext() as workshop,
         open_world(scenario, workshop) as world,
     ):
-        return _watch(world, estimate.cpu_s, screen, logs)
+        return _watch(world, estimate.cpu_s, screen, kept)
 
 
-def _watch(world: World, estimate_s: float, screen: Console, logs: Path | None) -> SimReport:
+def _watch(world: World, estimate_s: float, screen: Console, kept: EventLogs) -> SimReport:
     started_s, is_complete = time.process_time(), True
     recorder = Recorder(world)
     with RunProgress(world, estimate_s, screen) as progress:
@@ -344,17 +349,33 @@ def _watch(world: World, estimate_s: float, screen: Console, logs: Path | None) 
         except KeyboardInterrupt:
             is_complete = False
         finally:
-            if logs is not None:
-                _write_logs(world, logs)
+            kept.update({host.me: host.logs for host in world.hosts})
     return make_report(world, recorder, time.process_time() - started_s, is_complete)
 
 
-def _write_logs(world: World, folder: Path) -> None:
-    for host in world.hosts:
-        home = folder / host.me / "events"
-        home.mkdir(parents=True, exist_ok=True)
-        for number, log in enumerate(host.logs):
-            (home / f"{number:06d}.events").write_bytes(log)
+@contextmanager
+def _writing_logs(kept: EventLogs, folder: Path | None) -> Iterator[None]:
+    """Write the logs when all else is done; of two errors the one from inside is told."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OperatorError):
+            _write_logs(kept, folder)
+        raise
+    _write_logs(kept, folder)
+
+
+def _write_logs(kept: EventLogs, folder: Path | None) -> None:
+    if folder is None:
+        return
+    try:
+        for peer, logs in kept.items():
+            home = folder / peer / "events"
+            home.mkdir(parents=True, exist_ok=True)
+            for number, log in enumerate(logs):
+                (home / f"{number:06d}.events").write_bytes(log)
+    except OSError as error:
+        raise OperatorError(f"{folder}: the event logs cannot be written: {error}") from error
 
 
 def _parse_settings(settings: Sequence[str] | None) -> dict[str, Any]:

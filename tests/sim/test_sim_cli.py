@@ -328,6 +328,15 @@ def test_an_interrupted_run_reports_on_its_rounds_so_far(tmp_path: Path) -> None
     assert "Interrupted after" in (tmp_path / "report.html").read_text()
 
 
+def test_logs_that_cannot_be_written_lose_no_report(tmp_path: Path) -> None:
+    (tmp_path / "peer-00001").write_text("a file")
+    told = sim("run", "small", "--rounds", 1, "--logs", tmp_path, "--out", tmp_path / "out")
+    assert told.exit_code == 2, told.output
+    assert "1 of 1 rounds certified" in told.output
+    assert "the event logs cannot be written" in told.output.splitlines()[-1]
+    assert load_report(tmp_path / "out").is_complete
+
+
 # --- many runs -------------------------------------------------------------------------------------------------------
 
 
