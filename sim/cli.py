@@ -38,7 +38,15 @@ from sim.ray_engine import spread
 from sim.recorder import Recorder
 from sim.replay import ReplayReport, replay_path
 from sim.report import SimReport, make_honest, make_report, open_world, render, set_beside
-from sim.results import load_report, load_reports, save_report, validate_folder
+from sim.results import (
+    REPORT,
+    load_report,
+    load_reports,
+    remove_other_formats,
+    remove_report,
+    save_report,
+    validate_folder,
+)
 from sim.scenarios import Scenario, validate_scenario
 from sim.tables import Row, TableFormat, validate_format, write_table
 from sim.world import World
@@ -372,6 +380,8 @@ def _write_logs(kept: EventLogs, folder: Path | None) -> None:
         for peer, logs in kept.items():
             home = folder / peer / "events"
             home.mkdir(parents=True, exist_ok=True)
+            for old in home.glob(f"{'[0-9]' * 6}.events"):  # of an earlier run: they would pass for this one's lives
+                old.unlink()
             for number, log in enumerate(logs):
                 (home / f"{number:06d}.events").write_bytes(log)
     except OSError as error:
@@ -469,9 +479,18 @@ def _sweep(scenarios: Sequence[Scenario], engine: Engine, screen: Console, done:
 
 
 def _save_sweep(runs: Sequence[tuple[str, SimReport]], folder: Path, format: TableFormat) -> None:
-    for label, item in runs:
-        save_report(item, folder / _make_folder_name(label) / f"seed-{item.scenario.seed}", format)
-    write_table(_make_sweep_rows(runs), folder / "sweep", format)
+    """Write every run's results and the table, in place of an earlier sweep's: `compare` would pool its seeds."""
+    try:
+        if any(folder.glob(f"*/seed-*/{REPORT}")):
+            remove_other_formats(folder, ("sweep",), format)
+        for label in dict.fromkeys(label for label, _ in runs):
+            for old in (folder / _make_folder_name(label)).glob("seed-*"):
+                remove_report(old)
+        for label, item in runs:
+            save_report(item, folder / _make_folder_name(label) / f"seed-{item.scenario.seed}", format)
+        write_table(_make_sweep_rows(runs), folder / "sweep", format)
+    except OSError as error:
+        raise OperatorError(f"{folder}: cannot be written: {error}") from error
 
 
 def _make_sweep_rows(runs: Sequence[tuple[str, SimReport]]) -> list[Row]:

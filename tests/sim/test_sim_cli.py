@@ -337,6 +337,40 @@ def test_logs_that_cannot_be_written_lose_no_report(tmp_path: Path) -> None:
     assert load_report(tmp_path / "out").is_complete
 
 
+TINY = ("--set", "num_peers=3", "--set", "num_rounds=1")
+
+
+def test_logs_of_an_earlier_run_are_no_further_life(tmp_path: Path) -> None:
+    home = tmp_path / "peer-00000" / "events"
+    home.mkdir(parents=True)
+    for name in ("000001.events", "mine.events"):
+        (home / name).write_bytes(b"earlier")
+    assert sim("run", "small", *TINY, "--logs", tmp_path).exit_code == 0
+    assert {path.name for path in home.iterdir()} == {"000000.events", "mine.events"}
+
+
+def test_tables_of_an_earlier_run_do_not_lie_beside_a_new_one(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow", reason="needs pyarrow: pip install 'p2pfm[sim]'")
+    (tmp_path / "rounds.parquet").write_text("perhaps not ours: there are no results yet")
+    for format, names in (("csv", {"rounds.csv", "peers.csv", "rounds.parquet"}), ("parquet", None)):
+        assert sim("run", "small", *TINY, "--out", tmp_path, "--format", format).exit_code == 0
+        found = {path.name for path in tmp_path.iterdir()} - {"report.json", "report.html", "scenario.toml"}
+        assert found == (names or {"rounds.parquet", "peers.parquet"})
+
+
+def test_a_sweep_again_takes_the_place_of_the_earlier_one(tmp_path: Path) -> None:
+    label = tmp_path / "small num_peers=3 num_rounds=1"
+    (label / "seed-mine").mkdir(parents=True)
+    (tmp_path / "sweep.parquet").write_text("perhaps not ours: there are no results yet")
+    assert sim("sweep", "small", *TINY, "--seeds", "1-3", "--out", tmp_path).exit_code == 0
+    (label / "seed-3" / "mine").write_text("kept")
+    assert (tmp_path / "sweep.parquet").exists()
+    assert sim("sweep", "small", *TINY, "--seeds", "2", "--out", tmp_path).exit_code == 0
+    assert {path.name for path in label.iterdir()} == {"seed-2", "seed-3", "seed-mine"}
+    assert {path.name for path in (label / "seed-3").iterdir()} == {"mine"}
+    assert {path.name for path in tmp_path.iterdir()} == {label.name, "sweep.csv"}
+
+
 # --- many runs -------------------------------------------------------------------------------------------------------
 
 
