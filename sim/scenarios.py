@@ -208,9 +208,12 @@ def validate_scenario(scenario: Scenario) -> None:
     validate_churn_model(scenario.churn)
     validate_clock_model(scenario.clocks)
     validate_network_model(scenario.network, scenario.num_peers)
+    for kind, share in scenario.adversary_shares.items():
+        if not 0 <= share <= 1:
+            raise ConfigError(f"scenario adversary_shares.{kind}: expected a share of 0 to 1, got {share:g}")
     shares = sum(scenario.adversary_shares.values())
-    if min(scenario.adversary_shares.values(), default=0) < 0 or shares > 1:
-        raise ConfigError(f"scenario adversary_shares: expected shares of 0 to 1 in all, got {shares:g}")
+    if shares > 1:
+        raise ConfigError(f"scenario adversary_shares: expected 1 at most for all together, got {shares:g}")
     num_named, num_drawn = len(scenario.adversaries), compute_counts(scenario).total()
     if num_named + num_drawn > num_peers:
         raise ConfigError(

@@ -50,9 +50,16 @@ def test_a_kind_stakes_what_is_said_of_it() -> None:
     assert list(stakes) == [expected.get(kind, STAKE) for kind in kinds]
 
 
-@pytest.mark.parametrize("shares", [{"zero": 0.6, "liar": 0.5}, {"zero": -0.1}])
-def test_shares_over_all_or_below_none_are_refused(shares: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match="adversary_shares"):
+@pytest.mark.parametrize(
+    ("shares", "said"),
+    [
+        ({"zero": 0.6, "liar": 0.5}, "adversary_shares: expected 1 at most for all together, got 1.1"),
+        ({"zero": 0.9, "liar": -0.1}, "adversary_shares.liar: expected a share of 0 to 1, got -0.1"),
+        ({"zero": float("nan")}, "adversary_shares.zero: expected a share of 0 to 1, got nan"),
+    ],
+)
+def test_shares_over_all_or_below_none_are_refused(shares: dict[str, float], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
         validate_scenario(Scenario(adversary_shares=shares))  # type: ignore[arg-type]
 
 
