@@ -47,7 +47,7 @@ from sim.results import (
     save_report,
     validate_folder,
 )
-from sim.scenarios import Scenario, validate_scenario
+from sim.scenarios import Scenario, find_idle, validate_scenario
 from sim.tables import Row, TableFormat, validate_format, write_table
 from sim.world import World
 
@@ -335,6 +335,7 @@ def _simulate(scenario: Scenario, screen: Console, engine: Engine, kept: EventLo
     screen.print(f"seed {scenario.seed}", highlight=False)
     estimate = validate_memory(scenario, get_free_bytes())
     screen.print(describe(estimate), highlight=False, style="dim")
+    _note_idle([scenario], screen)
     with (
         telling_breakdowns(scenario),
         spread(scenario) if engine == "ray" else nullcontext() as workshop,
@@ -466,6 +467,7 @@ def _sweep(scenarios: Sequence[Scenario], engine: Engine, screen: Console, done:
     total_s = sum(compute_estimate(scenario).cpu_s for scenario in scenarios)
     screen.print(f"seeds {', '.join(map(str, sorted({item.seed for item in scenarios})))}", highlight=False)
     screen.print(f"{len(scenarios)} runs, about {total_s:.0f} s of CPU time", highlight=False, style="dim")
+    _note_idle(scenarios, screen)
     columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
         task = progress.add_task("runs", total=len(scenarios))
@@ -532,6 +534,11 @@ def _run_side(side: list[SimReport] | list[Scenario], engine: Engine, screen: Co
 
 
 # --- what people see
+
+
+def _note_idle(scenarios: Iterable[Scenario], screen: Console) -> None:
+    for line in dict.fromkeys(line for scenario in scenarios for line in find_idle(scenario)):
+        screen.print(f"note: {line}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

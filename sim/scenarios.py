@@ -4,6 +4,8 @@ Knows no peer; a Scenario and nothing else decides a run, to the last byte of it
 """
 
 from collections import Counter
+from fractions import Fraction
+from math import floor
 from random import Random
 from typing import Literal, NamedTuple
 
@@ -208,12 +210,7 @@ def validate_scenario(scenario: Scenario) -> None:
     validate_churn_model(scenario.churn)
     validate_clock_model(scenario.clocks)
     validate_network_model(scenario.network, scenario.num_peers)
-    for kind, share in scenario.adversary_shares.items():
-        if not 0 <= share <= 1:
-            raise ConfigError(f"scenario adversary_shares.{kind}: expected a share of 0 to 1, got {share:g}")
-    shares = sum(scenario.adversary_shares.values())
-    if shares > 1:
-        raise ConfigError(f"scenario adversary_shares: expected 1 at most for all together, got {shares:g}")
+    _validate_shares(scenario)
     num_named, num_drawn = len(scenario.adversaries), compute_counts(scenario).total()
     if num_named + num_drawn > num_peers:
         raise ConfigError(
@@ -231,6 +228,15 @@ def validate_scenario(scenario: Scenario) -> None:
         if not 1 <= stake <= STAKES_MAX:
             raise ConfigError(f"scenario stakes.{kind}: expected 1 to {STAKES_MAX:,} times the least, got {stake:g}")
     validate_network(make_network(scenario))
+
+
+def _validate_shares(scenario: Scenario) -> None:
+    for kind, share in scenario.adversary_shares.items():
+        if not 0 <= share <= 1:
+            raise ConfigError(f"scenario adversary_shares.{kind}: expected a share of 0 to 1, got {share:g}")
+    shares = sum(map(_make_exact, scenario.adversary_shares.values()))
+    if shares > 1:
+        raise ConfigError(f"scenario adversary_shares: expected 1 at most for all together, got {float(shares):g}")
 
 
 def _validate_kinds(scenario: Scenario) -> None:
@@ -258,9 +264,28 @@ def _validate_times(scenario: Scenario) -> None:
 
 
 def compute_counts(scenario: Scenario) -> Counter[AdversaryKind]:
-    """How many peers of each kind its share comes to, rounded, beside those that are named one by one."""
-    num_peers = scenario.num_peers
-    return Counter({kind: int(share * num_peers + 0.5) for kind, share in sorted(scenario.adversary_shares.items())})
+    """How many peers of each kind its share comes to, beside those that are named one by one.
+
+    Rounded together by largest remainder, of equal ones by name: many small shares come to as many peers as their sum.
+    """
+    exact = {kind: _make_exact(share) * scenario.num_peers for kind, share in sorted(scenario.adversary_shares.items())}
+    counts = Counter({kind: floor(value) for kind, value in exact.items()})
+    num_left = floor(sum(exact.values()) + Fraction(1, 2)) - counts.total()
+    for kind in sorted(exact, key=lambda kind: counts[kind] - exact[kind])[:num_left]:
+        counts[kind] += 1
+    return counts
+
+
+def _make_exact(share: float) -> Fraction:
+    """The number that was written: its binary neighbour would make equal remainders differ."""
+    return Fraction(str(share))
+
+
+def find_idle(scenario: Scenario) -> list[str]:
+    """What a scenario says that comes to nothing in a run of its size, for people."""
+    counts = compute_counts(scenario)
+    missing = [kind for kind, share in scenario.adversary_shares.items() if share > 0 and not counts[kind]]
+    return [f"adversary_shares: of {scenario.num_peers} peers none is {', '.join(missing)}"] if missing else []
 
 
 def compute_kinds(scenario: Scenario) -> tuple[AdversaryKind | None, ...]:

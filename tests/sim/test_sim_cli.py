@@ -371,6 +371,20 @@ def test_a_sweep_again_takes_the_place_of_the_earlier_one(tmp_path: Path) -> Non
     assert {path.name for path in tmp_path.iterdir()} == {label.name, "sweep.csv"}
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "note"),
+    [
+        ("free_riders", ["num_peers=15"], "adversary_shares: of 15 peers none is zero, thief"),
+    ],
+)
+def test_what_comes_to_nothing_is_told_before_the_run(name: str, settings: list[str], note: str) -> None:
+    changes = [word for setting in ("num_rounds=1", *settings) for word in ("--set", setting)]
+    for command in (["run", name], ["sweep", name, "--seeds", "1"]):
+        told = sim(*command, *changes)
+        assert told.exit_code == 0, told.output
+        assert told.output.splitlines()[2] == f"note: {note}"
+
+
 # --- many runs -------------------------------------------------------------------------------------------------------
 
 
