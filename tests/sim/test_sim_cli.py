@@ -21,6 +21,7 @@ from p2pfm.protocol.events import AnyAction, AnyEvent, Trained
 from p2pfm.protocol.peer import Peer
 from p2pfm.types import Millis, Round
 from sim.checks import Violation, replay_command
+from sim.churn import Diurnal
 from sim.cli import app
 from sim.estimate import compute_estimate, validate_memory
 from sim.library import (
@@ -33,6 +34,7 @@ from sim.library import (
     parse_json,
     parse_toml,
 )
+from sim.network import Gossip
 from sim.report import SimReport, run_scenario
 from sim.results import load_report
 from sim.scenarios import LearnerModel, Scenario, validate_scenario
@@ -148,6 +150,14 @@ def test_impossible_parameters_are_refused_before_a_run(changes: dict[str, objec
 def test_what_is_impossible_is_told_with_what_to_do(changes: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
         change_scenario(Scenario(), changes)
+
+
+def test_a_key_of_a_table_that_is_absent_can_be_set() -> None:
+    changed = change_scenario(Scenario(), {"churn.diurnal.share": 0.5, "network.gossip.degree": 4})
+    assert changed.churn.diurnal == Diurnal(0.5)
+    assert changed.network.gossip == Gossip(4)
+    with pytest.raises(ConfigError, match="title holds no keys"):
+        change_scenario(Scenario(), {"title.share": 1})
 
 
 def test_results_that_cannot_be_written_are_told_before_the_run(tmp_path: Path) -> None:
