@@ -285,7 +285,16 @@ def find_idle(scenario: Scenario) -> list[str]:
     """What a scenario says that comes to nothing in a run of its size, for people."""
     counts = compute_counts(scenario)
     missing = [kind for kind, share in scenario.adversary_shares.items() if share > 0 and not counts[kind]]
-    return [f"adversary_shares: of {scenario.num_peers} peers none is {', '.join(missing)}"] if missing else []
+    idle = [f"adversary_shares: of {scenario.num_peers} peers none is {', '.join(missing)}"] if missing else []
+    length_ms = scenario.num_rounds * sum(msgspec.structs.astuple(scenario.phases))
+    starts_ms = {f"network.partitions[{i}]": part.start_ms for i, part in enumerate(scenario.network.partitions)}
+    starts_ms |= {f"outages[{i}]": outage.start_ms for i, outage in enumerate(scenario.outages)}
+    idle += [
+        f"{key}: begins at {start_ms} ms, and the last round ends at {length_ms} ms"
+        for key, start_ms in starts_ms.items()
+        if start_ms >= length_ms
+    ]
+    return idle
 
 
 def compute_kinds(scenario: Scenario) -> tuple[AdversaryKind | None, ...]:

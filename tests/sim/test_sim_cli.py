@@ -385,6 +385,16 @@ def test_a_sweep_again_takes_the_place_of_the_earlier_one(tmp_path: Path) -> Non
     ("name", "settings", "note"),
     [
         ("free_riders", ["num_peers=15"], "adversary_shares: of 15 peers none is zero, thief"),
+        (
+            "partition_heal",
+            ["num_rounds=3"],
+            "network.partitions[0]: begins at 180000 ms, and the last round ends at 180000 ms",
+        ),
+        (
+            "small",
+            ["outages=[{start_ms=60000, end_ms=60001}]"],
+            "outages[0]: begins at 60000 ms, and the last round ends at 60000 ms",
+        ),
     ],
 )
 def test_what_comes_to_nothing_is_told_before_the_run(name: str, settings: list[str], note: str) -> None:
