@@ -38,6 +38,9 @@ SHARD_SIZE_MAX = 128
 COMMITTEE_SIZE = 9
 """Members of a committee where a scenario does not say."""
 
+COMMITTEE_SIZE_MAX = 128
+"""The protocol's bound (see `p2pfm.config`)."""
+
 AdversaryKind = Literal[
     "zero",
     "replay",
@@ -151,7 +154,8 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         merge_ms=Millis(7_000),
     )
     committee_size: int = 0
-    """0: nine, or all peers where there are fewer."""
+    """0: nine, or all peers where there are fewer. The chain's is drawn of all peers; a shard has one of its own, which
+    is all of the shard where that has fewer."""
     shard_size: int = 128
     """More peers than this are dealt into shards, anew every epoch (ALGORITHMS, part 1)."""
     work_steps: int = 0
@@ -199,12 +203,12 @@ def validate_scenario(scenario: Scenario) -> None:
     if not 1 <= num_peers <= peers_max:
         hint = f" (two levels of shards of {shard_size}: raise shard_size)" if peers_max < PEERS_MAX else ""
         raise ConfigError(f"scenario num_peers: expected 1 to {peers_max:,}{hint}, got {num_peers:,}")
-    if not 0 <= scenario.committee_size <= min(num_peers, shard_size):
-        bound, more = (num_peers, "add peers") if num_peers <= shard_size else (shard_size, "raise shard_size")
-        what = f"{bound} peers" if num_peers <= shard_size else f"shards of {bound}"
+    committee_max = min(num_peers, COMMITTEE_SIZE_MAX)
+    if not 0 <= scenario.committee_size <= committee_max:
+        hint = "add peers or take" if num_peers < COMMITTEE_SIZE_MAX else "take"
         raise ConfigError(
-            f"scenario committee_size: expected 0 to {bound}, got {scenario.committee_size} ({what}: {more} or take a "
-            "smaller committee)"
+            f"scenario committee_size: expected 0 to {committee_max}, got {scenario.committee_size}: {hint} a smaller "
+            "committee"
         )
     _validate_times(scenario)
     validate_churn_model(scenario.churn)
