@@ -244,12 +244,17 @@ def _validate_shares(scenario: Scenario) -> None:
 
 
 def _validate_kinds(scenario: Scenario) -> None:
-    """Refuse a kind that this scenario's learner cannot be."""
+    """Refuse a kind that nobody can be with this scenario's learner and rules."""
     kinds = {*scenario.adversaries, *compute_counts(scenario).elements()}
     if scenario.learner.kind == "convex" and "backdoor" in kinds:
         raise ConfigError(
             "scenario adversaries: expected kinds that the learner convex can be, got backdoor, and linear regression "
             "knows no triggers: take learner.kind mlp or lora"
+        )
+    if "skipper" in kinds and not scenario.work_steps and scenario.learner.kind != "digests":
+        raise ConfigError(
+            "scenario adversaries: expected proofs of computation for a skipper to skip, got work_steps of 0: --set "
+            "work_steps=1, without which it is honest"
         )
 
 

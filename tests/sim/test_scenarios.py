@@ -89,3 +89,11 @@ def test_many_small_shares_come_to_as_many_peers_as_their_sum(num_peers: int, nu
 def test_of_equal_remainders_the_first_name_is_rounded_up() -> None:
     shares = {"zero": 0.15, "liar": 0.35, "late": 0.25}  # 1.5, 3.5 and 2.5 of 10: 8 in all
     assert compute_counts(Scenario(num_peers=10, adversary_shares=shares)) == {"late": 3, "liar": 4, "zero": 1}  # type: ignore[arg-type]
+
+
+def test_a_skipper_needs_a_proof_to_skip() -> None:
+    for fields in ({"adversaries": ("skipper",)}, {"adversary_shares": {"skipper": 0.2}}):
+        with pytest.raises(ConfigError, match="--set work_steps=1"):
+            validate_scenario(Scenario(**fields))  # type: ignore[arg-type]
+        validate_scenario(Scenario(**fields, work_steps=1))  # type: ignore[arg-type]
+        validate_scenario(Scenario(**fields, learner=LearnerModel("digests")))  # type: ignore[arg-type]
