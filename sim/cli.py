@@ -124,6 +124,8 @@ def run(
     }
     with _refusals(screen):
         validate_format(format)
+        if source and scenario:
+            raise ConfigError(f"expected one scenario, got {source} and --scenario: leave one out")
         chosen = change_scenario(
             load_scenario(scenario or source or DEFAULT),
             {key: value for key, value in changes.items() if value is not None} | _parse_settings(settings),

@@ -475,6 +475,7 @@ def test_runs_are_compared_with_means_errors_and_ratios(swept: tuple[Path, list[
         ["run", "small", "--set", "work.train_ms=[3, 1]"],
         ["run", "small", "--adversary", "zero", "--set", "adversary_shares.zero=1"],
         ["compare", "small", "nothing"],
+        ["run", "small", "--scenario", '{"num_peers": 3, "num_rounds": 1}'],
     ],
 )
 def test_mistakes_are_told_before_anything_runs(arguments: list[str]) -> None:
