@@ -58,6 +58,9 @@ EXIT_INTERRUPTED = 130
 DEFAULT = "small"
 """What is run where nothing is named."""
 
+SEEDS = "1-3"
+"""Those of many runs."""
+
 app = typer.Typer(
     help="Simulate a network of peers in virtual time, or replay a node's event log.",
     no_args_is_help=True,
@@ -177,7 +180,7 @@ def sweep(
     sources: Annotated[
         list[str], typer.Argument(metavar="SCENARIO...", help="As for `run`; each one with every seed.")
     ],
-    seeds: Annotated[str, typer.Option(help="Such as 1-8 or 1,5,9.")] = "1-3",
+    seeds: Annotated[str, typer.Option(help="Such as 1-8 or 1,5,9.")] = SEEDS,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -218,14 +221,23 @@ def sweep(
 def compare(
     left: Annotated[str, typer.Argument(help="A folder of results (of one run, or of several seeds), or a scenario.")],
     right: Annotated[str, typer.Argument(help="What to hold against it.")],
-    seeds: Annotated[str, typer.Option(help="With which a scenario is run, where one is named.")] = "1-3",
+    seeds: Annotated[str, typer.Option(help="With which a scenario is run, where one is named (1-3).")] = "",
     engine: Annotated[Engine, typer.Option(help="Where it is run.")] = "local",
     json: Json = False,
 ) -> None:
     """Two sets of runs side by side: means, standard errors over seeds, and ratios."""
     screen = Console(stderr=json)
     with _refusals(screen):
-        sides = [_find_side(name, seeds) for name in (left, right)]
+        folders = [_find_folder(name) for name in (left, right)]
+        if seeds and None not in folders:
+            raise ConfigError(
+                f"--seeds: expected a scenario to run, and {left} and {right} are results that were saved"
+            )
+        sides: list[list[SimReport] | list[Scenario]] = []
+        for name, folder in zip((left, right), folders, strict=True):
+            sides.append(load_reports(folder) if folder else _plan_side(name, seeds or SEEDS))
+            what = f"{len(sides[-1])} run(s) saved in the folder {folder}" if folder else "a scenario, to be run"
+            screen.print(f"{name}: {what}", style="dim", highlight=False, markup=False, soft_wrap=True)
         lines = compare_reports(*(_run_side(side, engine, screen) for side in sides))
     if json:
         _write_json(lines)
@@ -518,10 +530,17 @@ def _render_sweep(runs: Sequence[tuple[str, SimReport]]) -> Table:
     return table
 
 
-def _find_side(name: str, seeds: str) -> list[SimReport] | list[Scenario]:
-    """The reports in a folder; else a scenario with every seed, which is still to be run."""
-    if Path(name).is_dir():
-        return load_reports(Path(name))
+def _find_folder(name: str) -> Path | None:
+    """The folder of results that is meant; None: a scenario is."""
+    if name.lstrip().startswith("{"):  # JSON, which may be longer than a path can be
+        return None
+    path = Path(name)
+    if path.name == REPORT:  # it holds a scenario, too, but whoever names it means its figures
+        path = path.parent
+    return path if path.is_dir() else None
+
+
+def _plan_side(name: str, seeds: str) -> list[Scenario]:
     return [scenario for _, scenario in _plan_sweep([name], _parse_seeds(seeds), {})]
 
 

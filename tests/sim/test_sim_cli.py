@@ -464,6 +464,32 @@ def test_runs_are_compared_with_means_errors_and_ratios(swept: tuple[Path, list[
     assert line["ratio"] == pytest.approx(sum(many) / sum(few))
 
 
+def test_what_is_compared_is_told_and_a_report_is_read_not_run(
+    swept: tuple[Path, list[dict[str, float]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = swept
+    label = "small num_peers=3 num_rounds=2"
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("sim.cli.run_sweep", lambda *_: pytest.fail("it was run"))
+    told = sim("compare", label, f"{label}/seed-1/report.json")
+    assert told.exit_code == 0, told.output
+    assert told.output.splitlines()[:2] == [
+        f"{label}: 2 run(s) saved in the folder {label}",
+        f"{label}/seed-1/report.json: 1 run(s) saved in the folder {label}/seed-1",
+    ]
+    refused = sim("compare", label, label, "--seeds", "1")
+    assert refused.exit_code == 2
+    assert "--seeds: expected a scenario to run" in refused.output
+
+
+def test_a_scenario_is_run_to_be_compared(swept: tuple[Path, list[dict[str, float]]]) -> None:
+    tiny = '{"num_peers": 3, "num_rounds": 1}'
+    told = sim("compare", tiny, swept[0] / "small num_peers=3 num_rounds=2", "--seeds", "4")
+    assert told.exit_code == 0, told.output
+    assert told.output.startswith(f"{tiny}: a scenario, to be run\n")
+    assert "seeds 4\n" in told.output
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
