@@ -310,7 +310,7 @@ def hunt(
 
 @app.command(epilog="Example: p2pfm sim replay ~/.p2pfm/alice/events/000000.events")
 def replay(
-    log: Annotated[Path, typer.Argument(help="An event log, or a node's home folder: all its logs.")],
+    log: Annotated[Path, typer.Argument(help="An event log, or all of a node's home folder, or of a folder of homes.")],
     json: Annotated[bool, typer.Option("--json", help="Print the reports as JSON.")] = False,
 ) -> None:
     """Replay a node's event log into a fresh core, and compare every action with what the node did."""

@@ -356,6 +356,17 @@ def test_logs_of_an_earlier_run_are_no_further_life(tmp_path: Path) -> None:
     assert {path.name for path in home.iterdir()} == {"000000.events", "mine.events"}
 
 
+def test_the_logs_of_a_run_replay_as_a_folder_or_one_by_one(tmp_path: Path) -> None:
+    assert sim("run", "small", *TINY, "--logs", tmp_path).exit_code == 0
+    told = sim("replay", tmp_path)
+    assert told.exit_code == 0, told.output
+    assert " ".join(told.output.split()).count("every action as in the log") == 3
+    for one in ("peer-00001", "peer-00001/events", "peer-00001/events/000000.events"):
+        assert sim("replay", tmp_path / one).output.startswith("peer-00001: ")
+    (tmp_path / "none").mkdir()
+    assert "no event log" in sim("replay", tmp_path / "none").output
+
+
 def test_tables_of_an_earlier_run_do_not_lie_beside_a_new_one(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow", reason="needs pyarrow: pip install 'p2pfm[sim]'")
     (tmp_path / "rounds.parquet").write_text("perhaps not ours: there are no results yet")
