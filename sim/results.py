@@ -47,7 +47,9 @@ def save_report(report: SimReport, folder: Path, format: TableFormat = "csv") ->
             remove_other_formats(folder, TABLES, format)
         (folder / SCENARIO).write_text(dump_toml(report.scenario), encoding="utf-8")
         (folder / REPORT).write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
-        write_table(make_round_rows(report), folder / "rounds", format)
+        (folder / f"rounds.{format}").unlink(missing_ok=True)
+        if report.rounds:  # a table without rows would have no columns
+            write_table(make_round_rows(report), folder / "rounds", format)
         write_table(make_peer_rows(report), folder / "peers", format)
         (folder / PAGE).write_text(render_page(report), encoding="utf-8")
     except OSError as error:
