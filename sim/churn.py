@@ -165,13 +165,16 @@ def read_trace(path: Path) -> tuple[UpTime, ...]:
         ConfigError: there is no such file, or it is not a trace.
     """
     try:
-        with path.open(newline="") as lines:
-            return tuple(UpTime(*(int(row[name]) for name in UpTime._fields)) for row in csv.DictReader(lines))
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        with path.open(newline="", encoding="utf-8-sig") as lines:  # spreadsheets put a mark before the first column
+            rows = tuple(UpTime(*(int(row[name]) for name in UpTime._fields)) for row in csv.DictReader(lines))
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         columns = ", ".join(UpTime._fields)
         raise ConfigError(
             f"{path}: expected a CSV file of whole numbers with the columns {columns}: {error!r}"
         ) from error
+    if not rows:
+        raise ConfigError(f"{path}: expected one session or more, got none")
+    return rows
 
 
 def draw_trace(num_peers: int, length_ms: int, rng: Random) -> tuple[UpTime, ...]:

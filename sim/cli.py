@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from p2pfm.errors import ConfigError, OperatorError
-from p2pfm.types import Round
+from p2pfm.types import PeerId, Round
 from sim.breakdowns import Breakdown, telling_breakdowns
 from sim.checks import Violation
 from sim.compare import compare as compare_reports
@@ -38,8 +38,16 @@ from sim.ray_engine import spread
 from sim.recorder import Recorder
 from sim.replay import ReplayReport, replay_path
 from sim.report import SimReport, make_honest, make_report, open_world, render, set_beside
-from sim.results import load_report, load_reports, save_report, validate_folder
-from sim.scenarios import Scenario, validate_scenario
+from sim.results import (
+    REPORT,
+    load_report,
+    load_reports,
+    remove_other_formats,
+    remove_report,
+    save_report,
+    validate_folder,
+)
+from sim.scenarios import Scenario, find_idle, validate_scenario
 from sim.tables import Row, TableFormat, validate_format, write_table
 from sim.world import World
 
@@ -50,11 +58,17 @@ EXIT_INTERRUPTED = 130
 DEFAULT = "small"
 """What is run where nothing is named."""
 
+SEEDS = "1-3"
+"""Those of many runs."""
+
 app = typer.Typer(
     help="Simulate a network of peers in virtual time, or replay a node's event log.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+EventLogs = dict[PeerId, list[bytearray]]
+"""By peer: one a life."""
 
 Source = Annotated[
     str, typer.Argument(metavar="[SCENARIO]", help="A shipped scenario (`p2pfm sim list`), a TOML file, or JSON.")
@@ -113,6 +127,8 @@ def run(
     }
     with _refusals(screen):
         validate_format(format)
+        if source and scenario:
+            raise ConfigError(f"expected one scenario, got {source} and --scenario: leave one out")
         chosen = change_scenario(
             load_scenario(scenario or source or DEFAULT),
             {key: value for key, value in changes.items() if value is not None} | _parse_settings(settings),
@@ -123,20 +139,25 @@ def run(
         if logs is not None:
             chosen = msgspec.structs.replace(chosen, keep_logs=tuple(range(chosen.num_peers)))
         honest = make_honest(chosen) if beside_honest else None
-        report = _simulate(chosen, screen, logs, engine)
-        if honest is not None and report.is_complete:
-            without = _simulate(honest, screen, None, engine)
-            report = set_beside(report, without) if without.is_complete else report
-    if json:
-        _write_json(report)
-    else:
-        screen.print(render(report))
-    if out is not None:
-        with _refusals(screen):
-            page = save_report(report, out, format)
-        screen.print(f"results in {out}, to be looked at: {page}", highlight=False, soft_wrap=True)
+        kept: EventLogs = {}
+        with _writing_logs(kept, logs):
+            report, without = _simulate(chosen, screen, engine, kept), None
+            try:
+                if honest is not None and report.is_complete:
+                    without = _simulate(honest, screen, engine, {})
+                    report = set_beside(report, without) if without.is_complete else report
+            finally:  # whatever became of the other run, this one is told
+                if json:
+                    _write_json(report)
+                else:
+                    screen.print(render(report))
+                if out is not None:
+                    page = save_report(report, out, format)
+                    screen.print(f"results in {out}, to be looked at: {page}", highlight=False, soft_wrap=True)
     if not report.is_complete:
-        raise typer.Exit(EXIT_INTERRUPTED)
+        _fail(screen, "interrupted: the report is of the rounds so far", EXIT_INTERRUPTED)
+    if without is not None and not without.is_complete:
+        _fail(screen, "interrupted: the report is complete, without the run of honest attackers", EXIT_INTERRUPTED)
 
 
 @app.command("list", epilog="Example: p2pfm sim list --json")
@@ -159,7 +180,7 @@ def sweep(
     sources: Annotated[
         list[str], typer.Argument(metavar="SCENARIO...", help="As for `run`; each one with every seed.")
     ],
-    seeds: Annotated[str, typer.Option(help="Such as 1-8 or 1,5,9.")] = "1-3",
+    seeds: Annotated[str, typer.Option(help="Such as 1-8 or 1,5,9.")] = SEEDS,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -178,19 +199,21 @@ def sweep(
         if out is not None:
             validate_folder(out)
         plan = _plan_sweep(sources, _parse_seeds(seeds), _parse_choices(settings))
-        done = _sweep([item for _, item in plan], engine, screen)
-        runs = [(plan[index][0], report) for index, report in sorted(done.items())]
-        if out is not None:
-            _save_sweep(runs, out, format)
-    rows = _make_sweep_rows(runs)
-    if json:
-        _write_json(rows)
-    else:
-        screen.print(_render_sweep(runs))
-    if out is not None:
-        screen.print(f"results in {out}", highlight=False)
+        done: dict[int, SimReport] = {}
+        try:
+            _sweep([item for _, item in plan], engine, screen, done)
+        finally:  # whatever ends a sweep, the runs before it are kept
+            runs = [(plan[index][0], report) for index, report in sorted(done.items())]
+            if runs and json:
+                _write_json(_make_sweep_rows(runs))
+            elif runs:
+                screen.print(_render_sweep(runs))
+            if runs and out is not None:
+                _save_sweep(runs, out, format)
+                screen.print(f"results in {out}", highlight=False)
+            if len(done) < len(plan):
+                screen.print(f"interrupted after {len(done)} of {len(plan)} runs", style="red", highlight=False)
     if len(done) < len(plan):
-        screen.print(f"interrupted after {len(done)} of {len(plan)} runs", style="red")
         raise typer.Exit(EXIT_INTERRUPTED)
 
 
@@ -198,14 +221,23 @@ def sweep(
 def compare(
     left: Annotated[str, typer.Argument(help="A folder of results (of one run, or of several seeds), or a scenario.")],
     right: Annotated[str, typer.Argument(help="What to hold against it.")],
-    seeds: Annotated[str, typer.Option(help="With which a scenario is run, where one is named.")] = "1-3",
+    seeds: Annotated[str, typer.Option(help="With which a scenario is run, where one is named (1-3).")] = "",
     engine: Annotated[Engine, typer.Option(help="Where it is run.")] = "local",
     json: Json = False,
 ) -> None:
     """Two sets of runs side by side: means, standard errors over seeds, and ratios."""
     screen = Console(stderr=json)
     with _refusals(screen):
-        sides = [_find_side(name, seeds) for name in (left, right)]
+        folders = [_find_folder(name) for name in (left, right)]
+        if seeds and None not in folders:
+            raise ConfigError(
+                f"--seeds: expected a scenario to run, and {left} and {right} are results that were saved"
+            )
+        sides: list[list[SimReport] | list[Scenario]] = []
+        for name, folder in zip((left, right), folders, strict=True):
+            sides.append(load_reports(folder) if folder else _plan_side(name, seeds or SEEDS))
+            what = f"{len(sides[-1])} run(s) saved in the folder {folder}" if folder else "a scenario, to be run"
+            screen.print(f"{name}: {what}", style="dim", highlight=False, markup=False, soft_wrap=True)
         lines = compare_reports(*(_run_side(side, engine, screen) for side in sides))
     if json:
         _write_json(lines)
@@ -278,7 +310,7 @@ def hunt(
 
 @app.command(epilog="Example: p2pfm sim replay ~/.p2pfm/alice/events/000000.events")
 def replay(
-    log: Annotated[Path, typer.Argument(help="An event log, or a node's home folder: all its logs.")],
+    log: Annotated[Path, typer.Argument(help="An event log, or all of a node's home folder, or of a folder of homes.")],
     json: Annotated[bool, typer.Option("--json", help="Print the reports as JSON.")] = False,
 ) -> None:
     """Replay a node's event log into a fresh core, and compare every action with what the node did."""
@@ -312,20 +344,21 @@ def _run_again(source: str, screen: Console, json: bool) -> None:
     screen.print("nothing is wrong with it (any more)", highlight=False)
 
 
-def _simulate(scenario: Scenario, screen: Console, logs: Path | None, engine: Engine) -> SimReport:
-    """Run it with a bar; interrupted: the report so far."""
+def _simulate(scenario: Scenario, screen: Console, engine: Engine, kept: EventLogs) -> SimReport:
+    """Run it with a bar; interrupted: the report so far. The event logs are put into `kept`, however the run ends."""
     screen.print(f"seed {scenario.seed}", highlight=False)
     estimate = validate_memory(scenario, get_free_bytes())
     screen.print(describe(estimate), highlight=False, style="dim")
+    _note_idle([scenario], screen)
     with (
         telling_breakdowns(scenario),
         spread(scenario) if engine == "ray" else nullcontext() as workshop,
         open_world(scenario, workshop) as world,
     ):
-        return _watch(world, estimate.cpu_s, screen, logs)
+        return _watch(world, estimate.cpu_s, screen, kept)
 
 
-def _watch(world: World, estimate_s: float, screen: Console, logs: Path | None) -> SimReport:
+def _watch(world: World, estimate_s: float, screen: Console, kept: EventLogs) -> SimReport:
     started_s, is_complete = time.process_time(), True
     recorder = Recorder(world)
     with RunProgress(world, estimate_s, screen) as progress:
@@ -339,19 +372,35 @@ def _watch(world: World, estimate_s: float, screen: Console, logs: Path | None) 
         except KeyboardInterrupt:
             is_complete = False
         finally:
-            if logs is not None:
-                _write_logs(world, logs)
-    if not is_complete:
-        screen.print("interrupted: the report is of the rounds so far", style="red")
+            kept.update({host.me: host.logs for host in world.hosts})
     return make_report(world, recorder, time.process_time() - started_s, is_complete)
 
 
-def _write_logs(world: World, folder: Path) -> None:
-    for host in world.hosts:
-        home = folder / host.me / "events"
-        home.mkdir(parents=True, exist_ok=True)
-        for number, log in enumerate(host.logs):
-            (home / f"{number:06d}.events").write_bytes(log)
+@contextmanager
+def _writing_logs(kept: EventLogs, folder: Path | None) -> Iterator[None]:
+    """Write the logs when all else is done; of two errors the one from inside is told."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OperatorError):
+            _write_logs(kept, folder)
+        raise
+    _write_logs(kept, folder)
+
+
+def _write_logs(kept: EventLogs, folder: Path | None) -> None:
+    if folder is None:
+        return
+    try:
+        for peer, logs in kept.items():
+            home = folder / peer / "events"
+            home.mkdir(parents=True, exist_ok=True)
+            for old in home.glob(f"{'[0-9]' * 6}.events"):  # of an earlier run: they would pass for this one's lives
+                old.unlink()
+            for number, log in enumerate(logs):
+                (home / f"{number:06d}.events").write_bytes(log)
+    except OSError as error:
+        raise OperatorError(f"{folder}: the event logs cannot be written: {error}") from error
 
 
 def _parse_settings(settings: Sequence[str] | None) -> dict[str, Any]:
@@ -373,6 +422,8 @@ def _parse_seeds(text: str) -> list[int]:
         if not first.isdecimal() or (last and not last.isdecimal()) or int(last or first) < int(first):
             raise ConfigError(f"--seeds: expected numbers and ranges such as 1-8 or 1,5,9; got {text!r}")
         seeds += range(int(first), int(last or first) + 1)
+    if len(set(seeds)) < len(seeds):  # the same run twice would pass for two, and lessen the errors
+        raise ConfigError(f"--seeds: expected each seed once, got {text!r}")
     return seeds
 
 
@@ -394,12 +445,22 @@ def _plan_sweep(
     sources: Sequence[str], seeds: Sequence[int], choices: dict[str, list[Any]]
 ) -> list[tuple[str, Scenario]]:
     """Every run's label, equal for those that differ in their seed only, and its scenario."""
+    if "seed" in choices:
+        raise ConfigError("--set seed: expected a sweep's seeds in --seeds, as in --seeds 1-8")
     plan = []
+    taken: dict[str, str] = {}
     for source in sources:
         base = load_scenario(source)
         for values in itertools.product(*choices.values()):
             changes = dict(zip(choices, values, strict=True))
             label = " ".join([_make_label(source), *(f"{key}={value}" for key, value in changes.items())])
+            name = _make_folder_name(label)
+            if name in taken:
+                raise ConfigError(
+                    f"expected runs with names of their own, and {taken[name]} and {source} are both {label!r}: leave "
+                    "out what stands twice, or give scenarios as files of different names"
+                )
+            taken[name] = source
             plan += [(label, change_scenario(base, changes | {"seed": seed})) for seed in seeds]
     free_bytes = get_free_bytes()
     for _, scenario in plan:
@@ -411,12 +472,16 @@ def _make_label(source: str) -> str:
     return "scenario" if source.lstrip().startswith("{") else Path(source).stem
 
 
-def _sweep(scenarios: Sequence[Scenario], engine: Engine, screen: Console) -> dict[int, SimReport]:
-    """The reports by their number; interrupted: of the runs that have ended."""
-    done: dict[int, SimReport] = {}
+def _make_folder_name(label: str) -> str:
+    return label.replace("/", "_")
+
+
+def _sweep(scenarios: Sequence[Scenario], engine: Engine, screen: Console, done: dict[int, SimReport]) -> None:
+    """Put every report at its number into `done` as its run ends; interrupted: of those that have ended."""
     total_s = sum(compute_estimate(scenario).cpu_s for scenario in scenarios)
     screen.print(f"seeds {', '.join(map(str, sorted({item.seed for item in scenarios})))}", highlight=False)
     screen.print(f"{len(scenarios)} runs, about {total_s:.0f} s of CPU time", highlight=False, style="dim")
+    _note_idle(scenarios, screen)
     columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
         task = progress.add_task("runs", total=len(scenarios))
@@ -427,13 +492,21 @@ def _sweep(scenarios: Sequence[Scenario], engine: Engine, screen: Console) -> di
 
         with suppress(KeyboardInterrupt):  # the caller sees what is missing, and says so
             run_sweep(scenarios, engine, on_done)
-    return done
 
 
 def _save_sweep(runs: Sequence[tuple[str, SimReport]], folder: Path, format: TableFormat) -> None:
-    for label, item in runs:
-        save_report(item, folder / label.replace("/", "_") / f"seed-{item.scenario.seed}", format)
-    write_table(_make_sweep_rows(runs), folder / "sweep", format)
+    """Write every run's results and the table, in place of an earlier sweep's: `compare` would pool its seeds."""
+    try:
+        if any(folder.glob(f"*/seed-*/{REPORT}")):
+            remove_other_formats(folder, ("sweep",), format)
+        for label in dict.fromkeys(label for label, _ in runs):
+            for old in (folder / _make_folder_name(label)).glob("seed-*"):
+                remove_report(old)
+        for label, item in runs:
+            save_report(item, folder / _make_folder_name(label) / f"seed-{item.scenario.seed}", format)
+        write_table(_make_sweep_rows(runs), folder / "sweep", format)
+    except OSError as error:
+        raise OperatorError(f"{folder}: cannot be written: {error}") from error
 
 
 def _make_sweep_rows(runs: Sequence[tuple[str, SimReport]]) -> list[Row]:
@@ -457,22 +530,36 @@ def _render_sweep(runs: Sequence[tuple[str, SimReport]]) -> Table:
     return table
 
 
-def _find_side(name: str, seeds: str) -> list[SimReport] | list[Scenario]:
-    """The reports in a folder; else a scenario with every seed, which is still to be run."""
-    if Path(name).is_dir():
-        return load_reports(Path(name))
+def _find_folder(name: str) -> Path | None:
+    """The folder of results that is meant; None: a scenario is."""
+    if name.lstrip().startswith("{"):  # JSON, which may be longer than a path can be
+        return None
+    path = Path(name)
+    if path.name == REPORT:  # it holds a scenario, too, but whoever names it means its figures
+        path = path.parent
+    return path if path.is_dir() else None
+
+
+def _plan_side(name: str, seeds: str) -> list[Scenario]:
     return [scenario for _, scenario in _plan_sweep([name], _parse_seeds(seeds), {})]
 
 
 def _run_side(side: list[SimReport] | list[Scenario], engine: Engine, screen: Console) -> list[SimReport]:
     missing = [item for item in side if isinstance(item, Scenario)]
-    done = _sweep(missing, engine, screen) if missing else {}
+    done: dict[int, SimReport] = {}
+    if missing:
+        _sweep(missing, engine, screen, done)
     if len(done) < len(missing):
         raise KeyboardInterrupt
     return [item for item in side if isinstance(item, SimReport)] + list(done.values())
 
 
 # --- what people see
+
+
+def _note_idle(scenarios: Iterable[Scenario], screen: Console) -> None:
+    for line in dict.fromkeys(line for scenario in scenarios for line in find_idle(scenario)):
+        screen.print(f"note: {line}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -197,7 +197,11 @@ def validate_network_model(model: NetworkModel, num_hosts: int) -> None:
         checks.append(("partitions (one of num_hosts, share, regions, hosts)", num_ways, 1, 1))
         checks += [("partitions.hosts", host, 0, num_hosts - 1) for host in part.hosts]
         checks += [("partitions.bridges", host, 0, num_hosts - 1) for host in part.bridges]
-        checks.append(("partitions.start_ms", part.start_ms, 0, part.end_ms))
+        if not 0 <= part.start_ms < part.end_ms:
+            raise ConfigError(
+                "scenario network.partitions: expected a start_ms of 0 or more and a later end_ms, got "
+                f"{part.start_ms} and {part.end_ms}"
+            )
         checks.append(("partitions.num_hosts", part.num_hosts, 0, num_hosts))
         checks.append(("partitions.share", part.share, 0, 1))
         unknown = set(part.regions) - set(regions.names)
@@ -207,6 +211,20 @@ def validate_network_model(model: NetworkModel, num_hosts: int) -> None:
     for key, value, least, most in checks:
         if not least <= value <= most:
             raise ConfigError(f"scenario network.{key}: expected {least:g} to {most:g}, got {value:g}")
+    for number, part in enumerate(model.partitions):
+        # Which hosts a share or a region has is not known yet, so whether bridges are all of a side is not asked there.
+        is_drawn = part.share or part.regions
+        sides = deal_sides(
+            msgspec.structs.replace(part, bridges=()) if is_drawn else part,
+            regions,
+            deal_classes(regions.shares, num_hosts, Random(0)),
+            Random(0),
+        )
+        if 1 not in sides or 2 not in sides:
+            raise ConfigError(
+                f"scenario network.partitions[{number}]: expected hosts on both sides, got all {num_hosts} on one side "
+                "or on both: cut off fewer, or add peers"
+            )
 
 
 def deal_classes(shares: Sequence[float], num_hosts: int, rng: Random) -> Ints:
@@ -221,6 +239,19 @@ def deal_classes(shares: Sequence[float], num_hosts: int, rng: Random) -> Ints:
     ]
     rng.shuffle(classes)
     return np.array(classes, np.int64)
+
+
+def deal_sides(part: Partition, regions: Regions, region_of: Ints, rng: Random) -> NDArray[np.int8]:
+    """(num_hosts,): which sides of a partition each host is on, 1 or 2 or both (3)."""
+    num_hosts = len(region_of)
+    hosts = np.arange(num_hosts)
+    if part.share:
+        is_inside = np.equal(deal_classes((part.share, 1 - part.share), num_hosts, rng), 0)
+    elif part.regions:
+        is_inside = np.isin(region_of, [regions.names.index(name) for name in part.regions])
+    else:
+        is_inside = np.isin(hosts, part.hosts) if part.hosts else hosts < part.num_hosts
+    return np.where(np.isin(hosts, part.bridges), 3, np.where(is_inside, 1, 2)).astype(np.int8)
 
 
 class Network:
@@ -241,7 +272,7 @@ class Network:
         self._link_of = deal_classes([link.share for link in links], num_hosts, self._rng)
         nats = (model.behind_nat, model.symmetric_nat, 1 - model.behind_nat - model.symmetric_nat)
         self._nat_of = np.array([PUNCHABLE, SYMMETRIC, OPEN])[deal_classes(nats, num_hosts, self._rng)]
-        self._sides = [self._deal_sides(part) for part in model.partitions]
+        self._sides = [deal_sides(part, self._regions, self._region_of, self._rng) for part in model.partitions]
 
         latency = np.array(self._regions.latency_ms, np.int64)
         self._low_ms = latency  # (num_regions, num_regions)
@@ -269,17 +300,6 @@ class Network:
         self._samples: dict[tuple[int, int], Ints] = {}
         self._has_nats = bool(self._nat_of.any())
         self._lots = self._draw_lots() if self._has_nats else np.zeros(num_hosts, np.uint64)
-
-    def _deal_sides(self, part: Partition) -> NDArray[np.int8]:
-        """(num_hosts,): which sides of a partition each is on, 1 or 2 or both (3)."""
-        hosts = np.arange(self._num_hosts)
-        if part.share:
-            is_inside = np.equal(deal_classes((part.share, 1 - part.share), self._num_hosts, self._rng), 0)
-        elif part.regions:
-            is_inside = np.isin(self._region_of, [self._regions.names.index(name) for name in part.regions])
-        else:
-            is_inside = np.isin(hosts, part.hosts) if part.hosts else hosts < part.num_hosts
-        return np.where(np.isin(hosts, part.bridges), 3, np.where(is_inside, 1, 2)).astype(np.int8)
 
     def _draw_lots(self) -> NDArray[np.uint64]:
         """(num_hosts,) odd numbers: the upper half of two hosts' product is a chance that is theirs for good, as in

@@ -71,17 +71,28 @@ def replay(*parts: bytes) -> ReplayReport:
 
 
 def replay_path(path: Path) -> tuple[ReplayReport, ...]:
-    """Replay a log file, or every log in a folder (a node's home or its `events`): one report a start of the node.
+    """Replay a log file, or every log in a folder (a node's home or its `events`, or one of homes): one report a start
+    of a node.
 
     Raises:
         OperatorError: no log there, or see `replay`.
     """
     if path.is_file():
         return (replay(path.read_bytes()),)
-    folder = path / "events" if (path / "events").is_dir() else path
-    files = sorted(folder.glob(f"*{SUFFIX}"))
-    if not files:
+    homes = [path, *sorted(home for home in path.glob("*") if (home / "events").is_dir())]
+    found = {home: _list_logs(home) for home in homes}
+    if not any(found.values()):
         raise OperatorError(f"no event log at {path}: expected a *{SUFFIX} file, or a node's home folder")
+    return tuple(report for files in found.values() if files for report in _replay_files(files))
+
+
+def _list_logs(home: Path) -> list[Path]:
+    folder = home / "events" if (home / "events").is_dir() else home
+    return sorted(folder.glob(f"*{SUFFIX}"))
+
+
+def _replay_files(files: Sequence[Path]) -> list[ReplayReport]:
+    """One node's logs, in order."""
     starts: list[list[bytes]] = []
     for file in files:
         data = file.read_bytes()
@@ -92,8 +103,8 @@ def replay_path(path: Path) -> tuple[ReplayReport, ...]:
             starts[-1].append(data)
         # Else the beginning of the oldest start was rotated away: that start cannot be replayed.
     if not starts:
-        raise OperatorError(f"no log in {folder} replays from its beginning: older files were rotated away")
-    return tuple(replay(*parts) for parts in starts)
+        raise OperatorError(f"no log in {files[0].parent} replays from its beginning: older files were rotated away")
+    return [replay(*parts) for parts in starts]
 
 
 def _validate_parts(headers: Sequence[LogHeader]) -> None:

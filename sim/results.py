@@ -1,7 +1,10 @@
 """A run's results as a folder: scenario.toml, report.json, rounds and peers as tables, report.html. Knows no run."""
 
+import itertools
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 
@@ -13,6 +16,8 @@ from sim.tables import TableFormat, make_peer_rows, make_round_rows, write_table
 
 REPORT = "report.json"
 PAGE = "report.html"
+SCENARIO = "scenario.toml"
+TABLES = ("rounds", "peers")
 
 
 def validate_folder(folder: Path) -> None:
@@ -31,21 +36,47 @@ def validate_folder(folder: Path) -> None:
 
 
 def save_report(report: SimReport, folder: Path, format: TableFormat = "csv") -> Path:
-    """Write all files of a run's results; returns the page's path.
+    """Write all files of a run's results, in place of earlier ones; returns the page's path.
 
     Raises:
         OperatorError: the folder cannot be written, or see `write_table`.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "scenario.toml").write_text(dump_toml(report.scenario), encoding="utf-8")
+        if (folder / REPORT).is_file():
+            remove_other_formats(folder, TABLES, format)
+        (folder / SCENARIO).write_text(dump_toml(report.scenario), encoding="utf-8")
         (folder / REPORT).write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
-        write_table(make_round_rows(report), folder / "rounds", format)
+        (folder / f"rounds.{format}").unlink(missing_ok=True)
+        if report.rounds:  # a table without rows would have no columns
+            write_table(make_round_rows(report), folder / "rounds", format)
         write_table(make_peer_rows(report), folder / "peers", format)
         (folder / PAGE).write_text(render_page(report), encoding="utf-8")
     except OSError as error:
         raise OperatorError(f"{folder}: cannot be written: {error}") from error
     return folder / PAGE
+
+
+def remove_other_formats(folder: Path, tables: Sequence[str], format: TableFormat) -> None:
+    """Tables that were written in another format would pass for those of this run."""
+    for table, other in itertools.product(tables, get_args(TableFormat)):
+        if other != format:
+            (folder / f"{table}.{other}").unlink(missing_ok=True)
+
+
+def remove_report(folder: Path) -> None:
+    """Remove what `save_report` wrote, and the folder if nothing else is in it; a folder without results is left.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    if not (folder / REPORT).is_file():
+        return
+    tables = [f"{table}.{format}" for table, format in itertools.product(TABLES, get_args(TableFormat))]
+    for name in (REPORT, PAGE, SCENARIO, *tables):
+        (folder / name).unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def load_report(folder: Path) -> SimReport:

@@ -4,6 +4,8 @@ Knows no peer; a Scenario and nothing else decides a run, to the last byte of it
 """
 
 from collections import Counter
+from fractions import Fraction
+from math import floor
 from random import Random
 from typing import Literal, NamedTuple
 
@@ -35,6 +37,9 @@ SHARD_SIZE_MAX = 128
 
 COMMITTEE_SIZE = 9
 """Members of a committee where a scenario does not say."""
+
+COMMITTEE_SIZE_MAX = 128
+"""The protocol's bound (see `p2pfm.config`)."""
 
 AdversaryKind = Literal[
     "zero",
@@ -149,7 +154,8 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         merge_ms=Millis(7_000),
     )
     committee_size: int = 0
-    """0: nine, or all peers where there are fewer."""
+    """0: nine, or all peers where there are fewer. The chain's is drawn of all peers; a shard has one of its own, which
+    is all of the shard where that has fewer."""
     shard_size: int = 128
     """More peers than this are dealt into shards, anew every epoch (ALGORITHMS, part 1)."""
     work_steps: int = 0
@@ -197,26 +203,25 @@ def validate_scenario(scenario: Scenario) -> None:
     if not 1 <= num_peers <= peers_max:
         hint = f" (two levels of shards of {shard_size}: raise shard_size)" if peers_max < PEERS_MAX else ""
         raise ConfigError(f"scenario num_peers: expected 1 to {peers_max:,}{hint}, got {num_peers:,}")
-    if not 0 <= scenario.committee_size <= min(num_peers, shard_size):
-        bound, more = (num_peers, "add peers") if num_peers <= shard_size else (shard_size, "raise shard_size")
-        what = f"{bound} peers" if num_peers <= shard_size else f"shards of {bound}"
+    committee_max = min(num_peers, COMMITTEE_SIZE_MAX)
+    if not 0 <= scenario.committee_size <= committee_max:
+        hint = "add peers or take" if num_peers < COMMITTEE_SIZE_MAX else "take"
         raise ConfigError(
-            f"scenario committee_size: expected 0 to {bound}, got {scenario.committee_size} ({what}: {more} or take a "
-            "smaller committee)"
+            f"scenario committee_size: expected 0 to {committee_max}, got {scenario.committee_size}: {hint} a smaller "
+            "committee"
         )
     _validate_times(scenario)
     validate_churn_model(scenario.churn)
     validate_clock_model(scenario.clocks)
     validate_network_model(scenario.network, scenario.num_peers)
-    shares = sum(scenario.adversary_shares.values())
-    if min(scenario.adversary_shares.values(), default=0) < 0 or shares > 1:
-        raise ConfigError(f"scenario adversary_shares: expected shares of 0 to 1 in all, got {shares:g}")
+    _validate_shares(scenario)
     num_named, num_drawn = len(scenario.adversaries), compute_counts(scenario).total()
     if num_named + num_drawn > num_peers:
         raise ConfigError(
             f"scenario adversaries: expected no more than the {num_peers} peers, got {num_named} by name and "
             f"{num_drawn} by adversary_shares: add peers or take fewer"
         )
+    _validate_kinds(scenario)
     missing = [index for index in scenario.keep_logs if not 0 <= index < num_peers]
     if missing:
         raise ConfigError(
@@ -227,6 +232,30 @@ def validate_scenario(scenario: Scenario) -> None:
         if not 1 <= stake <= STAKES_MAX:
             raise ConfigError(f"scenario stakes.{kind}: expected 1 to {STAKES_MAX:,} times the least, got {stake:g}")
     validate_network(make_network(scenario))
+
+
+def _validate_shares(scenario: Scenario) -> None:
+    for kind, share in scenario.adversary_shares.items():
+        if not 0 <= share <= 1:
+            raise ConfigError(f"scenario adversary_shares.{kind}: expected a share of 0 to 1, got {share:g}")
+    shares = sum(map(_make_exact, scenario.adversary_shares.values()))
+    if shares > 1:
+        raise ConfigError(f"scenario adversary_shares: expected 1 at most for all together, got {float(shares):g}")
+
+
+def _validate_kinds(scenario: Scenario) -> None:
+    """Refuse a kind that nobody can be with this scenario's learner and rules."""
+    kinds = {*scenario.adversaries, *compute_counts(scenario).elements()}
+    if scenario.learner.kind == "convex" and "backdoor" in kinds:
+        raise ConfigError(
+            "scenario adversaries: expected kinds that the learner convex can be, got backdoor, and linear regression "
+            "knows no triggers: take learner.kind mlp or lora"
+        )
+    if "skipper" in kinds and not scenario.work_steps and scenario.learner.kind != "digests":
+        raise ConfigError(
+            "scenario adversaries: expected proofs of computation for a skipper to skip, got work_steps of 0: --set "
+            "work_steps=1, without which it is honest"
+        )
 
 
 def _validate_times(scenario: Scenario) -> None:
@@ -244,9 +273,37 @@ def _validate_times(scenario: Scenario) -> None:
 
 
 def compute_counts(scenario: Scenario) -> Counter[AdversaryKind]:
-    """How many peers of each kind its share comes to, rounded, beside those that are named one by one."""
-    num_peers = scenario.num_peers
-    return Counter({kind: int(share * num_peers + 0.5) for kind, share in sorted(scenario.adversary_shares.items())})
+    """How many peers of each kind its share comes to, beside those that are named one by one.
+
+    Rounded together by largest remainder, of equal ones by name: many small shares come to as many peers as their sum.
+    """
+    exact = {kind: _make_exact(share) * scenario.num_peers for kind, share in sorted(scenario.adversary_shares.items())}
+    counts = Counter({kind: floor(value) for kind, value in exact.items()})
+    num_left = floor(sum(exact.values()) + Fraction(1, 2)) - counts.total()
+    for kind in sorted(exact, key=lambda kind: counts[kind] - exact[kind])[:num_left]:
+        counts[kind] += 1
+    return counts
+
+
+def _make_exact(share: float) -> Fraction:
+    """The number that was written: its binary neighbour would make equal remainders differ."""
+    return Fraction(str(share))
+
+
+def find_idle(scenario: Scenario) -> list[str]:
+    """What a scenario says that comes to nothing in a run of its size, for people."""
+    counts = compute_counts(scenario)
+    missing = [kind for kind, share in scenario.adversary_shares.items() if share > 0 and not counts[kind]]
+    idle = [f"adversary_shares: of {scenario.num_peers} peers none is {', '.join(missing)}"] if missing else []
+    length_ms = scenario.num_rounds * sum(msgspec.structs.astuple(scenario.phases))
+    starts_ms = {f"network.partitions[{i}]": part.start_ms for i, part in enumerate(scenario.network.partitions)}
+    starts_ms |= {f"outages[{i}]": outage.start_ms for i, outage in enumerate(scenario.outages)}
+    idle += [
+        f"{key}: begins at {start_ms} ms, and the last round ends at {length_ms} ms"
+        for key, start_ms in starts_ms.items()
+        if start_ms >= length_ms
+    ]
+    return idle
 
 
 def compute_kinds(scenario: Scenario) -> tuple[AdversaryKind | None, ...]:

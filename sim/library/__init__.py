@@ -105,7 +105,9 @@ def change_scenario(scenario: Scenario, changes: Mapping[str, Any]) -> Scenario:
         *tables, last = key.split(".")
         inner = raw
         for table in tables:
-            inner = inner.setdefault(table, {})
+            if inner.get(table) is None:  # a table that is absent where nobody asks for it
+                inner[table] = {}
+            inner = inner[table]
             if not isinstance(inner, dict):
                 raise ConfigError(f"{key}: {table} holds no keys")
         inner[last] = value

@@ -1,5 +1,6 @@
 """Who goes when and comes back, and what clocks show."""
 
+from pathlib import Path
 from random import Random
 
 import msgspec
@@ -184,6 +185,16 @@ def test_a_file_that_is_no_trace_is_refused_by_name(tmp_path) -> None:
             read_trace(tmp_path / "bad.csv")
     with pytest.raises(ConfigError, match="none"):
         load_trace(ChurnModel(trace_file="none.csv"), tmp_path)
+
+
+def test_a_trace_may_begin_with_a_byte_order_mark_and_has_a_session(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text("peer,up_from_ms,up_to_ms\n0,5,9\n", encoding="utf-8-sig")
+    assert read_trace(path) == (UpTime(0, 5, 9),)
+    for text in ("", "peer,up_from_ms,up_to_ms\n"):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="expected one session or more"):
+            read_trace(path)
 
 
 @given(

@@ -73,7 +73,7 @@ def flatten(wave: list[tuple[int, list[int]]]) -> list[tuple[int, int]]:
 def test_a_wave_reaches_each_target_once_at_most_in_order_and_not_across_a_cut(
     name: str, num_hosts: int, after_ms: int, data: st.DataObject
 ) -> None:
-    network = make_network(MODELS[name], max(num_hosts, 3))
+    network = make_network(MODELS[name], max(num_hosts, 4))
     targets = data.draw(st.lists(st.integers(0, num_hosts - 1), unique=True))
     now_ms = Millis(GENESIS_MS + after_ms)
     wave = network.draw_wave(0, targets, 500, now_ms)
@@ -490,6 +490,12 @@ def test_a_network_is_read_from_toml() -> None:
         (NetworkModel(partitions=(Partition(0, 9, hosts=(10_000,)),)), "partitions.hosts"),
         (NetworkModel(partitions=(Partition(0, 9, num_hosts=1, bridges=(-1,)),)), "partitions.bridges"),
         (NetworkModel(partitions=(Partition(9, 0, share=0.5),)), "start_ms"),
+        (NetworkModel(partitions=(Partition(9, 9, share=0.5),)), "start_ms"),
+        (NetworkModel(partitions=(Partition(0, 9, num_hosts=10),)), "hosts on both sides"),
+        (NetworkModel(partitions=(Partition(0, 9, share=0.04),)), "hosts on both sides"),
+        (NetworkModel(partitions=(Partition(0, 9, share=1),)), "hosts on both sides"),
+        (NetworkModel(partitions=(Partition(0, 9, hosts=(1, 2), bridges=(1, 2)),)), "hosts on both sides"),
+        (NetworkModel(regions="world", partitions=(Partition(0, 9, regions=("japan",)),)), "hosts on both sides"),
         (NetworkModel(partitions=(Partition(0, 9, regions=("mars",)),)), "mars"),
     ],
 )

@@ -6,6 +6,7 @@ import pytest
 
 from p2pfm.messages import Proposal, SyncRequest
 from p2pfm.protocol.phases import Phase
+from p2pfm.protocol.shards import deal
 from p2pfm.types import PeerId, Round
 from sim.churn import ChurnModel
 from sim.clocks import ClockModel
@@ -35,6 +36,16 @@ def test_four_shards_hold_one_base_and_learn() -> None:
     updates = world.checks.certificates[Round(0)].proposal.updates
     assert [update.peer for update in updates if update.weight] != []
     assert all(update.peer.startswith("shard-") for update in updates)
+
+
+def test_nine_are_the_usual_committee_though_a_shard_has_fewer() -> None:
+    usual, said = run(num_rounds=2), run(num_rounds=2, committee_size=9)
+    assert usual.trace_digest() == said.trace_digest()
+    roster = said.chain.ledger.get_roster()
+    assert len(roster.committee) == 9
+    dealt = deal(said.config, roster, Round(1))
+    assert dealt is not None
+    assert all(len(shard.committee) == len(shard.members) <= 4 for shard in dealt.shards)
 
 
 def test_shards_that_learn_the_same_are_neither_copies_of_each_other_nor_of_the_last_round() -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -15,11 +16,12 @@ import msgspec
 import pytest
 from typer.testing import CliRunner, Result
 
-from p2pfm.errors import ConfigError
+from p2pfm.errors import ConfigError, OperatorError
 from p2pfm.protocol.events import AnyAction, AnyEvent, Trained
 from p2pfm.protocol.peer import Peer
-from p2pfm.types import Millis
-from sim.checks import replay_command
+from p2pfm.types import Millis, Round
+from sim.checks import Violation, replay_command
+from sim.churn import Diurnal
 from sim.cli import app
 from sim.estimate import compute_estimate, validate_memory
 from sim.library import (
@@ -32,9 +34,11 @@ from sim.library import (
     parse_json,
     parse_toml,
 )
+from sim.network import Gossip
 from sim.report import SimReport, run_scenario
 from sim.results import load_report
 from sim.scenarios import LearnerModel, Scenario, validate_scenario
+from sim.world import World
 
 PROMISED = {
     *("small", "honest_1000", "churn_2000", "attackers_40", "partition_heal", "free_riders", "sybils"),
@@ -103,7 +107,7 @@ def test_a_wrong_key_is_named_with_what_was_expected(text: str, said: str) -> No
         {"network.loss": -0.1},
         {"adversary_shares.zero": 1.5},
         {"adversaries": ["zero"] * 9},
-        {"num_peers": 10, "shard_size": 4, "committee_size": 5},
+        {"num_peers": 200, "committee_size": 129},
         {"num_peers": 10, "shard_size": 3},
         {"adversaries": ["zero"] * 3, "adversary_shares.liar": 0.7},
         {"work.train_ms": [9, 3]},
@@ -122,11 +126,8 @@ def test_impossible_parameters_are_refused_before_a_run(changes: dict[str, objec
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"committee_size": 20}, "expected 0 to 8, got 20 (8 peers: add peers or take a smaller committee)"),
-        (
-            {"num_peers": 10, "shard_size": 4, "committee_size": 5},
-            "expected 0 to 4, got 5 (shards of 4: raise shard_size or take a smaller committee)",
-        ),
+        ({"committee_size": 20}, "expected 0 to 8, got 20: add peers or take a smaller committee"),
+        ({"num_peers": 200, "committee_size": 129}, "expected 0 to 128, got 129: take a smaller committee"),
         ({"num_peers": 10, "shard_size": 3}, "expected 1 to 9 (two levels of shards of 3: raise shard_size), got 10"),
         (
             {"adversaries": ["zero"] * 3, "adversary_shares.liar": 0.75},
@@ -146,6 +147,14 @@ def test_impossible_parameters_are_refused_before_a_run(changes: dict[str, objec
 def test_what_is_impossible_is_told_with_what_to_do(changes: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
         change_scenario(Scenario(), changes)
+
+
+def test_a_key_of_a_table_that_is_absent_can_be_set() -> None:
+    changed = change_scenario(Scenario(), {"churn.diurnal.share": 0.5, "network.gossip.degree": 4})
+    assert changed.churn.diurnal == Diurnal(0.5)
+    assert changed.network.gossip == Gossip(4)
+    with pytest.raises(ConfigError, match="title holds no keys"):
+        change_scenario(Scenario(), {"title.share": 1})
 
 
 def test_results_that_cannot_be_written_are_told_before_the_run(tmp_path: Path) -> None:
@@ -331,6 +340,84 @@ def test_an_interrupted_run_reports_on_its_rounds_so_far(tmp_path: Path) -> None
     assert "Interrupted after" in (tmp_path / "report.html").read_text()
 
 
+def test_logs_that_cannot_be_written_lose_no_report(tmp_path: Path) -> None:
+    (tmp_path / "peer-00001").write_text("a file")
+    told = sim("run", "small", "--rounds", 1, "--logs", tmp_path, "--out", tmp_path / "out")
+    assert told.exit_code == 2, told.output
+    assert "1 of 1 rounds certified" in told.output
+    assert "the event logs cannot be written" in told.output.splitlines()[-1]
+    assert load_report(tmp_path / "out").is_complete
+
+
+TINY = ("--set", "num_peers=3", "--set", "num_rounds=1")
+
+
+def test_logs_of_an_earlier_run_are_no_further_life(tmp_path: Path) -> None:
+    home = tmp_path / "peer-00000" / "events"
+    home.mkdir(parents=True)
+    for name in ("000001.events", "mine.events"):
+        (home / name).write_bytes(b"earlier")
+    assert sim("run", "small", *TINY, "--logs", tmp_path).exit_code == 0
+    assert {path.name for path in home.iterdir()} == {"000000.events", "mine.events"}
+
+
+def test_the_logs_of_a_run_replay_as_a_folder_or_one_by_one(tmp_path: Path) -> None:
+    assert sim("run", "small", *TINY, "--logs", tmp_path).exit_code == 0
+    told = sim("replay", tmp_path)
+    assert told.exit_code == 0, told.output
+    assert " ".join(told.output.split()).count("every action as in the log") == 3
+    for one in ("peer-00001", "peer-00001/events", "peer-00001/events/000000.events"):
+        assert sim("replay", tmp_path / one).output.startswith("peer-00001: ")
+    (tmp_path / "none").mkdir()
+    assert "no event log" in sim("replay", tmp_path / "none").output
+
+
+def test_tables_of_an_earlier_run_do_not_lie_beside_a_new_one(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow", reason="needs pyarrow: pip install 'p2pfm[sim]'")
+    (tmp_path / "rounds.parquet").write_text("perhaps not ours: there are no results yet")
+    for format, names in (("csv", {"rounds.csv", "peers.csv", "rounds.parquet"}), ("parquet", None)):
+        assert sim("run", "small", *TINY, "--out", tmp_path, "--format", format).exit_code == 0
+        found = {path.name for path in tmp_path.iterdir()} - {"report.json", "report.html", "scenario.toml"}
+        assert found == (names or {"rounds.parquet", "peers.parquet"})
+
+
+def test_a_sweep_again_takes_the_place_of_the_earlier_one(tmp_path: Path) -> None:
+    label = tmp_path / "small num_peers=3 num_rounds=1"
+    (label / "seed-mine").mkdir(parents=True)
+    (tmp_path / "sweep.parquet").write_text("perhaps not ours: there are no results yet")
+    assert sim("sweep", "small", *TINY, "--seeds", "1-3", "--out", tmp_path).exit_code == 0
+    (label / "seed-3" / "mine").write_text("kept")
+    assert (tmp_path / "sweep.parquet").exists()
+    assert sim("sweep", "small", *TINY, "--seeds", "2", "--out", tmp_path).exit_code == 0
+    assert {path.name for path in label.iterdir()} == {"seed-2", "seed-3", "seed-mine"}
+    assert {path.name for path in (label / "seed-3").iterdir()} == {"mine"}
+    assert {path.name for path in tmp_path.iterdir()} == {label.name, "sweep.csv"}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "note"),
+    [
+        ("free_riders", ["num_peers=15"], "adversary_shares: of 15 peers none is zero, thief"),
+        (
+            "partition_heal",
+            ["num_rounds=3"],
+            "network.partitions[0]: begins at 180000 ms, and the last round ends at 180000 ms",
+        ),
+        (
+            "small",
+            ["outages=[{start_ms=60000, end_ms=60001}]"],
+            "outages[0]: begins at 60000 ms, and the last round ends at 60000 ms",
+        ),
+    ],
+)
+def test_what_comes_to_nothing_is_told_before_the_run(name: str, settings: list[str], note: str) -> None:
+    changes = [word for setting in ("num_rounds=1", *settings) for word in ("--set", setting)]
+    for command in (["run", name], ["sweep", name, "--seeds", "1"]):
+        told = sim(*command, *changes)
+        assert told.exit_code == 0, told.output
+        assert told.output.splitlines()[2] == f"note: {note}"
+
+
 # --- many runs -------------------------------------------------------------------------------------------------------
 
 
@@ -355,6 +442,32 @@ def test_a_sweep_runs_every_seed_with_every_setting(swept: tuple[Path, list[dict
         assert len(list(csv.DictReader(file))) == 4
 
 
+@pytest.mark.parametrize(
+    ("error", "num_done", "code", "said"),
+    [
+        (KeyboardInterrupt(), 0, 130, "interrupted after 0 of 3 runs"),
+        (KeyboardInterrupt(), 1, 130, "interrupted after 1 of 3 runs"),
+        (Violation("a planted violation"), 2, 3, "a planted violation"),
+        (OperatorError("a planted refusal"), 1, 2, "a planted refusal"),
+    ],
+)
+def test_whatever_ends_a_sweep_keeps_the_runs_before_it(
+    error: BaseException, num_done: int, code: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(scenario: Scenario) -> SimReport:
+        if scenario.seed > num_done:
+            raise error
+        return run_scenario(scenario)
+
+    monkeypatch.setattr("sim.engine.compute_num_workers", lambda scenarios: 1)
+    monkeypatch.setattr("sim.engine.run_scenario", stop)
+    told = sim("sweep", "small", "--set", "num_peers=3", "--set", "num_rounds=1", "--out", tmp_path / "out")
+    assert (told.exit_code, told.output.splitlines()[-1]) == (code, said)
+    assert f"interrupted after {num_done} of 3 runs" in told.output
+    assert len(list((tmp_path / "out").glob("*/seed-*/report.json"))) == num_done
+    assert (tmp_path / "out" / "sweep.csv").exists() == (num_done > 0)
+
+
 def test_runs_are_compared_with_means_errors_and_ratios(swept: tuple[Path, list[dict[str, float]]]) -> None:
     folder, rows = swept
     name = "sent a peer and round, kB"
@@ -365,6 +478,32 @@ def test_runs_are_compared_with_means_errors_and_ratios(swept: tuple[Path, list[
     assert line["left"]["mean"] == pytest.approx(sum(few) / 2)
     assert line["left"]["error"] == pytest.approx(abs(few[0] - few[1]) / 2)
     assert line["ratio"] == pytest.approx(sum(many) / sum(few))
+
+
+def test_what_is_compared_is_told_and_a_report_is_read_not_run(
+    swept: tuple[Path, list[dict[str, float]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = swept
+    label = "small num_peers=3 num_rounds=2"
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("sim.cli.run_sweep", lambda *_: pytest.fail("it was run"))
+    told = sim("compare", label, f"{label}/seed-1/report.json")
+    assert told.exit_code == 0, told.output
+    assert told.output.splitlines()[:2] == [
+        f"{label}: 2 run(s) saved in the folder {label}",
+        f"{label}/seed-1/report.json: 1 run(s) saved in the folder {label}/seed-1",
+    ]
+    refused = sim("compare", label, label, "--seeds", "1")
+    assert refused.exit_code == 2
+    assert "--seeds: expected a scenario to run" in refused.output
+
+
+def test_a_scenario_is_run_to_be_compared(swept: tuple[Path, list[dict[str, float]]]) -> None:
+    tiny = '{"num_peers": 3, "num_rounds": 1}'
+    told = sim("compare", tiny, swept[0] / "small num_peers=3 num_rounds=2", "--seeds", "4")
+    assert told.exit_code == 0, told.output
+    assert told.output.startswith(f"{tiny}: a scenario, to be run\n")
+    assert "seeds 4\n" in told.output
 
 
 @pytest.mark.parametrize(
@@ -378,12 +517,39 @@ def test_runs_are_compared_with_means_errors_and_ratios(swept: tuple[Path, list[
         ["run", "small", "--set", "work.train_ms=[3, 1]"],
         ["run", "small", "--adversary", "zero", "--set", "adversary_shares.zero=1"],
         ["compare", "small", "nothing"],
+        ["run", "small", "--scenario", '{"num_peers": 3, "num_rounds": 1}'],
     ],
 )
 def test_mistakes_are_told_before_anything_runs(arguments: list[str]) -> None:
     told = sim(*arguments)
     assert told.exit_code == 2
     assert "rounds certified" not in told.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["small", "small"], "small and small are both 'small'"),
+        (["small", "b/small.toml"], "small and b/small.toml are both 'small'"),
+        (["a/x.toml", "b/x.toml"], "a/x.toml and b/x.toml are both 'x'"),
+        (['{"num_peers": 3}', '{"num_peers": 4}'], "both 'scenario': leave out what stands twice, or give scenarios"),
+        (["small", "--set", "network.loss=0.1,0.10"], "both 'small network.loss=0.1'"),
+        (["small", "--set", "title=a/b,a_b"], "both 'small title=a_b'"),
+        (["small", "--set", "seed=5"], "expected a sweep's seeds in --seeds"),
+        (["small", "--seeds", "7,7"], "expected each seed once, got '7,7'"),
+        (["small", "--seeds", "1-3,2"], "expected each seed once"),
+    ],
+)
+def test_runs_that_could_not_be_told_apart_are_refused(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/x.toml", "b/x.toml", "b/small.toml"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("num_peers = 3\nnum_rounds = 1\n")
+    told = sim("sweep", *arguments, "--out", "swept")
+    assert (told.exit_code, said in told.output) == (2, True), told.output
+    assert not Path("swept").exists()
 
 
 def test_the_list_names_every_scenario_with_its_question() -> None:
@@ -409,3 +575,28 @@ def test_a_run_beside_honest_attackers_tells_the_harm(tmp_path: Path) -> None:
     refused = sim("run", "small", "--beside-honest")
     assert refused.exit_code == 2
     assert "no adversaries" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted: the report is complete, without the run of honest attackers"),
+        (Violation("a planted violation"), 3, "a planted violation"),
+    ],
+)
+def test_a_report_is_kept_whatever_becomes_of_the_honest_run_beside_it(
+    error: BaseException, code: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = World.run
+
+    def stop(self: World, on_round: Callable[[Round], None] | None = None) -> None:
+        if not self.scenario.adversaries:
+            raise error
+        run(self, on_round)
+
+    monkeypatch.setattr(World, "run", stop)
+    result = sim("run", "small", "--rounds", 1, "--adversary", "zero", "--beside-honest", "--out", tmp_path)
+    assert (result.exit_code, result.output.splitlines()[-1]) == (code, said)
+    assert "of the rounds so far" not in result.output
+    report = load_report(tmp_path)
+    assert (report.is_complete, report.beside) == (True, None)

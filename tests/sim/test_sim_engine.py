@@ -34,9 +34,10 @@ def test_a_scenario_that_cannot_run_is_named_before_any_runs() -> None:
     assert not told
 
 
-def test_what_fails_in_a_process_of_its_own_says_which_run_it_was() -> None:
-    broken = msgspec.structs.replace(SCENARIOS[1], adversaries=("backdoor",))
-    with pytest.raises(ConfigError, match="knows no triggers") as caught:
+def test_what_fails_in_a_process_of_its_own_says_which_run_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sim.engine.validate_scenario", lambda scenario: None)
+    broken = msgspec.structs.replace(SCENARIOS[1], committee_size=9)
+    with pytest.raises(ConfigError, match="committee_size") as caught:
         run_sweep([SCENARIOS[0], broken])
     assert caught.value.__notes__ == ["run 1 of the sweep (seed 6)"]
 

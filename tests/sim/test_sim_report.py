@@ -35,6 +35,7 @@ from sim.report import (
     run_scenario,
     set_beside,
 )
+from sim.results import save_report
 from sim.scenarios import AdversaryKind, LearnerModel, Outage, PhaseConfig, Scenario, make_network
 from sim.tables import make_round_rows, validate_format, write_table
 from sim.world import World
@@ -209,11 +210,14 @@ def test_the_page_has_every_plot_that_was_promised() -> None:
     assert re.findall(r'<div class="card" id="(\w+)"', page) == keys
 
 
-def test_a_run_without_a_whole_round_is_told_in_a_sentence() -> None:
+def test_a_run_without_a_whole_round_is_told_in_a_sentence(tmp_path: Path) -> None:
     world = World(Scenario(num_peers=2, num_rounds=6))
     report = make_report(world, Recorder(world), 0.1, is_complete=False)
     assert show(report).strip() == "no round of 6 has ended"
     assert "No round has ended" in render_page(report)
+    (tmp_path / "rounds.csv").write_text("of an earlier run")
+    save_report(report, tmp_path)
+    assert not (tmp_path / "rounds.csv").exists()
 
 
 def test_no_number_is_cut_on_a_screen_of_80_columns() -> None:
