@@ -113,7 +113,9 @@ class Settling:
         self._rotation.on_chain(self._chain.roster, self._chain.get_head(), now)
         if not up or self._chain.is_down() or not self._rotation.is_due(self._chain.roster, now):
             return
-        has_unsettled = any(host.unsettled for host in up)
+        head = self._chain.get_head()
+        settled = head.round if head else -1  # who comes later in the order of ranks still holds what others brought
+        has_unsettled = any(round > settled for host in up for round in host.unsettled)
         if self._rotation.may_draw(self._chain.roster, now, is_early=True, has_unsettled=has_unsettled):
             self._chain.ledger.rotate()
             self.tell()

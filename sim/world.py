@@ -504,7 +504,8 @@ class World:
         for host in self.hosts:
             durable = host.durable
             needed |= {durable.base, durable.residual, durable.pending_residual, durable.announced_payload}
-            needed.add(host.genesis)
+            # What repeats the last merge is told by the base before it, also after rounds that were void.
+            needed |= {host.genesis, durable.head.proposal.base if durable.head else None}
         rounds = self.chain.ledger.get_rounds(Round(0))  # a void leads back to one of these
         needed |= {settled.base for settled in rounds if settled is rounds[-1] or not settled.is_final}
         for digest in self._pool:
