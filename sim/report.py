@@ -204,14 +204,14 @@ def make_report(world: World, recorder: Recorder, cpu_s: float, is_complete: boo
 
 
 def make_honest(scenario: Scenario) -> Scenario:
-    """The same with every attacker made honest.
+    """The same with every attacker made honest, at its own stake.
 
     Raises:
         ConfigError: there is none.
     """
     if not any(compute_kinds(scenario)):
         raise ConfigError("--beside-honest: this scenario has no adversaries, so there is no harm to measure")
-    return msgspec.structs.replace(scenario, adversaries=(), adversary_shares={})
+    return msgspec.structs.replace(scenario, are_attackers_honest=True)
 
 
 def set_beside(report: SimReport, honest: SimReport) -> SimReport:

@@ -138,6 +138,8 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """One peer each, from the first peer on."""
     adversary_shares: dict[AdversaryKind, float] = {}
     """Share of all peers that is of a kind, beside `adversaries`; which ones is drawn from the seed."""
+    are_attackers_honest: bool = False
+    """All of them do honest work, with the stakes of what they would be: what an attack's harm is measured from."""
     stakes: dict[Literal["honest"] | AdversaryKind, float] = {}
     """What each peer of a kind stakes, in multiples of the least that the contract takes; 1 for kinds that stand not
     here. Stake draws committees, and is what slashing takes."""
@@ -308,6 +310,10 @@ def find_idle(scenario: Scenario) -> list[str]:
 
 def compute_kinds(scenario: Scenario) -> tuple[AdversaryKind | None, ...]:
     """What each peer is, by its number; None: honest."""
+    return (None,) * scenario.num_peers if scenario.are_attackers_honest else _draw_kinds(scenario)
+
+
+def _draw_kinds(scenario: Scenario) -> tuple[AdversaryKind | None, ...]:
     drawn: list[AdversaryKind | None] = list(compute_counts(scenario).elements())
     drawn += [None] * (scenario.num_peers - len(scenario.adversaries) - len(drawn))
     Random(f"{scenario.seed} kinds").shuffle(drawn)
@@ -316,7 +322,7 @@ def compute_kinds(scenario: Scenario) -> tuple[AdversaryKind | None, ...]:
 
 def compute_stakes(scenario: Scenario) -> tuple[Wei, ...]:
     """What each peer stakes, by its number."""
-    return tuple(Wei(int(STAKE * scenario.stakes.get(kind or "honest", 1))) for kind in compute_kinds(scenario))
+    return tuple(Wei(int(STAKE * scenario.stakes.get(kind or "honest", 1))) for kind in _draw_kinds(scenario))
 
 
 def make_network(scenario: Scenario) -> NetworkConfig:

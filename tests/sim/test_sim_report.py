@@ -36,7 +36,16 @@ from sim.report import (
     set_beside,
 )
 from sim.results import save_report
-from sim.scenarios import AdversaryKind, LearnerModel, Outage, PhaseConfig, Scenario, make_network
+from sim.scenarios import (
+    AdversaryKind,
+    LearnerModel,
+    Outage,
+    PhaseConfig,
+    Scenario,
+    compute_kinds,
+    compute_stakes,
+    make_network,
+)
 from sim.tables import make_round_rows, validate_format, write_table
 from sim.world import World
 
@@ -138,7 +147,9 @@ def test_harm_is_what_the_same_seed_comes_to_without_the_attackers() -> None:
     _, report = troubled()
     assert compute_harm(report) is None
     scenario = make_honest(report.scenario)
-    assert (scenario.adversaries, scenario.seed) == ((), report.scenario.seed)
+    assert not any(compute_kinds(scenario))
+    staked = msgspec.structs.replace(report.scenario, stakes={"zero": 7.0})
+    assert compute_stakes(make_honest(staked)) == compute_stakes(staked)
     honest = run_scenario(scenario)
     beside = set_beside(report, honest)
     harm = compute_harm(beside)
@@ -161,7 +172,7 @@ def test_harm_is_what_the_same_seed_comes_to_without_the_attackers() -> None:
 def test_slashes_after_the_last_round_are_in_the_report() -> None:
     phases = PhaseConfig(20_000, 10_000, 10_000, 5_000, 3_000, 900)  # no time is left to bring evidence
     kinds: tuple[AdversaryKind, ...] = ("split_votes", "split_votes", "split_votes", "equivocator")
-    world = World(Scenario(num_peers=12, num_rounds=6, adversaries=kinds, phases=phases))
+    world = World(Scenario(num_peers=12, num_rounds=6, rounds_per_epoch=6, adversaries=kinds, phases=phases))
     recorder = Recorder(world)
     world.run(recorder.on_round)
     report = make_report(world, recorder, 1.0)

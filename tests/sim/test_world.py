@@ -219,7 +219,9 @@ def test_evidence_waits_for_the_chain() -> None:
         """When stakes were slashed, by the ledger's clock [s after genesis]."""
         phases = PhaseConfig(20_000, 10_000, 10_000, 5_000, 3_000, 900)
         kinds: tuple[AdversaryKind, ...] = ("split_votes", "split_votes", "split_votes", "equivocator")
-        world = run(Scenario(num_peers=12, num_rounds=6, adversaries=kinds, phases=phases, outages=outages))
+        world = run(
+            Scenario(num_peers=12, num_rounds=6, rounds_per_epoch=6, adversaries=kinds, phases=phases, outages=outages)
+        )
         entries = world.chain.ledger.get_entries()
         return [e.time_s - world.config.genesis_ms // 1000 for e in entries if isinstance(e.what, Slashed)]
 
