@@ -37,6 +37,7 @@ from p2pfm.config import (
     ServingConfig,
     SettlementConfig,
     TrainingConfig,
+    make_transport_limits,
 )
 from p2pfm.errors import OperatorError, WorldError
 from p2pfm.lora.corpus import build_shards
@@ -366,6 +367,7 @@ def _create_nodes(
             adversary=ADVERSARIES.get(role, ""),
             auto_challenge=role != "overpayer",  # or it would take the bounty on itself
             privacy=PRIVACY if role == "private" else PrivacyConfig(),
+            limits=make_transport_limits(network),
         )
         keys = create_home(config, home, None, is_light=True)
         if index == 0:
