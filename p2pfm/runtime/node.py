@@ -403,9 +403,14 @@ class Node:
                 # A member without memory: what it said in the round that runs now it may not contradict, on pain of
                 # its stake.
                 now_in = compute_position(self.config.network, now_ms()).round
-                return msgspec.structs.replace(fresh, signed_round=now_in, announced_round=now_in)
+                return msgspec.structs.replace(
+                    fresh, signed_round=now_in, signed_shard_round=now_in, announced_round=now_in
+                )
             return msgspec.structs.replace(
-                fresh, signed_round=durable.signed_round, announced_round=durable.announced_round
+                fresh,
+                signed_round=durable.signed_round,
+                signed_shard_round=durable.signed_shard_round,
+                announced_round=durable.announced_round,
             )
         kept = {
             name: digest if digest is not None and self._store.find(digest) is not None else None
