@@ -33,16 +33,22 @@ log = logging.getLogger(__name__)
 Fetch = Callable[[Digest], Awaitable[bytes | None]]
 
 
+def read_proposal(data: bytes) -> Proposal | None:
+    """A proposal of any size; None: the bytes are something else."""
+    try:
+        proposal = decode_message(data, len(data))
+    except Reject:
+        return None
+    return proposal if isinstance(proposal, Proposal) else None
+
+
 def read_leaves(settled: SettledRound, data: bytes) -> tuple[LeafValue, ...] | None:
     """The leaves of a round's root, out of what lies under its data hash; None: it is not what the root was made of.
 
     A committee can sign a hash of anything.
     """
-    try:
-        proposal = decode_message(data, len(data))
-    except Reject:
-        return None
-    if not isinstance(proposal, Proposal) or len(proposal.leaves) != settled.num_leaves:
+    proposal = read_proposal(data)
+    if proposal is None or len(proposal.leaves) != settled.num_leaves:
         return None
     leaves = from_wire(proposal.leaves)
     try:

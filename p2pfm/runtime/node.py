@@ -38,7 +38,7 @@ from p2pfm.protocol.events import AnyAction, AnyEvent, Durable, Evaluate, PeersC
 from p2pfm.protocol.peer import Peer, initial_durable
 from p2pfm.protocol.phases import compute_position
 from p2pfm.protocol.shards import list_spoken_topics
-from p2pfm.runtime.auditor import Auditor
+from p2pfm.runtime.auditor import Auditor, read_proposal
 from p2pfm.runtime.backend import Backend
 from p2pfm.runtime.clock import ClockReport, compute_offset_max, now_ms
 from p2pfm.runtime.door import Door
@@ -389,7 +389,12 @@ class Node:
         released: set[Digest] = set()
         for certificate in self._store.get_certificates(-1):
             proposal = certificate.proposal
-            released |= {proposal.new_base, *(update.payload for update in proposal.updates)}
+            released |= {proposal.new_base, *proposal.payloads}
+            for digest in proposal.shards:
+                data = self._store.find(digest)
+                shard = read_proposal(data) if data is not None else None
+                if shard is not None:  # else it is not here, or was named by liars
+                    released |= {digest, *shard.payloads}
         return released
 
     def _make_whole(self, durable: Durable | None, learner: Learner) -> Durable:

@@ -6,17 +6,16 @@ Knows the Ledger and the store; no libp2p, no model.
 
 import logging
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 
 import trio
 
 from p2pfm.config import WEI_PER_PFM, NetworkConfig
-from p2pfm.errors import ChainError, Reject, Reverted
-from p2pfm.messages import Certificate, Proposal, decode_message
+from p2pfm.errors import ChainError, Reverted
+from p2pfm.messages import Certificate
 from p2pfm.protocol.events import AnyEvent, RosterChanged, SettledChanged
 from p2pfm.protocol.membership import get_member, is_outdated_for
 from p2pfm.protocol.phases import compute_position, compute_round_start
-from p2pfm.runtime.auditor import read_leaves
+from p2pfm.runtime.auditor import read_leaves, read_proposal
 from p2pfm.runtime.clock import now_ms
 from p2pfm.runtime.store import Store
 from p2pfm.settlement.ledger import Ledger, Roster, SettledRound
@@ -138,10 +137,9 @@ class Settler:
 
     def learn_shards(self, data: bytes) -> None:
         """`data` lie under a data hash on chain: what they name is public, too."""
-        with suppress(Reject):  # what a committee signed may be any nonsense
-            proposal = decode_message(data, len(data))
-            if isinstance(proposal, Proposal):
-                self.data_digests.update(proposal.shards)
+        proposal = read_proposal(data)
+        if proposal is not None:
+            self.data_digests.update(proposal.shards)
 
     async def _read_claimed(self, index: MemberIndex) -> None:
         self.claimed = await trio.to_thread.run_sync(self._ledger.get_claimed, index)

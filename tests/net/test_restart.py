@@ -10,13 +10,15 @@ from net_victim_process import VICTIM, make_keys, make_ledger, make_network
 
 from p2pfm.config import NodeConfig
 from p2pfm.lora.delta import encode_tensors
+from p2pfm.messages import NO_DIGEST, Certificate, IncludedUpdate, Proposal, encode
 from p2pfm.protocol.peer import initial_durable
 from p2pfm.protocol.phases import compute_position
 from p2pfm.runtime.node import Models, Node
-from p2pfm.types import Digest, Millis, Round
+from p2pfm.types import Contribution, Digest, MemberIndex, Millis, PeerId, Round, Weight, compute_digest
 from sim.learners.convex import LinearLearner, Problem
 
 LEARNER = LinearLearner(Problem(1), 0)
+BASE = Digest(b"\x01" * 32)
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def node(tmp_path: Path) -> Iterator[Node]:
 
 def test_who_lost_its_base_signs_no_round_twice_at_either_level(node: Node) -> None:
     durable = msgspec.structs.replace(
-        initial_durable(Digest(b"\x01" * 32)),
+        initial_durable(BASE),
         signed_round=Round(6),
         signed_shard_round=Round(7),
         announced_round=Round(8),
@@ -53,3 +55,20 @@ def test_a_member_that_lost_its_disk_says_nothing_in_the_round_that_runs(node: N
     assert min(whole.signed_round, whole.signed_shard_round, whole.announced_round) >= before
     node._was_member = False
     assert node._make_whole(None, LEARNER).signed_shard_round == -1
+
+
+def make_proposal(payloads: tuple[Digest, ...], shards: tuple[Digest, ...] = ()) -> Proposal:
+    updates = tuple(
+        IncludedUpdate(PeerId("p"), MemberIndex(0), payload, Contribution(0), Weight(0)) for payload in payloads
+    )
+    return Proposal(Round(3), MemberIndex(0), 1, 0, NO_DIGEST, BASE, NO_DIGEST, NO_DIGEST, updates, (), (), shards)
+
+
+def test_what_shards_certified_is_served_again(node: Node) -> None:
+    of_member, of_shard = compute_digest(b"a member's update"), compute_digest(b"a shard's update")
+    inner = node._store.put(encode(make_proposal((of_member,))))
+    liars = node._store.put(b"P2U2 of the round that runs now")
+    whole = make_proposal((of_shard,), (inner, liars, compute_digest(b"not here")))
+    head = Certificate(whole, (), bytes(96))
+    node._store.save_durable(msgspec.structs.replace(initial_durable(BASE), head=head))
+    assert node._find_released() == {BASE, of_shard, inner, of_member}
