@@ -309,6 +309,7 @@ def create_network(
         rounds_per_epoch=1,
         rotation_s=ROTATION_S,
         response_s=RESPONSE_S,
+        members_max=preset.limits.peers_max,
         serving_per_epoch=Wei(SERVING_PFM * WEI_PER_PFM),
     )
     contracts = deploy(testnet.rpc_url, testnet.keys[0], params)

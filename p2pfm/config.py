@@ -127,7 +127,8 @@ class LimitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Bounds that all peers enforce against any sender."""
 
     peers_max: int = 128
-    """More than `shard_peers_max` makes rounds longer: room for the second level of a network of shards."""
+    """More than `shard_peers_max` makes rounds longer: room for the second level of a network of shards, whose contract
+    may take no more members."""
     shard_peers_max: int = 128
     """More registered peers than this are dealt into shards (`protocol.shards`)."""
     payload_bytes_max: int = 64 * 1024 * 1024

@@ -118,7 +118,7 @@ def validate_rules(network: NetworkConfig, params: FederationParams) -> None:
     """The network's peers compute what the contract takes.
 
     Raises:
-        OperatorError: names the first key that differs.
+        OperatorError: names the first key that differs, or that the contract's registry can outgrow.
     """
     pairs = (
         ("network.scoring.committee_size", network.scoring.committee_size, params.committee_size),
@@ -132,6 +132,12 @@ def validate_rules(network: NetworkConfig, params: FederationParams) -> None:
                 f"{name}: the network's TOML says {ours}, its contract {theirs}; get the network's own file, or "
                 "another contract (network.chain.federation)"
             )
+    if network.has_shards and params.members_max > network.limits.peers_max:
+        raise OperatorError(
+            f"network.limits.peers_max: the network's TOML says {network.limits.peers_max}, and its contract takes "
+            f"{params.members_max} members: those beyond would make shards that nobody hears; get the network's own "
+            "file, or another contract (network.chain.federation)"
+        )
 
 
 class Node:
