@@ -89,6 +89,9 @@ ANSWER_S = 5.0
 BLOB_BYTES_MAX = 4 << 30
 """Disk that blobs may take: thousands of rounds of payloads and bases of a small adapter."""
 
+PROPOSAL_TAG = b"\xa8proposal"
+"""Begins a proposal, after one byte. No payload, base or residual: they have magics."""
+
 log = logging.getLogger(__name__)
 
 MakePeer = Callable[[PeerId, NetworkConfig, Durable], Peer]
@@ -562,15 +565,23 @@ class Node:
     # --- what peers ask ---
 
     def _is_public(self, digest: Digest) -> bool:
-        """Served to whoever asks: what the core released, and the data of every round on chain."""
-        return digest in self.effects.served or digest in self.settler.data_digests
+        """Served to whoever asks: what the core released, and the data of every round on chain. These are proposals: a
+        committee can sign the digest of anything, also of what may not be given yet. Reads the disk.
+        """
+        if digest in self.effects.served:
+            return True
+        if digest not in self.settler.data_digests:
+            return False
+        _, start = self._store.get_part(digest, 0, 1 + len(PROPOSAL_TAG))  # an array of up to 15, and its first element
+        return start[1:] == PROPOSAL_TAG
 
     async def find_public(self, digest: Digest) -> bytes | None:
         """A blob that anyone may have; the data of a settled round that is not here is fetched from a peer."""
-        if self.stage != "running" or not self._is_public(digest):
+        is_named = digest in self.settler.data_digests
+        if self.stage != "running" or not (is_named or digest in self.effects.served):
             return None
         data = await trio.to_thread.run_sync(self._store.find, digest)
-        if data is None and digest in self.settler.data_digests:
+        if data is None and is_named:
             try:
                 bytes_max = self.config.network.limits.message_bytes_max
                 data = await self.downloads.fetch(digest, self.transport.connected(), bytes_max)
@@ -579,7 +590,7 @@ class Node:
                 return None
             await trio.to_thread.run_sync(self._store.put, data)
             self.settler.learn_shards(data)
-        return data
+        return data if await trio.to_thread.run_sync(self._is_public, digest) else None
 
     async def _on_request(self, peer: PeerId, data: bytes) -> bytes:
         request = decode_request(data)

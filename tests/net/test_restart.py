@@ -1,16 +1,27 @@
-"""What a node knows when it starts again: what it has signed, and what it may give to whoever asks."""
+"""What a node knows when it starts again, and what it gives to whoever asks."""
 
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
+import trio
 from net_victim_process import VICTIM, make_keys, make_ledger, make_network
 
 from p2pfm.config import NodeConfig
 from p2pfm.lora.delta import encode_tensors
-from p2pfm.messages import NO_DIGEST, Certificate, IncludedUpdate, Proposal, encode
+from p2pfm.messages import (
+    NO_DIGEST,
+    BlobReply,
+    BlobRequest,
+    Certificate,
+    IncludedUpdate,
+    Proposal,
+    decode_reply,
+    encode,
+)
 from p2pfm.protocol.peer import initial_durable
 from p2pfm.protocol.phases import compute_position
 from p2pfm.runtime.node import Models, Node
@@ -72,3 +83,27 @@ def test_what_shards_certified_is_served_again(node: Node) -> None:
     head = Certificate(whole, (), bytes(96))
     node._store.save_durable(msgspec.structs.replace(initial_durable(BASE), head=head))
     assert node._find_released() == {BASE, of_shard, inner, of_member}
+
+
+def test_what_the_chain_names_is_public_if_it_is_a_proposal(node: Node) -> None:
+    """A committee that lies could name the payload of the round that runs, and others would copy it."""
+    running = node._store.put(b"P2U2 of the round that runs now")
+    plain, sharded = node._store.put(encode(make_proposal(()))), node._store.put(encode(make_proposal((), (running,))))
+    node.stage = "running"
+    node.effects = SimpleNamespace(served=set())  # type: ignore[assignment]
+    node.settler.data_digests |= {plain, sharded}
+    node.settler.learn_shards(node._store.get(sharded))
+    assert running in node.settler.data_digests
+
+    def ask(digest: Digest) -> tuple[bytes | None, int]:
+        reply = decode_reply(node._answer_blob(BlobRequest(digest, 0, 1000)))
+        assert isinstance(reply, BlobReply)
+        return trio.run(node.find_public, digest), reply.total
+
+    node.serving = SimpleNamespace(adapters=SimpleNamespace(is_known=lambda digest: False))  # type: ignore[assignment]
+    assert ask(running) == (None, 0)
+    for digest in (plain, sharded):
+        data = node._store.get(digest)
+        assert ask(digest) == (data, len(data))
+    node.effects.served.add(running)
+    assert ask(running) == (node._store.get(running), 31)
