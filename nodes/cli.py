@@ -186,17 +186,19 @@ def init(
     --bootstrap /ip4/127.0.0.1/tcp/4001/p2p/12D3...`
     """
     from nodes.homes import CONFIG_NAME, create_home, read_network
-    from p2pfm.config import HttpConfig, NodeConfig
+    from p2pfm.config import HttpConfig, NodeConfig, make_transport_limits
 
+    rules = read_network(network)
     config = NodeConfig(
         home=".",
         data=str(data.resolve()),
         rpc=rpc,
-        network=read_network(network),
+        network=rules,
         probe=str(probe.resolve()) if probe else "",
         listen=listen,
         bootstrap=tuple(bootstrap or ()),
         http=HttpConfig(port=http_port),
+        limits=make_transport_limits(rules),
     )
     password = password_file.read_text(encoding="utf-8").strip() if password_file else None
     keys = create_home(config, home, password)

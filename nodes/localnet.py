@@ -37,6 +37,7 @@ from p2pfm.config import (
     ServingConfig,
     SettlementConfig,
     TrainingConfig,
+    make_transport_limits,
 )
 from p2pfm.errors import OperatorError, WorldError
 from p2pfm.lora.corpus import build_shards
@@ -308,6 +309,7 @@ def create_network(
         rounds_per_epoch=1,
         rotation_s=ROTATION_S,
         response_s=RESPONSE_S,
+        members_max=preset.limits.peers_max,
         serving_per_epoch=Wei(SERVING_PFM * WEI_PER_PFM),
     )
     contracts = deploy(testnet.rpc_url, testnet.keys[0], params)
@@ -366,6 +368,7 @@ def _create_nodes(
             adversary=ADVERSARIES.get(role, ""),
             auto_challenge=role != "overpayer",  # or it would take the bounty on itself
             privacy=PRIVACY if role == "private" else PrivacyConfig(),
+            limits=make_transport_limits(network),
         )
         keys = create_home(config, home, None, is_light=True)
         if index == 0:

@@ -18,6 +18,17 @@ from p2pfm.types import Digest, Millis, Wei, compute_digest
 WEI_PER_PFM = 10**18
 GOSSIP_BYTES_MAX = 1_000_000
 """py-libp2p 0.8.1 sends what is larger to nobody, and says nothing."""
+FRAME_BYTES = 512
+"""The parts of a proposal, a certificate and an envelope that are no lists (`messages`)."""
+SEAT_BYTES = 72
+"""A reveal without its lists, and a place among the absent."""
+SCORE_BYTES = 44
+SERVICES_BYTES = 128 * 11
+"""`messages.SERVED_MAX` services in each reveal."""
+UPDATE_BYTES = 108
+"""With a peer id of 52 bytes; a shard's is shorter, and its proposal's digest of 34 fits in, too."""
+LEAF_BYTES = 64
+"""Three amounts of 18 bytes, and a contribution of up to 9."""
 ALL_LINEAR = "all-linear"
 """As the only one of `AdapterConfig.targets`: all linear layers but the vocabulary's projection."""
 
@@ -116,7 +127,8 @@ class LimitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Bounds that all peers enforce against any sender."""
 
     peers_max: int = 128
-    """More than `shard_peers_max` makes rounds longer: room for the second level of a network of shards."""
+    """More than `shard_peers_max` makes rounds longer: room for the second level of a network of shards, whose contract
+    may take no more members."""
     shard_peers_max: int = 128
     """More registered peers than this are dealt into shards (`protocol.shards`)."""
     payload_bytes_max: int = 64 * 1024 * 1024
@@ -427,6 +439,12 @@ def parse_node_config(text: str) -> NodeConfig:
     _validate_rank(config)
     _validate_discovery(config.discovery)
     _validate_limits(config.limits)
+    if config.limits.gossip_bytes_max < config.network.limits.message_bytes_max:
+        raise ConfigError(
+            "limits.gossip_bytes_max: expected at least network.limits.message_bytes_max "
+            f"({config.network.limits.message_bytes_max}), or this node hears no large proposals; got "
+            f"{config.limits.gossip_bytes_max}"
+        )
     return config
 
 
@@ -534,6 +552,13 @@ def _validate_personal(config: NodeConfig) -> None:
         )
 
 
+def make_transport_limits(network: NetworkConfig) -> TransportLimits:
+    """The defaults, where they let all of the network's messages through."""
+    limits = TransportLimits()
+    bytes_max = max(limits.gossip_bytes_max, network.limits.message_bytes_max)
+    return msgspec.structs.replace(limits, gossip_bytes_max=bytes_max)
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches `host`, a name or an address."""
     try:
@@ -608,19 +633,33 @@ def validate_network(network: NetworkConfig) -> None:
     for key, address in (("federation", network.chain.federation), ("token", network.chain.token)):
         if not re.fullmatch(r"0x[0-9a-fA-F]{40}", address):
             raise ConfigError(f"network.chain.{key}: expected 0x and 40 hex digits, got {address!r}")
-    # A score is 34 bytes of digest and up to 9 of value: every member's vector stands in a proposal. So does every
-    # registered peer's leaf in one that goes on chain.
     limits = network.limits
-    vectors_bytes = network.scoring.committee_size * min(limits.peers_max, limits.shard_peers_max) * 45
-    proposal_bytes = vectors_bytes + (limits.peers_max * 46 if network.has_shards else 0)
+    proposal_bytes = _compute_proposal_bytes(network, limits.peers_max)
     if proposal_bytes > limits.message_bytes_max:
+        fits = (n for n in range(limits.peers_max) if _compute_proposal_bytes(network, n) <= limits.message_bytes_max)
+        is_room = proposal_bytes <= GOSSIP_BYTES_MAX
         raise ConfigError(
-            f"network.scoring.committee_size: vectors of {network.scoring.committee_size} members over "
-            f"{limits.peers_max} peers take {proposal_bytes} bytes, and limits.message_bytes_max is "
-            f"{limits.message_bytes_max}; lower the committee's size or peers_max"
+            f"network.limits.peers_max: a proposal of {limits.peers_max} peers and a committee of "
+            f"{network.scoring.committee_size} takes up to {proposal_bytes} bytes, and limits.message_bytes_max is "
+            f"{limits.message_bytes_max}: at most {max(fits, default=0)} peers fit; lower peers_max or "
+            + (f"raise message_bytes_max to {proposal_bytes}" if is_room else "scoring.committee_size")
         )
     if len(network.probe) != 64 or any(c not in "0123456789abcdef" for c in network.probe):
         raise ConfigError(f"network.probe: expected 64 lower-case hex digits (a SHA-256), got {network.probe!r}")
+
+
+def _compute_proposal_bytes(network: NetworkConfig, peers_max: int) -> int:
+    """At most what a certified proposal in its envelope takes, with so many registered peers [bytes]."""
+    shard_peers_max, seats = network.limits.shard_peers_max, network.scoring.committee_size
+    services = SERVICES_BYTES if network.settlement.serving_per_epoch_pfm else 0
+
+    def compute(num_updates: int, num_leaves: int) -> int:
+        reveals = seats * (SEAT_BYTES + services + num_updates * SCORE_BYTES)
+        return FRAME_BYTES + reveals + num_updates * UPDATE_BYTES + num_leaves * LEAF_BYTES
+
+    if peers_max <= shard_peers_max:
+        return compute(peers_max, peers_max)
+    return max(compute(shard_peers_max, 0), compute(-(-peers_max // shard_peers_max), peers_max))
 
 
 def _validate_targets(adapter: AdapterConfig) -> None:

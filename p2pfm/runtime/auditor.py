@@ -33,6 +33,31 @@ log = logging.getLogger(__name__)
 Fetch = Callable[[Digest], Awaitable[bytes | None]]
 
 
+def read_proposal(data: bytes) -> Proposal | None:
+    """A proposal of any size; None: the bytes are something else."""
+    try:
+        proposal = decode_message(data, len(data))
+    except Reject:
+        return None
+    return proposal if isinstance(proposal, Proposal) else None
+
+
+def read_leaves(settled: SettledRound, data: bytes) -> tuple[LeafValue, ...] | None:
+    """The leaves of a round's root, out of what lies under its data hash; None: it is not what the root was made of.
+
+    A committee can sign a hash of anything.
+    """
+    proposal = read_proposal(data)
+    if proposal is None or len(proposal.leaves) != settled.num_leaves:
+        return None
+    leaves = from_wire(proposal.leaves)
+    try:
+        tree = merkle.compute_root(leaves)
+    except ValueError:
+        return None
+    return leaves if (tree.digest, tree.sums) == (settled.root, settled.sums) else None
+
+
 class Auditor:
     """Runs until cancelled."""
 
@@ -122,20 +147,7 @@ class Auditor:
     async def _get_leaves(self, settled: SettledRound) -> tuple[LeafValue, ...] | None:
         """The leaves of the round's root; None when nobody serves its data, or the data is not of the root."""
         data = await self._fetch(settled.data_digest)
-        if data is None:
-            return None
-        try:
-            proposal = decode_message(data, len(data))
-        except Reject:
-            return None
-        if not isinstance(proposal, Proposal) or len(proposal.leaves) != settled.num_leaves:
-            return None
-        leaves = from_wire(proposal.leaves)
-        try:
-            tree = merkle.compute_root(leaves)
-        except ValueError:
-            return None
-        return leaves if (tree.digest, tree.sums) == (settled.root, settled.sums) else None
+        return None if data is None else await trio.to_thread.run_sync(read_leaves, settled, data)
 
     # --- demands
 

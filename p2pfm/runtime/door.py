@@ -6,6 +6,7 @@ Knows no socket; blocking (BLS), so the node calls it in a thread.
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import NamedTuple
 
 import msgspec
 
@@ -38,13 +39,14 @@ from p2pfm.settlement import bls
 from p2pfm.settlement.ledger import Roster, SettledRound
 from p2pfm.settlement.rewards import proposal_message
 from p2pfm.settlement.sampling import compute_quorum
-from p2pfm.types import Digest, MemberIndex, Millis, PeerId, compute_digest, short
+from p2pfm.types import Digest, MemberIndex, Millis, PeerId, Round, compute_digest, short
 
 ROSTERS_MAX = 8
 """Committees remembered: a certificate of an earlier epoch can still arrive."""
 
 VERSIONS_MAX = 4
-"""Rosters of one committee remembered: who joined in its time changes the next round's shards, not this one's."""
+"""Newest rosters of one committee remembered, beside those that the present and the previous round began with: who
+joined in a round's time changes the next round's shards, not this one's."""
 
 PROVEN_MAX = 1024
 """Bodies remembered as proven: more than a round has of them."""
@@ -55,6 +57,12 @@ BLS_PER_S = 1.0
 
 AUTHORS_MAX = MEMBERS_MAX
 """Authors whose rate is remembered: as many as a registry has."""
+
+
+class _Version(NamedTuple):
+    since: Round
+    """In which it was told."""
+    roster: Roster
 
 
 class Door:
@@ -71,7 +79,7 @@ class Door:
         self._clock_s = clock_s
         self._clock_ms = clock_ms
         self._network_id = config.network_id()
-        self._rosters: OrderedDict[tuple[int, int], tuple[Roster, ...]] = OrderedDict()
+        self._rosters: OrderedDict[tuple[int, int], tuple[_Version, ...]] = OrderedDict()
         """By epoch and restart, as the chain told them: the newest first."""
         self._settled: SettledRound | None = None
         self._proven: OrderedDict[Digest, None] = OrderedDict()
@@ -83,7 +91,8 @@ class Door:
             case RosterChanged(roster=roster):
                 key = (roster.epoch, roster.nonce)
                 own = msgspec.structs.replace(roster)  # what is worked out of it is kept with it, and this is a thread
-                self._rosters[key] = (own, *self._rosters.get(key, ()))[:VERSIONS_MAX]
+                round = self._get_round()
+                self._rosters[key] = _choose_versions((_Version(round, own), *self._rosters.get(key, ())), round)
                 self._rosters.move_to_end(key)
                 while len(self._rosters) > ROSTERS_MAX:
                     self._rosters.popitem(last=False)
@@ -158,14 +167,15 @@ class Door:
             if settled and settled.round == proposal.round and settled.data_digest == proposal_digest(proposal):
                 return  # the contract has verified it: good even when its committee is no longer known here
             raise Unjudged(f"certificate of epoch {proposal.epoch}, restart {proposal.nonce}: no such committee known")
-        _verify_signers(rosters[0], certificate, proposal_message(self._config.chain, proposal))
+        _verify_signers(rosters[0].roster, certificate, proposal_message(self._config.chain, proposal))
 
     def _open_shard_message(self, author: PeerId, message: ShardMessage) -> None:
         limits = self._config.limits
         if not self._config.has_shards:
             raise Reject("speaks of shards in a network that has none")
         if message.shard >= 2 * limits.peers_max // limits.shard_peers_max:  # equal parts are half full at least
-            raise Reject(f"speaks for shard {message.shard}, and {limits.peers_max} peers make no so many")
+            # No proof against anybody: the chain may have told its author of more peers than the rules say.
+            raise Unjudged(f"speaks for shard {message.shard}, and {limits.peers_max} peers make no so many")
         if not self._newest() or not self._is_registered(author):
             raise Unjudged("shards are registered peers' affair")
         match message.message:
@@ -187,13 +197,13 @@ class Door:
             raise Reject("a shard's certificate that pays somebody")
         if list(certificate.absent) != sorted(set(certificate.absent)):
             raise Reject("certificate names absentees out of order, or one twice")
-        if abs(compute_position(self._config, self._clock_ms()).round - proposal.round) > 1:
+        if abs(self._get_round() - proposal.round) > 1:
             raise Unjudged("a shard's certificate counts in its own round")  # to deal an epoch costs milliseconds, too
         self._take_turn(author)
         why = f"epoch {proposal.epoch}, restart {proposal.nonce}: no such committee known"
         signed = shard_message(self._config.chain, shard, proposal)
-        for roster in self._rosters.get((proposal.epoch, proposal.nonce), ()):
-            dealt = deal(self._config, roster, proposal.round)
+        for version in self._rosters.get((proposal.epoch, proposal.nonce), ()):
+            dealt = deal(self._config, version.roster, proposal.round)
             if dealt is None or shard >= len(dealt.shards):
                 why = "no such shard in any deal known"
                 continue
@@ -214,7 +224,11 @@ class Door:
 
     def _newest(self) -> Roster | None:
         newest = next(reversed(self._rosters.values()), None)
-        return newest[0] if newest else None
+        return newest[0].roster if newest else None
+
+    def _get_round(self) -> Round:
+        """By the clock."""
+        return compute_position(self._config, self._clock_ms()).round
 
     def _is_registered(self, peer: PeerId) -> bool:
         """Everybody may be, while no registry could be read: serving goes on when the chain is down."""
@@ -231,6 +245,16 @@ class Door:
         self._take_turn(author)
         if not bls.verify(member.bls_key, attestation.message, attestation.signature):
             raise Reject(f"attestation of member {attestation.member}: its signature does not verify")
+
+
+def _choose_versions(versions: tuple[_Version, ...], now: Round) -> tuple[_Version, ...]:
+    """Of a committee's rosters, the newest first, those worth remembering: at most VERSIONS_MAX + 2."""
+    oldest = len(versions) - 1
+    begun = {
+        next((place for place, version in enumerate(versions) if version.since < round), oldest)
+        for round in (now, now - 1)
+    }
+    return tuple(version for place, version in enumerate(versions) if place < VERSIONS_MAX or place in begun)
 
 
 def _verify_signers(roster: Roster, certificate: Certificate, message: Digest) -> None:

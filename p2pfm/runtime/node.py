@@ -38,7 +38,7 @@ from p2pfm.protocol.events import AnyAction, AnyEvent, Durable, Evaluate, PeersC
 from p2pfm.protocol.peer import Peer, initial_durable
 from p2pfm.protocol.phases import compute_position
 from p2pfm.protocol.shards import list_spoken_topics
-from p2pfm.runtime.auditor import Auditor
+from p2pfm.runtime.auditor import Auditor, read_proposal
 from p2pfm.runtime.backend import Backend
 from p2pfm.runtime.clock import ClockReport, compute_offset_max, now_ms
 from p2pfm.runtime.door import Door
@@ -89,6 +89,9 @@ ANSWER_S = 5.0
 BLOB_BYTES_MAX = 4 << 30
 """Disk that blobs may take: thousands of rounds of payloads and bases of a small adapter."""
 
+PROPOSAL_TAG = b"\xa8proposal"
+"""Begins a proposal, after one byte. No payload, base or residual: they have magics."""
+
 log = logging.getLogger(__name__)
 
 MakePeer = Callable[[PeerId, NetworkConfig, Durable], Peer]
@@ -118,7 +121,7 @@ def validate_rules(network: NetworkConfig, params: FederationParams) -> None:
     """The network's peers compute what the contract takes.
 
     Raises:
-        OperatorError: names the first key that differs.
+        OperatorError: names the first key that differs, or that the contract's registry can outgrow.
     """
     pairs = (
         ("network.scoring.committee_size", network.scoring.committee_size, params.committee_size),
@@ -132,6 +135,12 @@ def validate_rules(network: NetworkConfig, params: FederationParams) -> None:
                 f"{name}: the network's TOML says {ours}, its contract {theirs}; get the network's own file, or "
                 "another contract (network.chain.federation)"
             )
+    if network.has_shards and params.members_max > network.limits.peers_max:
+        raise OperatorError(
+            f"network.limits.peers_max: the network's TOML says {network.limits.peers_max}, and its contract takes "
+            f"{params.members_max} members: those beyond would make shards that nobody hears; get the network's own "
+            "file, or another contract (network.chain.federation)"
+        )
 
 
 class Node:
@@ -389,7 +398,12 @@ class Node:
         released: set[Digest] = set()
         for certificate in self._store.get_certificates(-1):
             proposal = certificate.proposal
-            released |= {proposal.new_base, *(update.payload for update in proposal.updates)}
+            released |= {proposal.new_base, *proposal.payloads}
+            for digest in proposal.shards:
+                data = self._store.find(digest)
+                shard = read_proposal(data) if data is not None else None
+                if shard is not None:  # else it is not here, or was named by liars
+                    released |= {digest, *shard.payloads}
         return released
 
     def _make_whole(self, durable: Durable | None, learner: Learner) -> Durable:
@@ -403,9 +417,14 @@ class Node:
                 # A member without memory: what it said in the round that runs now it may not contradict, on pain of
                 # its stake.
                 now_in = compute_position(self.config.network, now_ms()).round
-                return msgspec.structs.replace(fresh, signed_round=now_in, announced_round=now_in)
+                return msgspec.structs.replace(
+                    fresh, signed_round=now_in, signed_shard_round=now_in, announced_round=now_in
+                )
             return msgspec.structs.replace(
-                fresh, signed_round=durable.signed_round, announced_round=durable.announced_round
+                fresh,
+                signed_round=durable.signed_round,
+                signed_shard_round=durable.signed_shard_round,
+                announced_round=durable.announced_round,
             )
         kept = {
             name: digest if digest is not None and self._store.find(digest) is not None else None
@@ -546,15 +565,23 @@ class Node:
     # --- what peers ask ---
 
     def _is_public(self, digest: Digest) -> bool:
-        """Served to whoever asks: what the core released, and the data of every round on chain."""
-        return digest in self.effects.served or digest in self.settler.data_digests
+        """Served to whoever asks: what the core released, and the data of every round on chain. These are proposals: a
+        committee can sign the digest of anything, also of what may not be given yet. Reads the disk.
+        """
+        if digest in self.effects.served:
+            return True
+        if digest not in self.settler.data_digests:
+            return False
+        _, start = self._store.get_part(digest, 0, 1 + len(PROPOSAL_TAG))  # an array of up to 15, and its first element
+        return start[1:] == PROPOSAL_TAG
 
     async def find_public(self, digest: Digest) -> bytes | None:
         """A blob that anyone may have; the data of a settled round that is not here is fetched from a peer."""
-        if self.stage != "running" or not self._is_public(digest):
+        is_named = digest in self.settler.data_digests
+        if self.stage != "running" or not (is_named or digest in self.effects.served):
             return None
         data = await trio.to_thread.run_sync(self._store.find, digest)
-        if data is None and digest in self.settler.data_digests:
+        if data is None and is_named:
             try:
                 bytes_max = self.config.network.limits.message_bytes_max
                 data = await self.downloads.fetch(digest, self.transport.connected(), bytes_max)
@@ -563,7 +590,7 @@ class Node:
                 return None
             await trio.to_thread.run_sync(self._store.put, data)
             self.settler.learn_shards(data)
-        return data
+        return data if await trio.to_thread.run_sync(self._is_public, digest) else None
 
     async def _on_request(self, peer: PeerId, data: bytes) -> bytes:
         request = decode_request(data)

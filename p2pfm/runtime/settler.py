@@ -6,21 +6,21 @@ Knows the Ledger and the store; no libp2p, no model.
 
 import logging
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 
 import trio
 
 from p2pfm.config import WEI_PER_PFM, NetworkConfig
-from p2pfm.errors import ChainError, Reject, Reverted
-from p2pfm.messages import Certificate, Proposal, decode_message
+from p2pfm.errors import ChainError, Reverted
+from p2pfm.messages import Certificate
 from p2pfm.protocol.events import AnyEvent, RosterChanged, SettledChanged
 from p2pfm.protocol.membership import get_member, is_outdated_for
 from p2pfm.protocol.phases import compute_position, compute_round_start
+from p2pfm.runtime.auditor import read_leaves, read_proposal
 from p2pfm.runtime.clock import now_ms
 from p2pfm.runtime.store import Store
 from p2pfm.settlement.ledger import Ledger, Roster, SettledRound
 from p2pfm.settlement.proofs import claim_owed
-from p2pfm.settlement.rewards import from_wire, make_submission
+from p2pfm.settlement.rewards import make_submission
 from p2pfm.settlement.rotation import Rotation, is_turn
 from p2pfm.types import Digest, MemberIndex, Millis, PeerId, Round, Wei
 
@@ -137,10 +137,9 @@ class Settler:
 
     def learn_shards(self, data: bytes) -> None:
         """`data` lie under a data hash on chain: what they name is public, too."""
-        with suppress(Reject):  # what a committee signed may be any nonsense
-            proposal = decode_message(data, len(data))
-            if isinstance(proposal, Proposal):
-                self.data_digests.update(proposal.shards)
+        proposal = read_proposal(data)
+        if proposal is not None:
+            self.data_digests.update(proposal.shards)
 
     async def _read_claimed(self, index: MemberIndex) -> None:
         self.claimed = await trio.to_thread.run_sync(self._ledger.get_claimed, index)
@@ -206,7 +205,12 @@ class Settler:
             if trio.current_time() < due:
                 return
             try:
-                submission = make_submission(certificate)
+                submission = await trio.to_thread.run_sync(make_submission, certificate)
+            except ValueError as error:  # what a committee signed may be any nonsense
+                log.warning("round %d: dropped, nobody could claim against it: %s", round, error)
+                await trio.to_thread.run_sync(self._store.drop_settlement, round)
+                continue
+            try:
                 await trio.to_thread.run_sync(self._ledger.submit_round, submission)
                 log.info("round %d is on chain", round)
             except Reverted as error:
@@ -231,9 +235,11 @@ class Settler:
         data = await trio.to_thread.run_sync(self._store.find, final[-1].data_digest)
         if data is None:
             return
-        proposal = decode_message(data)
-        assert isinstance(proposal, Proposal), "the blob under a data digest is a proposal"
-        leaves = from_wire(proposal.leaves)
+        leaves = await trio.to_thread.run_sync(read_leaves, final[-1], data)
+        if leaves is None:
+            log.warning("round %d: its data hash is not of its root's leaves: no claim by it", final[-1].round)
+            self._claimed = final[-1].round
+            return
         learned, served = await trio.to_thread.run_sync(claim_owed, self._ledger, final[-1].round, member.index, leaves)
         if learned or served:
             log.info("claimed %.4f PFM for learning, %.4f for serving", learned / WEI_PER_PFM, served / WEI_PER_PFM)

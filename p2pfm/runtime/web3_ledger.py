@@ -72,6 +72,9 @@ SPEND_TRIES_MAX = 3
 FAULTS = ("reward", "transition", "leaf", "equivocation")
 """In the order of the contract's enum."""
 
+ROUND_MAX = 2**48 - 1
+"""The contract's type of it; messages carry larger numbers."""
+
 READ_ONLY_KEY = (1).to_bytes(32, "big")
 """For who only reads: a key that everyone knows and nobody funds."""
 
@@ -572,11 +575,13 @@ class Web3Ledger:
         )
 
     def _certificate(self, submission: Submission) -> Any:
-        """As the contract takes it: who is absent by seat. Raises: Reverted (BadAbsent, BadSignature)."""
+        """As the contract takes it: who is absent by seat. Raises: Reverted (BadAbsent, BadRound, BadSignature)."""
         seats = self.get_committee(submission.epoch)
         absent = list(submission.absent)
         if sorted(set(absent)) != absent or not set(absent) <= set(seats):
             raise Reverted("BadAbsent" if seats else "BadEpoch")
+        if submission.round > ROUND_MAX:
+            raise Reverted("BadRound", f"expected at most {ROUND_MAX}")
         try:
             signature = _words(bls.decompress_signature(submission.signature))
         except ValueError as error:

@@ -23,7 +23,7 @@ from p2pfm.protocol.committee import shard_message
 from p2pfm.protocol.events import RosterChanged
 from p2pfm.protocol.phases import compute_round_start
 from p2pfm.protocol.shards import deal
-from p2pfm.runtime.door import BLS_BURST, Door
+from p2pfm.runtime.door import BLS_BURST, VERSIONS_MAX, Door
 from p2pfm.settlement import bls
 from p2pfm.settlement.ledger import Member, Roster
 from p2pfm.settlement.rewards import proposal_message
@@ -190,8 +190,6 @@ def test_a_shards_certificate_is_signed_by_the_shards_own_committee(sharded: Doo
 def test_what_no_deal_allows_is_rejected(sharded: Door, door: Door) -> None:
     with pytest.raises(Reject, match="has none"):
         door.open(sealed(NAMES[0], shard_certificate(0)))
-    with pytest.raises(Reject, match="shard 4"):
-        sharded.open(sealed(NAMES[0], msgspec.structs.replace(shard_certificate(0), shard=MemberIndex(4))))
     paying = msgspec.structs.replace(PROPOSAL, leaves=(Leaf(bytes(16), bytes(16), Contribution(0)),))
     with pytest.raises(Reject, match="pays"):
         sharded.open(sealed(NAMES[0], shard_certificate(0, proposal=paying)))
@@ -200,6 +198,8 @@ def test_what_no_deal_allows_is_rejected(sharded: Door, door: Door) -> None:
 def test_a_shard_that_is_not_dealt_or_not_of_now_is_not_judged(sharded: Door) -> None:
     with pytest.raises(Unjudged, match="no such shard"):
         sharded.open(sealed(NAMES[0], msgspec.structs.replace(shard_certificate(0), shard=MemberIndex(2))))
+    with pytest.raises(Unjudged, match="shard 4"):  # of a registry that has outgrown the rules
+        sharded.open(sealed(NAMES[0], ShardMessage(MemberIndex(4), attestation(0, by=0))))
     later = msgspec.structs.replace(PROPOSAL, epoch=2)
     with pytest.raises(Unjudged, match="no such committee"):
         sharded.open(sealed(NAMES[0], shard_certificate(0, proposal=later)))
@@ -213,6 +213,29 @@ def test_a_shard_dealt_before_somebody_joined_is_still_known(sharded: Door) -> N
     joined = Member(MemberIndex(4), f"0x{4:040x}", PeerId("peer-4"), bls.public_key(SECRETS[0]), Wei(1), active=True)
     sharded.on_event(RosterChanged(msgspec.structs.replace(ROSTER, members=(*ROSTER.members, joined))))
     assert sharded.open(sealed(NAMES[0], shard_certificate(0)))
+
+
+def test_a_round_is_judged_by_the_registry_that_it_began_with_however_many_join_meanwhile() -> None:
+    at_ms = [AT_MS]
+    door = Door(SHARDED, clock_ms=lambda: at_ms[0])
+    round_ms = compute_round_start(SHARDED, Round(1)) - compute_round_start(SHARDED, Round(0))
+    at_ms[0] = Millis(AT_MS - round_ms)
+    door.on_event(RosterChanged(ROSTER))
+    later = list(ROSTER.members)
+    for _ in range(2):  # this round and the next one, in which its certificates still count
+        at_ms[0] = Millis(at_ms[0] + round_ms)
+        for _ in range(3 * VERSIONS_MAX):
+            index = len(later)
+            later.append(
+                Member(MemberIndex(index), f"0x{index:040x}", PeerId(f"peer-{index}"), bytes(48), Wei(1), active=True)
+            )
+            door.on_event(RosterChanged(msgspec.structs.replace(ROSTER, members=tuple(later))))
+        assert door.open(sealed(NAMES[0], shard_certificate(0)))
+        door._proven.clear()
+    assert len(door._rosters[ROSTER.epoch, ROSTER.nonce]) <= VERSIONS_MAX + 2
+    at_ms[0] = Millis(at_ms[0] + round_ms)
+    with pytest.raises(Unjudged, match="own round"):
+        door.open(sealed(NAMES[0], shard_certificate(0)))
 
 
 def test_an_attestation_in_a_shard_is_the_members_own_word(sharded: Door) -> None:

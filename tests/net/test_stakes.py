@@ -7,7 +7,7 @@ import pytest
 from ledger_worlds import ACCOUNTS, PARAMS, SPONSOR, World, chain_world, running_chain
 
 from nodes.stakes import describe_pool, describe_stake
-from p2pfm.config import WEI_PER_PFM, NetworkConfig, PhaseConfig
+from p2pfm.config import WEI_PER_PFM, LimitConfig, NetworkConfig, PhaseConfig, ScoringConfig, SettlementConfig
 from p2pfm.errors import OperatorError
 from p2pfm.runtime.node import validate_rules
 from p2pfm.types import Digest, Millis, Wei
@@ -65,3 +65,15 @@ def test_a_node_refuses_a_contract_with_other_rules(world: World) -> None:
     for changes in ({"committee_size": 5}, {"rounds_per_epoch": 3}, {"pool_per_epoch": 1}, {"serving_per_epoch": 1}):
         with pytest.raises(OperatorError, match=next(iter(changes))):
             validate_rules(fitting, msgspec.structs.replace(pool, **changes))
+
+
+def test_a_node_refuses_a_contract_that_takes_more_members_than_its_shards_can_hold(world: World) -> None:
+    params = world.any.get_params()
+    scoring, settlement = ScoringConfig(committee_size=4), SettlementConfig(2, 1, 0)
+    network = NetworkConfig("n", Millis(0), "none", "00" * 32, world.chain, scoring=scoring, settlement=settlement)
+    fitting = msgspec.structs.replace(params, pool_per_epoch=network.pool_per_epoch(), serving_per_epoch=Wei(0))
+    validate_rules(network, msgspec.structs.replace(fitting, members_max=1024))
+    sharded = msgspec.structs.replace(network, limits=LimitConfig(peers_max=16, shard_peers_max=4))
+    validate_rules(sharded, msgspec.structs.replace(fitting, members_max=16))
+    with pytest.raises(OperatorError, match=r"limits.peers_max: .* says 16, .* takes 17 members"):
+        validate_rules(sharded, msgspec.structs.replace(fitting, members_max=17))
