@@ -25,6 +25,9 @@ POLL_S = 2.0
 DEMAND_AFTER = 0.5
 """A round whose data nobody serves is contested when this part of its challenge window has passed."""
 
+WAITING_MAX = 64
+"""Pieces of evidence that wait for a chain, the newest."""
+
 FINDINGS_MAX = 64
 """What an operator is shown: the newest."""
 
@@ -70,6 +73,8 @@ class Auditor:
         self._fetch = fetch
         self._is_contesting = is_contesting
         self._checked: set[tuple[int, Digest]] = set()
+        self._waiting: list[Accuse] = []
+        """Evidence that could not be brought to the chain."""
         self._missing_since: dict[Digest, float] = {}
         self._closed: set[int] = set()
 
@@ -83,7 +88,9 @@ class Auditor:
             await trio.sleep(POLL_S)
 
     async def watch(self) -> None:
-        """Judge every round that can still be contested, once. Raises: ChainError."""
+        """Judge every round that can still be contested, once, and bring what waited. Raises: ChainError."""
+        for evidence in self._waiting:
+            await self.accuse(evidence)
         rounds = await trio.to_thread.run_sync(self._ledger.get_rounds, Round(0))
         self._checked &= {(settled.position, settled.root) for settled in rounds}
         for settled in rounds:
@@ -96,9 +103,11 @@ class Auditor:
             await self._tend_demands(rounds)
 
     async def accuse(self, evidence: Accuse) -> None:
-        """A member signed two proposals of one round: let the chain slash it."""
+        """A member signed two proposals of one round: let the chain slash it, as soon as it can be reached."""
         text = f"member {evidence.member} signed two proposals of round {evidence.first.round}"
-        self._tell(text)
+        is_new = evidence not in self._waiting
+        if is_new:
+            self._tell(text)
         if not self._is_contesting:
             return
         try:
@@ -112,8 +121,14 @@ class Auditor:
                 )
             ]
             await self._try(f"member {evidence.member} is slashed", self._ledger.prove_equivocation, *both)
-        except (ChainError, ValueError) as error:
-            self._tell(f"not yet: {text} ({error})")
+        except (ValueError, Reverted) as error:
+            self._tell(f"not so: {text} ({error})")
+        except ChainError as error:
+            if is_new:
+                self._tell(f"not yet: {text} ({error})")
+                self._waiting = [*self._waiting, evidence][-WAITING_MAX:]
+            return
+        self._waiting = [other for other in self._waiting if other != evidence]
 
     async def _judge(self, settled: SettledRound, before: SettledRound | None) -> bool:
         """Whether the round was found right; what is false is contested."""

@@ -3,9 +3,11 @@
 import hashlib
 
 import msgspec
+import pytest
 import trio
 from ledger_worlds import ACCOUNTS, PARAMS, PEERS, SECRETS, SPONSOR, TOKENS, World, memory_world
 
+from p2pfm.errors import ChainError
 from p2pfm.messages import Proposal, encode
 from p2pfm.protocol.events import Accuse
 from p2pfm.runtime.auditor import Auditor
@@ -157,14 +159,38 @@ def test_data_that_is_not_of_the_root_counts_as_not_served() -> None:
         assert net.world.any.get_head() is not None
 
 
-def test_who_signed_two_proposals_is_slashed_on_the_evidence() -> None:
-    net = Net()
-    chain = net.world.chain
+def make_evidence(net: Net) -> Accuse:
     proposals = [
         msgspec.structs.replace(proposal_of(1, OVERPAID), new_base=Digest(bytes([number]) * 32)) for number in (1, 2)
     ]
-    signatures = [bls.sign(SECRETS[3], proposal_message(chain, proposal)) for proposal in proposals]
-    evidence = Accuse(MemberIndex(2), proposals[0], signatures[0], proposals[1], signatures[1])
+    signatures = [bls.sign(SECRETS[3], proposal_message(net.world.chain, proposal)) for proposal in proposals]
+    return Accuse(MemberIndex(2), proposals[0], signatures[0], proposals[1], signatures[1])
+
+
+def test_evidence_waits_for_a_chain_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Net()
+    auditor = net.auditor(2)
+
+    def fail(*_: object) -> None:
+        raise ChainError("no answer")
+
+    with monkeypatch.context() as away:
+        away.setattr(type(net.world.ledgers[2]), "get_committee", fail)
+        trio.run(auditor.accuse, make_evidence(net))
+        net.watch(auditor)
+    told, waits = auditor.findings
+    assert told == "member 2 signed two proposals of round 1"
+    assert waits.startswith("not yet")
+    net.watch(auditor)
+    assert auditor.findings[-1] == "member 2 is slashed"
+    num_told = len(auditor.findings)
+    net.watch(auditor)
+    assert len(auditor.findings) == num_told
+
+
+def test_who_signed_two_proposals_is_slashed_on_the_evidence() -> None:
+    net = Net()
+    evidence = make_evidence(net)
     looking = net.auditor(2, is_contesting=False)
     trio.run(looking.accuse, evidence)
     assert net.world.any.get_roster().members[2].stake == 10
@@ -174,6 +200,6 @@ def test_who_signed_two_proposals_is_slashed_on_the_evidence() -> None:
     assert auditor.findings[-1] == "member 2 is slashed"
     trio.run(auditor.accuse, evidence)
     assert "NoFault" in auditor.findings[-1]
-    trio.run(auditor.accuse, Accuse(MemberIndex(1), proposals[0], signatures[0], proposals[1], signatures[1]))
+    trio.run(auditor.accuse, msgspec.structs.replace(evidence, member=MemberIndex(1)))
     assert "BadSignature" in auditor.findings[-1]
     net.world.check_books()
