@@ -590,7 +590,7 @@ def test_a_report_is_kept_whatever_becomes_of_the_honest_run_beside_it(
     run = World.run
 
     def stop(self: World, on_round: Callable[[Round], None] | None = None) -> None:
-        if not self.scenario.adversaries:
+        if self.scenario.are_attackers_honest:
             raise error
         run(self, on_round)
 
