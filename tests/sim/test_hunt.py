@@ -209,7 +209,7 @@ def test_one_seed_draws_the_same_scenarios() -> None:
 
 
 def test_a_hunt_draws_all_that_a_scenario_can_say() -> None:
-    """But for what is slow: transformers and a real EVM; and titles, batches and honest attackers, which find nothing."""
+    """But for what is slow: transformers and a real EVM; and titles, batches, honest attackers."""
     rng = Random("8 hunt")
     drawn = [draw_scenario(rng) for _ in range(1_500)]
     plain = Scenario()
