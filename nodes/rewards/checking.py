@@ -270,4 +270,10 @@ def _compare_updates(right: Proposal, told: Proposal) -> list[str]:
             )
         elif expected != given:
             findings.append(f"{name}: expected peer {expected.peer}, the proposal says {given.peer}")
+    if not findings and right.updates != told.updates:
+        # What is merged and what is paid go by the list: a payload that stands there twice counts twice.
+        findings.append(
+            f"updates: expected {len(right.updates)}, each once and in the order of their payloads; the proposal's "
+            f"{len(told.updates)} are another list"
+        )
     return findings

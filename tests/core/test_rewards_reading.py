@@ -13,7 +13,7 @@ from nodes.rewards.plots import plot_rewards
 from nodes.rewards.reading import find_member
 from p2pfm.errors import OperatorError, Reject, WorldError
 from p2pfm.messages import Proposal
-from p2pfm.types import Contribution, Digest, MemberIndex, Round
+from p2pfm.types import WEIGHT_ONE, Contribution, Digest, MemberIndex, Round, Weight
 
 
 @pytest.fixture
@@ -108,6 +108,25 @@ def test_verify_finds_a_wrong_merge_weight(settled: Settled) -> None:
     settled.settle(0, tamper)
     assert all("merge weight" in finding for finding in settled.findings()[Round(0)])
     assert len(settled.findings()[Round(0)]) == 2
+
+
+@pytest.mark.parametrize("places", [(0, 0, 1, 2), (0, 1, 2, 0), (1, 0, 2)])
+def test_verify_finds_updates_that_stand_there_twice_or_in_another_order(settled: Settled, places: tuple[int]) -> None:
+    def tamper(proposal: Proposal) -> Proposal:
+        return msgspec.structs.replace(proposal, updates=tuple(proposal.updates[place] for place in places))
+
+    settled.settle(0, tamper)
+    (finding,) = settled.findings()[Round(0)]
+    assert finding.startswith("updates: expected 3, each once")
+
+
+def test_verify_finds_a_wrong_entry_beside_the_right_one(settled: Settled) -> None:
+    def tamper(proposal: Proposal) -> Proposal:
+        heavy = msgspec.structs.replace(proposal.updates[0], weight=Weight(WEIGHT_ONE))
+        return msgspec.structs.replace(proposal, updates=(heavy, *proposal.updates))
+
+    settled.settle(0, tamper)
+    assert settled.findings()[Round(0)]
 
 
 def test_verify_finds_leaves_that_are_not_of_the_root(settled: Settled) -> None:

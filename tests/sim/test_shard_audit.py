@@ -144,6 +144,18 @@ def test_what_a_shard_certified_wrongly_is_found(watched: Watched) -> None:
     assert "base: should be" in watched.verify(forge(reading, 0, base=Digest(b"x" * 32)))[0]
 
 
+def test_a_shard_cannot_pay_a_friend_for_anothers_update(watched: Watched) -> None:
+    """Its liars name one payload twice, first as the friend's: who is paid goes by the list."""
+    reading = watched.book.readings[1]
+    assert reading.proposal is not None
+    shard, name = reading.shards[0], reading.proposal.updates[0].peer
+    assert shard is not None
+    friend, *_, last = shard.updates
+    fake = msgspec.structs.replace(last, peer=friend.peer, member=friend.member, contribution=Contribution(2**59))
+    findings = watched.verify(forge(reading, 0, updates=(*shard.updates[:-1], fake, last)))
+    assert any(finding.startswith(f"{name}: updates: expected") for finding in findings)
+
+
 def test_what_the_committee_above_certified_wrongly_is_found(watched: Watched) -> None:
     reading = watched.book.readings[1]
     assert reading.proposal is not None
@@ -157,8 +169,19 @@ def test_what_the_committee_above_certified_wrongly_is_found(watched: Watched) -
         msgspec.structs.replace(first, peer=watched.book.roster.members[0].peer),
     ):
         assert "none of the round's 3 shards" in watched.verify(reading, updates=(stranger, *others))[0]
+    twice = forge_twice(reading, 0)
+    assert any("updates: expected 3, each once" in finding for finding in watched.verify(twice))
     left_out = forge_without(reading, 0)
     assert any("certificate is not known" in finding for finding in watched.verify(left_out))
+
+
+def forge_twice(reading: Reading, place: int) -> Reading:
+    """One shard's update stands there once more."""
+    proposal = reading.proposal
+    assert proposal is not None
+    updates, digests = (*proposal.updates, proposal.updates[place]), (*proposal.shards, proposal.shards[place])
+    proposal = msgspec.structs.replace(proposal, updates=updates, shards=digests)
+    return msgspec.structs.replace(reading, proposal=proposal, shards=(*reading.shards, reading.shards[place]))
 
 
 def forge_without(reading: Reading, place: int) -> Reading:
