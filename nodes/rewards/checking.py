@@ -118,27 +118,33 @@ def _compare_content(
 ) -> list[str]:
     """Medians, weights, leaves and root, recomputed from the revealed vectors by the peers' own rule.
 
-    Who proposed, at which epoch, from which base: the committee's signatures say so; that is taken from the proposal.
+    Who proposed, at which epoch, from which base the first round started: the committee's signatures say so; that is
+    taken from the proposal.
     """
     if (previous.root if previous else merkle.EMPTY_ROOT) != settled.prev_root:
         return ["the settled round before this one is not at hand, so that its leaves cannot be recomputed"]
+    findings = []
+    if previous is not None and proposal.base != previous.new_base:
+        findings.append(
+            f"base: the round before ended with {previous.new_base.hex()}, this one starts from {proposal.base.hex()}"
+        )
     if _has_strange_reveals(proposal, range(len(proposal.leaves))):
-        return [STRANGE_REVEALS]
+        return [*findings, STRANGE_REVEALS]
     then = msgspec.structs.replace(
         roster, epoch=proposal.epoch, nonce=proposal.nonce, members=roster.members[: len(proposal.leaves)]
     )
     dealt = deal(network, then, proposal.round)
     if dealt is not None:
-        return _compare_shards(proposal, shards, then, dealt, previous, network)
+        return [*findings, *_compare_shards(proposal, shards, then, dealt, previous, network)]
     if proposal.shards:
-        return [f"updates: they are shards', and {len(then.by_peer)} active members are one shard"]
+        return [*findings, f"updates: they are shards', and {len(then.by_peer)} active members are one shard"]
     try:
         right = draft_proposal(
             network, then, previous, proposal.round, proposal.base, proposal.reveals, _announce(proposal)
         )
     except Reject as error:
-        return [f"reveals: {error}"]
-    return [*_compare_updates(right, proposal), *_compare_leaves(right, proposal)]
+        return [*findings, f"reveals: {error}"]
+    return [*findings, *_compare_updates(right, proposal), *_compare_leaves(right, proposal)]
 
 
 def _has_strange_reveals(proposal: Proposal, members: Container[int]) -> bool:

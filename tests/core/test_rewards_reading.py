@@ -129,6 +129,13 @@ def test_verify_finds_a_wrong_entry_beside_the_right_one(settled: Settled) -> No
     assert settled.findings()[Round(0)]
 
 
+def test_verify_finds_a_round_from_another_base(settled: Settled) -> None:
+    settled.settle(0)
+    settled.settle(1, lambda proposal: msgspec.structs.replace(proposal, base=Digest(b"x" * 32)))
+    (finding,) = settled.findings()[Round(1)]
+    assert finding.startswith("base: the round before ended with")
+
+
 def test_verify_finds_leaves_that_are_not_of_the_root(settled: Settled) -> None:
     settled.settle(0, lambda proposal: msgspec.structs.replace(proposal, root=Digest(b"r" * 32)))
     assert any("root" in finding for finding in settled.findings()[Round(0)])
