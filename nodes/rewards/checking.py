@@ -9,7 +9,7 @@ import msgspec
 
 from nodes.rewards.reading import Book, Fetch, compare_root, list_rosters, name_maker, read_book
 from p2pfm.config import NetworkConfig
-from p2pfm.errors import Reject
+from p2pfm.errors import Reject, WorldError
 from p2pfm.messages import Announcement, IncludedUpdate, Proposal
 from p2pfm.protocol.committee import draft_proposal, draft_shard_proposal, draft_top_proposal
 from p2pfm.protocol.shards import Deal, deal, get_shard_name
@@ -19,6 +19,7 @@ from p2pfm.settlement.rewards import from_wire
 from p2pfm.settlement.sampling import compute_quorum
 from p2pfm.types import WEIGHT_ONE, Digest, MemberIndex, Round
 
+UNFIT_REGISTRY = "leaves: at no time of the round's committee were so many members registered"
 STRANGE_REVEALS = "reveals: one member's stand there twice, or are nobody's, or of another round"
 
 
@@ -41,18 +42,38 @@ def verify_reading(book: Book, position: int, network: NetworkConfig, committee:
     previous = before.proposal if before else None
     if reading.gap:
         return [f"{reading.gap}: it cannot be checked"]
-    findings: list[str] = []
-    for roster in list_rosters(book, position):
-        findings = verify_proposal(reading.settled, reading.proposal, reading.shards, roster, previous, network)
-        if not findings:
-            break
+    findings = verify_by_any(
+        reading.settled, reading.proposal, reading.shards, list_rosters(book, position), previous, network
+    )
     return [*findings, *_compare_committee(reading.proposal, committee)]
 
 
+def verify_by_any(
+    settled: SettledRound,
+    proposal: Proposal,
+    shards: Sequence[Proposal | None],
+    rosters: Sequence[Roster],
+    previous: Proposal | None,
+    network: NetworkConfig,
+) -> list[str]:
+    """As `verify_proposal`, by the first registry by which nothing is wrong; by the last of them, if there is none."""
+    findings = [UNFIT_REGISTRY]
+    for roster in rosters:
+        findings = verify_proposal(settled, proposal, shards, roster, previous, network)
+        if not findings:
+            break
+    return findings
+
+
 def find_roster(book: Book, position: int, network: NetworkConfig) -> Roster:
-    """The registry by which the round at a position recomputes; the newest of its time, if it does by none."""
+    """The registry by which the round at a position recomputes; the newest of its time, if it does by none.
+
+    Raises: WorldError, if its leaves are those of no registry of its time.
+    """
     reading, before = book.readings[position], book.get_before(book.readings[position])
     rosters = list_rosters(book, position)
+    if not rosters:
+        raise WorldError(UNFIT_REGISTRY)
     previous = before.proposal if before else None
     for roster in rosters if reading.proposal else ():
         assert reading.proposal is not None, "looked at above"
@@ -79,11 +100,12 @@ def verify_proposal(
         roster: of then, with the committee of the round's epoch.
         previous: the proposal of the settled round before; None only for the first.
     """
-    return [
-        *_compare_header(settled, proposal),
-        *compare_root(settled, from_wire(proposal.leaves)),
-        *_compare_content(settled, proposal, shards, roster, previous, network),
-    ]
+    findings = [*_compare_header(settled, proposal), *compare_root(settled, from_wire(proposal.leaves))]
+    try:
+        return [*findings, *_compare_content(settled, proposal, shards, roster, previous, network)]
+    except (ValueError, LookupError, OverflowError) as error:
+        # What a committee signed may be any nonsense that has the right root.
+        return [*findings, f"it cannot be recomputed: {error}"]
 
 
 def _compare_committee(proposal: Proposal, committee: Sequence[MemberIndex]) -> list[str]:

@@ -369,6 +369,9 @@ def check_rounds(
     """Check rounds, the newest first, for about `seconds`: those for which there was no time say so.
 
     Returns them in the order of rounds.
+
+    Args:
+        get_roster: by position; raises WorldError where none is known.
     """
     began, checks, slowest = time.monotonic(), [], 0.0
     for number, reading in enumerate(reversed(readings)):
@@ -381,8 +384,11 @@ def check_rounds(
         def tell_all(done: int, total: int, what: str, number: int = number) -> None:
             tell(number * total + done, len(readings) * total, what)
 
-        roster = get_roster(reading.settled.position)
-        checks.append(meter.check_round(book, reading, roster, num_draws, tell_all))
+        try:
+            roster = get_roster(reading.settled.position)
+            checks.append(meter.check_round(book, reading, roster, num_draws, tell_all))
+        except WorldError as error:
+            checks.append(DeepCheck(reading.settled.round, (), (), (f"not measured: {error}",)))
         slowest = max(slowest, time.monotonic() - start)
     return tuple(reversed(checks))
 

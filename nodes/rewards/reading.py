@@ -321,7 +321,8 @@ def list_rosters(book: Book, position: int) -> tuple[Roster, ...]:
 
     Its members saw the registry at some moment after that committee was drawn, before the next one was, and before the
     round was accepted; what happened in between is uncertain, since a chain may accept a round long after it was
-    certified. Keys and accounts are today's.
+    certified. Every member has a leaf, so that only a registry of as many members as leaves may be the one; none: the
+    round's signers left somebody out, or made somebody up. Keys and accounts are today's.
     """
     settled = book.readings[position].settled
     committee = book.roster.committee  # of a ledger that does not tell what happened
@@ -350,13 +351,13 @@ def list_rosters(book: Book, position: int) -> tuple[Roster, ...]:
         if not is_over:
             seen.append(members)
     else:
-        seen = [book.roster.members]  # a ledger that does not tell what happened
-    fitting = dict.fromkeys(known[: settled.num_leaves] for known in reversed(seen) if len(known) >= settled.num_leaves)
+        seen = [book.roster.members[: settled.num_leaves]]  # a ledger that does not tell what happened
+    fitting = dict.fromkeys(known for known in reversed(seen) if len(known) == settled.num_leaves)
     return tuple(
         msgspec.structs.replace(
             book.roster, epoch=settled.epoch, nonce=settled.nonce, members=known, committee=committee
         )
-        for known in (fitting or {book.roster.members[: settled.num_leaves]: None})
+        for known in fitting
     )
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import msgspec
 import pytest
 from ledger_worlds import PARAMS, PEERS
-from rewards_world import MEASURED, POOL_WEI, Settled, add_served, move_cumulative, move_reward
+from rewards_world import MEASURED, POOL_WEI, Settled, add_served, move_cumulative, move_reward, with_root
 
 from nodes.rewards import claim_newest, read_rewards, rows_to_json
-from nodes.rewards.checking import find_roster
+from nodes.rewards.checking import UNFIT_REGISTRY, find_roster
 from nodes.rewards.plots import plot_rewards
 from nodes.rewards.reading import find_member
 from p2pfm.errors import OperatorError, Reject, WorldError
@@ -204,6 +204,23 @@ def test_a_newcomer_changes_nothing_in_earlier_rounds() -> None:
     settled.settle(1)
     assert settled.findings() == {0: [], 1: []}
     assert [len(reading.leaves) for reading in settled.book().readings] == [3, 4]
+
+
+def test_verify_finds_a_newcomer_who_is_left_out() -> None:
+    """A committee that was drawn after it joined knew of it; one that was drawn before may not have."""
+    settled = Settled(num_members=3)
+    settled.settle(0)
+    early = settled.draft(1)
+    settled.world.join(4)
+    settled.accept(early)
+    assert settled.findings()[Round(1)] == []
+    settled.world.advance(PARAMS.rotation_s)
+    settled.world.any.rotate()
+    alike = dict.fromkeys(range(3), (50, 50, 50))
+    settled.settle(2, lambda proposal: with_root(msgspec.structs.replace(proposal, leaves=proposal.leaves[:3])), alike)
+    assert settled.findings()[Round(2)][0] == UNFIT_REGISTRY
+    with pytest.raises(WorldError, match="so many members"):
+        find_roster(settled.book(), 2, settled.network)
 
 
 def test_verify_finds_a_vector_of_somebody_who_is_not_in_the_committee(settled: Settled) -> None:
