@@ -54,6 +54,8 @@ def judge(
         return Evidence("wrong", findings=(reading.problem,))
     if reading.proposal is None:
         return MISSING
+    if reading.flaw:
+        return Evidence("wrong", reading.proposal, (f"shards: {reading.flaw}",), reading.updates)
     if reading.gap:
         return Evidence("missing", reading.proposal, updates=reading.updates)
     if previous is None and settled.prev_root != merkle.EMPTY_ROOT:

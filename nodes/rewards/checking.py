@@ -40,6 +40,8 @@ def verify_reading(book: Book, position: int, network: NetworkConfig, committee:
         return [f"{reading.problem}: it cannot be checked"]
     before = book.get_before(reading)
     previous = before.proposal if before else None
+    if reading.flaw:
+        return [f"shards: {reading.flaw}"]
     if reading.gap:
         return [f"{reading.gap}: it cannot be checked"]
     findings = verify_by_any(

@@ -12,7 +12,7 @@ from nodes.rewards.reading import Book, Fetch, Reading, advise, list_rosters, va
 from nodes.rewards.views import Status, get_status
 from p2pfm import work
 from p2pfm.config import NetworkConfig, ScoringConfig
-from p2pfm.errors import OperatorError, WorldError
+from p2pfm.errors import OperatorError, Reject, WorldError
 from p2pfm.messages import IncludedUpdate, Proposal
 from p2pfm.protocol.committee import MERGE_CAP, compute_shard_sums
 from p2pfm.protocol.membership import compute_shares
@@ -145,6 +145,8 @@ def explain(
     if member.index >= len(reading.leaves):
         raise OperatorError(f"peer {member.peer} joined after round {round}: its tree has no leaf for it")
     leaf, update = reading.leaves[member.index], reading.get_update(member.index)
+    if update is None and reading.flaw:
+        raise Reject(f"{reading.gap}: whether it merged an update of this peer cannot be told")
     if update is None and reading.gap:
         raise WorldError(f"{reading.gap}, perhaps of this peer; {advise(reading)}")
     payload = update.payload if update else excluded
@@ -217,7 +219,7 @@ def _find_ballot(
     for roster in list_rosters(book, reading.settled.position):
         dealt = deal(network, roster, proposal.round)
         number = dealt.shard_of.get(member.peer) if dealt else None
-        for update, shard in zip(proposal.updates, reading.shards, strict=True):
+        for update, shard in zip(proposal.updates, reading.shards, strict=False):
             if dealt is None or shard is None or update.member != number:
                 continue
             if payload is not None and not any(s.payload == payload for r in shard.reveals for s in r.scores):

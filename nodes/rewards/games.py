@@ -10,7 +10,7 @@ import msgspec
 from nodes.rewards.blobs import Blobs
 from nodes.rewards.reading import Book, Reading, validate_reading
 from p2pfm.config import NetworkConfig
-from p2pfm.errors import WorldError
+from p2pfm.errors import Reject, WorldError
 from p2pfm.messages import Proposal
 from p2pfm.protocol.events import Remembered, ScoreUpdates, Weighted
 from p2pfm.protocol.membership import compute_shares
@@ -60,6 +60,8 @@ def _list_levels(
 ) -> tuple[tuple[Game, ...], tuple[str, ...]]:
     proposal = validate_reading(reading)
     dealt = deal(network, roster, proposal.round)
+    if len(reading.shards) != len(proposal.updates):
+        raise Reject(f"its list of shards is none: {reading.flaw}")
     shards = list(zip(proposal.updates, reading.shards, strict=True))
     is_known = dealt is not None and all(
         update.member < len(dealt.shards)

@@ -5,19 +5,24 @@ from functools import partial
 
 import msgspec
 import pytest
+from rewards_world import with_root
 from rich.console import Console
 
 from nodes.rewards.blobs import Blobs
-from nodes.rewards.checking import verify_proposal
+from nodes.rewards.checking import verify_proposal, verify_reading
+from nodes.rewards.contests import search_round
 from nodes.rewards.explain import explain, list_excluded
 from nodes.rewards.measuring import DeepCheck, Meter
 from nodes.rewards.reading import Book, Reading, list_rosters, make_rows, read_book, read_round
 from nodes.rewards.reports import print_explanation
 from nodes.rewards.views import view_peers, view_rounds
-from p2pfm.errors import WorldError
+from p2pfm.errors import Reject, WorldError
 from p2pfm.learner import Learner
-from p2pfm.messages import Proposal, encode
-from p2pfm.types import Contribution, Digest, MemberIndex, Round, Weight
+from p2pfm.messages import LIST_MAX, Proposal, encode
+from p2pfm.settlement import merkle
+from p2pfm.settlement.ledger import LeafValue
+from p2pfm.settlement.rewards import from_wire, to_wire
+from p2pfm.types import Contribution, Digest, MemberIndex, Round, Wei, Weight
 from sim.scenarios import Scenario
 from sim.workshop import make_lab
 from sim.world import World
@@ -220,16 +225,75 @@ def test_what_nobody_serves_is_named_and_hides_the_rest_of_nothing(watched: Watc
         explain(book, book.roster.members[unknown.member], Round(1), watched.world.config, ())
 
 
-def test_a_digest_too_many_is_the_signers_lie(watched: Watched) -> None:
-    reading = watched.book.readings[1]
-    assert reading.proposal is not None
-    more = msgspec.structs.replace(reading.proposal, shards=(*reading.proposal.shards, Digest(b"x" * 32)))
-    told = read_round(
-        msgspec.structs.replace(reading.settled, data_digest=more.digest),
-        lambda digest: encode(more) if digest == more.digest else watched.blobs(digest),
+def read_as(watched: Watched, proposal: Proposal) -> Reading:
+    """What is read of a round whose committee signed this instead."""
+    leaves = from_wire(proposal.leaves)
+    tree = merkle.compute_root(leaves)
+    settled = msgspec.structs.replace(
+        watched.book.readings[1].settled,
+        root=tree.digest,
+        sums=tree.sums,
+        num_leaves=len(leaves),
+        data_digest=proposal.digest,
     )
-    assert told.is_lie
-    assert "3 updates of shards, and names what 4 certified" in told.problem
+    return read_round(settled, lambda digest: encode(proposal) if digest == proposal.digest else watched.blobs(digest))
+
+
+def find_in(watched: Watched, reading: Reading) -> tuple[Book, list[str]]:
+    """A book with round 1 read so, and what is found wrong with it."""
+    first, _, *others = watched.book.readings
+    book = msgspec.structs.replace(watched.book, readings=(first, reading, *others))
+    return book, verify_reading(book, 1, watched.world.config, ())
+
+
+def test_a_wrong_list_of_shards_is_the_signers_lie_and_hides_no_leaf(watched: Watched) -> None:
+    """A theft can be proven by its leaves, whatever else the proposal says."""
+    right = watched.book.readings[1].proposal
+    assert right is not None
+    robbed, *others = from_wire(right.leaves)
+    assert robbed.reward_wei > 0
+    poorer = LeafValue(Wei(robbed.cumulative_wei - 1), Wei(robbed.reward_wei - 1), robbed.contribution)
+    theft = with_root(msgspec.structs.replace(right, leaves=to_wire((poorer, *others))))
+    update, digest = right.updates[0], right.shards[0]
+    num_more = NUM_PEERS + 1
+    for says, changes in (
+        ("3 updates of shards, and names what 4 certified", {"shards": (*right.shards, Digest(b"x" * 32))}),
+        ("twice", {"shards": (digest, *right.shards[:-1])}),
+        ("no proposal", {"shards": (right.base, *right.shards[1:])}),
+        (
+            f"{num_more} shards certified, and has leaves for {NUM_PEERS}",
+            {"updates": (update,) * num_more, "shards": tuple(Digest(bytes([i]) * 32) for i in range(num_more))},
+        ),
+    ):
+        reading = read_as(watched, msgspec.structs.replace(theft, **changes))
+        assert not reading.is_lie
+        book, findings = find_in(watched, reading)
+        assert any(says in finding for finding in findings)
+        assert {fault.index for fault in search_round(book, reading)} == {MemberIndex(0)}
+        assert len(make_rows(book, reading)) == NUM_PEERS
+        assert view_rounds(book, 2)[1].problem == reading.gap
+        lost = next(row.member for row in make_rows(book, reading) if row.contribution is None)
+        with pytest.raises(Reject, match="cannot be told"):
+            explain(book, book.roster.members[lost], Round(1), watched.world.config, ())
+
+
+def test_of_a_list_that_can_be_none_of_shards_nothing_is_fetched(watched: Watched) -> None:
+    right = watched.book.readings[1].proposal
+    assert right is not None
+    many = msgspec.structs.replace(
+        right,
+        updates=(right.updates[0],) * LIST_MAX,
+        shards=tuple(Digest(number.to_bytes(32, "big")) for number in range(LIST_MAX)),
+    )
+    asked = []
+
+    def fetch(digest: Digest) -> bytes:
+        asked.append(digest)
+        return encode(many)
+
+    settled = msgspec.structs.replace(watched.book.readings[1].settled, data_digest=many.digest)
+    assert read_round(settled, fetch).flaw
+    assert asked == [many.digest]
 
 
 @pytest.mark.parametrize("number", range(NUM_ROUNDS))
