@@ -189,6 +189,17 @@ def _announce(proposal: Proposal) -> dict[Digest, Announcement]:
 # --- networks of shards
 
 
+def list_fitting(dealt: Deal, proposal: Proposal, shards: Sequence[Proposal | None]) -> tuple[int, ...]:
+    """Places of the shards whose updates are all of members that were dealt to them: all, by the registry of then."""
+    return tuple(
+        place
+        for place, (update, shard) in enumerate(zip(proposal.updates, shards, strict=False))
+        if shard is not None
+        and update.member < len(dealt.shards)
+        and all(dealt.shard_of.get(inner.peer) == update.member for inner in shard.updates)
+    )
+
+
 def _compare_shards(
     proposal: Proposal,
     shards: Sequence[Proposal | None],

@@ -22,7 +22,7 @@ from p2pfm.messages import LIST_MAX, Proposal, encode
 from p2pfm.settlement import merkle
 from p2pfm.settlement.ledger import LeafValue
 from p2pfm.settlement.rewards import from_wire, to_wire
-from p2pfm.types import Contribution, Digest, MemberIndex, Round, Wei, Weight
+from p2pfm.types import Contribution, Digest, MemberIndex, PeerId, Round, Wei, Weight
 from sim.scenarios import Scenario
 from sim.workshop import make_lab
 from sim.world import World
@@ -354,6 +354,57 @@ def test_a_lie_at_either_level_is_measured(watched: Watched) -> None:
     swapped = tuple(msgspec.structs.replace(item, weight=Weight(item.weight // 2 + 3)) for item in shard.updates)
     found = check(watched, forge(reading, 0, updates=(swapped[0], *shard.updates[1:])))
     assert any(finding.startswith(f"{first.peer}: its updates make") for finding in found.findings)
+
+
+@pytest.mark.parametrize("kind", ["no payload", "no reveals", "another base", "a stranger", "a name that is none"])
+def test_nonsense_of_one_shard_hides_nothing_of_the_others(watched: Watched, kind: str) -> None:
+    reading = watched.book.readings[2]
+    proposal, (shard, other, _) = reading.proposal, reading.shards
+    assert proposal is not None
+    assert shard is not None
+    assert other is not None
+    update, *rest = shard.updates
+    if kind == "no payload":
+        bogus = msgspec.structs.replace(update, payload=proposal.base)
+        forged, says = forge(reading, 0, updates=(bogus, *rest)), "its payload is none"
+    elif kind == "no reveals":
+        forged, says = forge(reading, 0, reveals=()), "nobody scored it"
+    elif kind == "another base":
+        forged, says = forge(reading, 0, base=Digest(b"x" * 32)), "it started from 7878"
+    elif kind == "a stranger":
+        forged, says = forge(reading, 0, updates=(*shard.updates, other.updates[0])), "of others than its members"
+    else:
+        forged, says = reading, "its payload is of shard-"
+    top, *tops = proposal.updates
+    if kind == "a name that is none":
+        top = msgspec.structs.replace(top, peer=PeerId("shard-" + "é" * 100))
+    *tops, last = tops
+    raised = msgspec.structs.replace(last, contribution=Contribution(9 * abs(last.contribution) + 10**8))
+    proposal = msgspec.structs.replace(proposal, updates=(top, *tops, raised))
+    found = check(watched, msgspec.structs.replace(forged, proposal=proposal))
+    assert any(says in line for line in (*found.findings, *found.notes))
+    if kind == "a name that is none":
+        assert len(found.updates) == NUM_PEERS, "inside of each shard all is measured"
+    else:
+        assert len(found.updates) == NUM_SHARDS + NUM_PEERS * (NUM_SHARDS - 1) // NUM_SHARDS
+        assert any(finding.startswith(f"update of {raised.peer}: certified") for finding in found.findings)
+
+
+def test_a_base_that_is_none_is_a_finding(watched: Watched) -> None:
+    reading = watched.book.readings[2]
+    assert reading.proposal is not None
+    proposal = msgspec.structs.replace(reading.proposal, base=reading.proposal.updates[0].payload)
+    found = check(watched, msgspec.structs.replace(reading, proposal=proposal))
+    assert found.findings[0].startswith("base: what it starts from is none")
+
+
+def test_an_update_is_left_out_of_a_shard_of_nonsense_only_where_that_can_be(watched: Watched) -> None:
+    reading = forge(watched.book.readings[0], 0, base=Digest(b"x" * 32))
+    meter = Meter(make_learner(watched), watched.blobs, watched.world.config)
+    shard = reading.shards[0]
+    assert shard is not None
+    with pytest.raises(WorldError, match="nobody serves the base 7878"):
+        meter.compare_without(watched.book, reading, shard.updates[0].payload)
 
 
 def test_members_whose_updates_are_gone_are_not_measured_and_the_others_are(watched: Watched) -> None:
