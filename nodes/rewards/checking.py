@@ -3,7 +3,7 @@
 What a member revealed may be wrong all the same: `measuring` measures it again. Knows no model.
 """
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
@@ -11,7 +11,13 @@ from nodes.rewards.reading import Book, Fetch, compare_root, list_rosters, name_
 from p2pfm.config import NetworkConfig
 from p2pfm.errors import Reject, WorldError
 from p2pfm.messages import Announcement, IncludedUpdate, Proposal
-from p2pfm.protocol.committee import draft_proposal, draft_shard_proposal, draft_top_proposal
+from p2pfm.protocol.committee import (
+    are_members,
+    draft_proposal,
+    draft_shard_proposal,
+    draft_top_proposal,
+    validate_vector,
+)
 from p2pfm.protocol.shards import Deal, deal, get_shard_name
 from p2pfm.settlement import merkle
 from p2pfm.settlement.ledger import LeafValue, Ledger, Roster, SettledRound
@@ -152,11 +158,10 @@ def _compare_content(
         findings.append(
             f"base: the round before ended with {previous.new_base.hex()}, this one starts from {proposal.base.hex()}"
         )
-    if _has_strange_reveals(proposal, range(len(proposal.leaves))):
-        return [*findings, STRANGE_REVEALS]
-    then = msgspec.structs.replace(
-        roster, epoch=proposal.epoch, nonce=proposal.nonce, members=roster.members[: len(proposal.leaves)]
-    )
+    strange = _find_strange(proposal, roster)
+    if strange:
+        return [*findings, *strange]
+    then = msgspec.structs.replace(roster, epoch=proposal.epoch, nonce=proposal.nonce)
     dealt = deal(network, then, proposal.round)
     if dealt is not None:
         return [*findings, *_compare_shards(proposal, shards, then, dealt, previous, network)]
@@ -171,11 +176,22 @@ def _compare_content(
     return [*findings, *_compare_updates(right, proposal), *_compare_leaves(right, proposal)]
 
 
-def _has_strange_reveals(proposal: Proposal, members: Container[int]) -> bool:
+def _find_strange(proposal: Proposal, roster: Roster) -> list[str]:
+    """What no honest member reveals, or counts as revealed."""
     revealed = [reveal.member for reveal in proposal.reveals]
-    return len(set(revealed)) < len(revealed) or any(
-        reveal.round != proposal.round or reveal.member not in members for reveal in proposal.reveals
-    )
+    if len(set(revealed)) < len(revealed) or any(
+        reveal.round != proposal.round or reveal.member not in roster.by_index for reveal in proposal.reveals
+    ):
+        return [STRANGE_REVEALS]
+    findings = []
+    for reveal in proposal.reveals:
+        try:
+            validate_vector(reveal, len(roster.members))
+        except Reject as error:
+            findings.append(f"reveal of member {reveal.member}: {error}")
+        if not are_members(reveal.served, roster):
+            findings.append(f"reveal of member {reveal.member}: it names a replica that is no member")
+    return findings
 
 
 def _announce(proposal: Proposal) -> dict[Digest, Announcement]:
@@ -252,8 +268,9 @@ def _verify_shard(
         ("leaves", 0, len(shard.leaves)),
     )
     findings = [f"{name}: should be {right}, is {told}" for name, right, told in pairs if right != told]
-    if _has_strange_reveals(shard, roster.by_index):
-        return [*findings, STRANGE_REVEALS]
+    strange = _find_strange(shard, roster)
+    if strange:
+        return [*findings, *strange]
     findings += _compare_committee(shard, roster.committee)
     try:
         right = draft_shard_proposal(

@@ -256,6 +256,9 @@ def _compute_cap(
     In a network of shards both are of the merge inside of the shard.
     """
     before = book.get_before(reading)
+    place = next((place for place, update in enumerate(ballot.updates) if update.member == member.index), None)
+    if place is None or (part is None and any(update.member >= len(reading.leaves) for update in ballot.updates)):
+        return None, None  # nonsense that the committee signed
     measured = [(update.member, update.contribution) for update in ballot.updates]
     sums = (
         [reading.leaves[update.member].contribution for update in ballot.updates]
@@ -269,7 +272,6 @@ def _compute_cap(
         shares = compute_shares(among, network.stake_cap())
         most = [Weight(MERGE_CAP * shares.get(update.peer, 0)) for update in ballot.updates]
         if [update.weight for update in ballot.updates] == list(map(min, wanted, most)):
-            place = next(place for place, update in enumerate(ballot.updates) if update.member == member.index)
             return wanted[place], most[place]
     return None, None
 

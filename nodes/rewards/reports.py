@@ -33,7 +33,7 @@ def print_explanation(
 ) -> None:
     """One section a step."""
     table = Table(
-        title=f"Peer {told.member} ({told.peer}) in round {told.round}",
+        title=f"Peer {told.member} ({escape(told.peer)}) in round {told.round}",
         title_justify="left",
         show_header=False,
         box=None,
@@ -48,7 +48,7 @@ def print_explanation(
             reading = "revealed no vector"
         elif judgement.contribution is None:
             reading = "did not score it"
-        table.add_row(f"  member {judgement.member}", f"{reading}  [dim]{format_peer(judgement.peer)}[/]")
+        table.add_row(f"  member {judgement.member}", f"{reading}  [dim]{escape(format_peer(judgement.peer))}[/]")
     if told.part is not None:
         table.add_row("its part", _describe_part(told, told.part))
     table.add_row("this epoch", f"epoch {told.epoch}: {format_nats(told.accumulated)} mnat/token so far")
@@ -95,7 +95,7 @@ def print_balances(out: Console, balances: "Sequence[Balance]") -> None:
         off, most = abs(balance.certified - balance.measured), balance.tolerance
         verdict = "[red]too far[/]" if balance.is_finding else "within"
         out.print(
-            f"  {name_maker(balance.peer, balance.member)} ({balance.num_rounds} rounds): certified "
+            f"  {escape(name_maker(balance.peer, balance.member))} ({balance.num_rounds} rounds): certified "
             f"{format_nats(balance.certified)}, measured again {format_nats(balance.measured)} mnat/token; off by "
             f"{format_nats(off)[1:]}, tolerated {format_nats(most)[1:]}: {verdict}",
             highlight=False,
@@ -108,10 +108,11 @@ def print_contest(out: Console, contest: Contest, unprovable: Sequence[str], boo
     if not contest.faults and not unprovable:
         out.print(f"round {contest.round}: follows the rules", highlight=False)
     for fault in contest.faults[:FAULTS_TOLD_MAX]:
+        peer = escape(format_peer(book.roster.members[fault.index].peer))
         what = "reward" if fault.kind == FaultKind.REWARD else "sum up to the round"
         out.print(
-            f"round {contest.round}: member {fault.index} ({format_peer(book.roster.members[fault.index].peer)}): "
-            f"its {what} is {fault.found_wei} wei, the rule says {fault.expected_wei}",
+            f"round {contest.round}: member {fault.index} ({peer}): its "
+            f" {what} is {fault.found_wei} wei, the rule says {fault.expected_wei}",
             highlight=False,
             soft_wrap=True,
         )
@@ -220,7 +221,7 @@ def _print_check(out: Console, check: "DeepCheck") -> None:
         off, most = format_nats(abs(update.certified - update.measured)), format_nats(update.tolerance)
         verdict = "[red]too far[/]" if update.is_finding else update.note or "within"
         out.print(
-            f"  {update.name}: certified {format_nats(update.certified)}, measured again "
+            f"  {escape(update.name)}: certified {format_nats(update.certified)}, measured again "
             f"{format_nats(update.measured)} mnat/token; off by {off[1:]}, tolerated {most[1:]}: "
             f"{verdict}",
             highlight=False,

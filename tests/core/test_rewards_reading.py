@@ -7,12 +7,12 @@ import pytest
 from ledger_worlds import PARAMS, PEERS
 from rewards_world import MEASURED, POOL_WEI, Settled, add_served, move_cumulative, move_reward, with_root
 
-from nodes.rewards import claim_newest, read_rewards, rows_to_json
+from nodes.rewards import claim_newest, read_rewards, rows_to_json, verify_rewards
 from nodes.rewards.checking import UNFIT_REGISTRY, find_roster
 from nodes.rewards.plots import plot_rewards
 from nodes.rewards.reading import find_member
 from p2pfm.errors import OperatorError, Reject, WorldError
-from p2pfm.messages import Proposal
+from p2pfm.messages import Proposal, Service
 from p2pfm.types import WEIGHT_ONE, Contribution, Digest, MemberIndex, Round, Weight
 
 
@@ -134,6 +134,51 @@ def test_verify_finds_a_round_from_another_base(settled: Settled) -> None:
     settled.settle(1, lambda proposal: msgspec.structs.replace(proposal, base=Digest(b"x" * 32)))
     (finding,) = settled.findings()[Round(1)]
     assert finding.startswith("base: the round before ended with")
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("a replica that is no member", "names a replica that is no member"),
+        ("an update of nobody", "updates: expected 3"),
+        ("scores out of order", "not sorted"),
+    ],
+)
+def test_nonsense_that_a_committee_signed_is_a_finding_and_ends_nothing(settled: Settled, kind: str, says: str) -> None:
+    def tamper(proposal: Proposal) -> Proposal:
+        reveal, *others = proposal.reveals
+        if kind == "a replica that is no member":
+            served = (Service(MemberIndex(10**6), WEIGHT_ONE),)
+            reveals = (msgspec.structs.replace(reveal, served=served), *others)
+            return msgspec.structs.replace(proposal, reveals=reveals)
+        if kind == "scores out of order":
+            reveals = (msgspec.structs.replace(reveal, scores=reveal.scores[::-1]), *others)
+            return msgspec.structs.replace(proposal, reveals=reveals)
+        nobody = msgspec.structs.replace(proposal.updates[0], member=MemberIndex(10**6))
+        return msgspec.structs.replace(proposal, updates=(nobody, *proposal.updates))
+
+    settled.settle(0, tamper)
+    assert says in settled.findings()[Round(0)][0]
+    assert find_roster(settled.book(), 0, settled.network).members == settled.world.any.get_roster().members
+
+
+def test_a_sum_for_serving_that_cannot_grow_ends_nothing(settled: Settled) -> None:
+    """The contract bounds no sum for serving: a leaf may hold all that 16 bytes can."""
+
+    def serve(proposal: Proposal) -> Proposal:
+        served = (Service(MemberIndex(0), WEIGHT_ONE),)
+        reveals = (msgspec.structs.replace(reveal, served=served) for reveal in proposal.reveals)
+        return msgspec.structs.replace(proposal, reveals=tuple(reveals))
+
+    settled.settle(0, lambda proposal: add_served(proposal, 2**128 - 1, target=0))
+    settled.settle(1, serve)
+    network = msgspec.structs.replace(
+        settled.network,
+        settlement=msgspec.structs.replace(settled.network.settlement, serving_per_epoch_pfm=1),
+        chain=msgspec.structs.replace(settled.network.chain, serving_pool="0x" + "33" * 20),
+    )
+    (finding,) = verify_rewards(settled.world.any, settled.blobs.get, network)[Round(1)]
+    assert finding.startswith("it cannot be recomputed")
 
 
 def test_verify_finds_leaves_that_are_not_of_the_root(settled: Settled) -> None:

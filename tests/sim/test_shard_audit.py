@@ -318,6 +318,18 @@ def test_a_reward_is_explained_through_both_levels(watched: Watched, number: int
     assert f"shard {part.shard} of 3 contributed" in text
 
 
+def test_a_shard_without_vectors_or_updates_is_explained_as_far_as_it_goes(watched: Watched) -> None:
+    reading = watched.book.readings[1]
+    assert reading.shards[0] is not None
+    maker = reading.shards[0].updates[0].member
+    for changes in ({"reveals": ()}, {"updates": ()}):
+        first, _, *others = watched.book.readings
+        readings = (first, forge(reading, 0, **changes), *others)
+        book = msgspec.structs.replace(watched.book, readings=readings)
+        told = explain(book, book.roster.members[maker], Round(1), watched.world.config, ())
+        assert told.reward_wei == told.expected_wei
+
+
 def check(watched: Watched, reading: Reading, blobs: Blobs | None = None) -> DeepCheck:
     meter = Meter(make_learner(watched), blobs or watched.blobs, watched.world.config)
     roster = list_rosters(watched.book, reading.settled.position)[0]
