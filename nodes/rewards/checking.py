@@ -9,7 +9,7 @@ import msgspec
 
 from nodes.rewards.reading import Book, Fetch, compare_root, list_rosters, name_maker, read_book
 from p2pfm.config import NetworkConfig
-from p2pfm.errors import Reject, WorldError
+from p2pfm.errors import Reject
 from p2pfm.messages import Announcement, IncludedUpdate, Proposal
 from p2pfm.protocol.committee import (
     are_members,
@@ -73,21 +73,23 @@ def verify_by_any(
     return findings
 
 
-def find_roster(book: Book, position: int, network: NetworkConfig) -> Roster:
-    """The registry by which the round at a position recomputes; the newest of its time, if it does by none.
+def find_roster(book: Book, position: int, network: NetworkConfig) -> Roster | None:
+    """The registry by which the round at a position recomputes; None: it has leaves of no registry of its time.
 
-    Raises: WorldError, if its leaves are those of no registry of its time.
+    If it recomputes by none, since something in it is wrong: the newest of those by whose deal most shards certified
+    updates of their own members only.
     """
     reading, before = book.readings[position], book.get_before(book.readings[position])
     rosters = list_rosters(book, position)
-    if not rosters:
-        raise WorldError(UNFIT_REGISTRY)
-    previous = before.proposal if before else None
-    for roster in rosters if reading.proposal else ():
-        assert reading.proposal is not None, "looked at above"
-        if not verify_proposal(reading.settled, reading.proposal, reading.shards, roster, previous, network):
+    proposal, previous = reading.proposal, before.proposal if before else None
+    if proposal is None or not rosters:
+        return rosters[0] if rosters else None
+    for roster in rosters:
+        if not verify_proposal(reading.settled, proposal, reading.shards, roster, previous, network):
             return roster
-    return rosters[0]
+    deals = (deal(network, roster, proposal.round) for roster in rosters)
+    fits = [len(list_fitting(dealt, proposal, reading.shards)) if dealt else 0 for dealt in deals]
+    return rosters[fits.index(max(fits))]
 
 
 def verify_proposal(

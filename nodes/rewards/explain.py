@@ -8,6 +8,7 @@ from typing import Literal
 
 import msgspec
 
+from nodes.rewards.checking import find_roster
 from nodes.rewards.reading import Book, Fetch, Reading, advise, list_rosters, validate_reading
 from nodes.rewards.views import Status, get_status
 from p2pfm import work
@@ -216,18 +217,21 @@ def _find_ballot(
     """(where the member's update was scored, its committee if that is a shard's, what became of that shard)."""
     if not proposal.shards:
         return proposal, None, None
-    for roster in list_rosters(book, reading.settled.position):
-        dealt = deal(network, roster, proposal.round)
-        number = dealt.shard_of.get(member.peer) if dealt else None
-        for update, shard in zip(proposal.updates, reading.shards, strict=False):
-            if dealt is None or shard is None or update.member != number:
-                continue
-            if payload is not None and not any(s.payload == payload for r in shard.reveals for s in r.scores):
-                continue  # it was dealt otherwise then
-            positive = sum(max(0, inner.contribution) for inner in shard.updates)
-            part = ShardPart(number, len(dealt.shards), update.contribution, positive, update.weight)
-            return shard, dealt.shards[number].committee, part
-    return msgspec.structs.replace(proposal, updates=(), reveals=()), (), None  # its shard's round is not known
+    roster = find_roster(book, reading.settled.position, network)
+    dealt = deal(network, roster, proposal.round) if roster else None
+    at_hand = [
+        (update, shard) for update, shard in zip(proposal.updates, reading.shards, strict=False) if shard is not None
+    ]
+    # Where it was certified, whatever it was dealt; of one that was not, where it should have been.
+    number = dealt.shard_of.get(member.peer) if dealt else None
+    found = [pair for pair in at_hand if payload in pair[1].payloads]
+    found += [pair for pair in at_hand if pair[0].member == number]
+    if dealt is None or not found or found[0][0].member >= len(dealt.shards):
+        return msgspec.structs.replace(proposal, updates=(), reveals=()), (), None  # its shard's round is not known
+    update, shard = found[0]
+    positive = sum(max(0, inner.contribution) for inner in shard.updates)
+    part = ShardPart(update.member, len(dealt.shards), update.contribution, positive, update.weight)
+    return shard, dealt.shards[update.member].committee, part
 
 
 def _list_judgements(

@@ -421,7 +421,7 @@ def check_rounds(
     meter: Meter,
     book: Book,
     readings: Sequence[Reading],
-    get_roster: Callable[[int], Roster],
+    get_roster: Callable[[int], Roster | None],
     num_draws: int,
     seconds: float,
     tell: Tell,
@@ -431,7 +431,7 @@ def check_rounds(
     Returns them in the order of rounds.
 
     Args:
-        get_roster: by position; raises WorldError where none is known.
+        get_roster: by position; None: the registry of then cannot be told.
     """
     began, checks, slowest = time.monotonic(), [], 0.0
     for number, reading in enumerate(reversed(readings)):
@@ -444,11 +444,11 @@ def check_rounds(
         def tell_all(done: int, total: int, what: str, number: int = number) -> None:
             tell(number * total + done, len(readings) * total, what)
 
-        try:
-            roster = get_roster(reading.settled.position)
-            checks.append(meter.check_round(book, reading, roster, num_draws, tell_all))
-        except WorldError as error:
-            checks.append(DeepCheck(reading.settled.round, (), (), (f"not measured: {error}",)))
+        roster = get_roster(reading.settled.position)
+        if roster is None:
+            checks.append(DeepCheck(reading.settled.round, (), (), ("not measured: its registry cannot be told",)))
+            continue
+        checks.append(meter.check_round(book, reading, roster, num_draws, tell_all))
         slowest = max(slowest, time.monotonic() - start)
     return tuple(reversed(checks))
 

@@ -9,7 +9,7 @@ from rewards_world import with_root
 from rich.console import Console
 
 from nodes.rewards.blobs import Blobs
-from nodes.rewards.checking import verify_proposal, verify_reading
+from nodes.rewards.checking import find_roster, verify_proposal, verify_reading
 from nodes.rewards.contests import search_round
 from nodes.rewards.explain import explain, list_excluded
 from nodes.rewards.measuring import DeepCheck, Meter
@@ -20,7 +20,7 @@ from p2pfm.errors import Reject, WorldError
 from p2pfm.learner import Learner
 from p2pfm.messages import LIST_MAX, Proposal, encode
 from p2pfm.settlement import merkle
-from p2pfm.settlement.ledger import LeafValue
+from p2pfm.settlement.ledger import Accepted, LeafValue, Left
 from p2pfm.settlement.rewards import from_wire, to_wire
 from p2pfm.types import Contribution, Digest, MemberIndex, PeerId, Round, Wei, Weight
 from sim.scenarios import Scenario
@@ -328,6 +328,35 @@ def test_a_shard_without_vectors_or_updates_is_explained_as_far_as_it_goes(watch
         book = msgspec.structs.replace(watched.book, readings=readings)
         told = explain(book, book.roster.members[maker], Round(1), watched.world.config, ())
         assert told.reward_wei == told.expected_wei
+
+
+def test_a_registry_that_changed_within_the_round_is_told_by_its_deal(watched: Watched) -> None:
+    """A third left while the round ran, and the next deal has two shards: by it each member had another committee."""
+    right, lie = watched.book, watched.book.readings[1].proposal
+    assert lie is not None
+    raised = msgspec.structs.replace(lie.updates[0], contribution=Contribution(10**9))
+    lie = msgspec.structs.replace(lie, updates=(raised, *lie.updates[1:]))
+    entries = list(right.entries)
+    at = next(
+        place
+        for place, entry in enumerate(entries)
+        if isinstance(entry.what, Accepted) and entry.what.settled.round == 1
+    )
+    leavers = range(NUM_PEERS // NUM_SHARDS)
+    entries[at:at] = [msgspec.structs.replace(entries[at], what=Left(MemberIndex(index))) for index in leavers]
+    changed = msgspec.structs.replace(right, entries=tuple(entries))
+    assert not list_rosters(changed, 1)[0].members[0].active
+    for member in right.roster.members:
+        told = explain(changed, member, Round(1), watched.world.config, ())
+        assert told.part is not None
+        assert told.part.num_shards == NUM_SHARDS
+        assert told == explain(right, member, Round(1), watched.world.config, ())
+    # The same where the round recomputes by none of them, so that what is wrong in it can be measured.
+    first, second, *others = right.readings
+    readings = (first, msgspec.structs.replace(second, proposal=lie), *others)
+    known = find_roster(msgspec.structs.replace(changed, readings=readings), 1, watched.world.config)
+    assert known is not None
+    assert all(member.active for member in known.members)
 
 
 def check(watched: Watched, reading: Reading, blobs: Blobs | None = None) -> DeepCheck:
