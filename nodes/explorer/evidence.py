@@ -5,7 +5,7 @@ from typing import Literal
 
 import msgspec
 
-from nodes.rewards.checking import verify_by_any
+from nodes.rewards.checking import is_accusation, verify_by_any
 from nodes.rewards.reading import Fetch, read_round
 from p2pfm.config import NetworkConfig
 from p2pfm.messages import IncludedUpdate, Proposal
@@ -15,7 +15,8 @@ from p2pfm.settlement.ledger import Roster, SettledRound
 State = Literal["verified", "matched", "wrong", "missing"]
 """verified: medians, weights, leaves and root recompute from the revealed vectors. matched: the leaves are those of the
 root on chain, but the round before is not at hand, so that nothing can be recomputed. wrong: what the committee signed
-is not what the rules give; see the findings. missing: nobody serves it, or what its shards certified."""
+is not what the rules give; see the findings. missing: nobody serves it, or what its shards certified (perhaps of a word
+that was not merged)."""
 
 FINDINGS_MAX = 20
 """So many are shown; a proposal has thousands of places to be wrong in."""
@@ -61,5 +62,5 @@ def judge(
     if previous is None and settled.prev_root != merkle.EMPTY_ROOT:
         return Evidence("matched", reading.proposal, updates=reading.updates)
     findings = verify_by_any(settled, reading.proposal, reading.shards, rosters, previous, network)
-    state: State = "wrong" if findings else "verified"
+    state: State = "wrong" if is_accusation(findings) else "missing" if findings else "verified"
     return Evidence(state, reading.proposal, tuple(findings[:FINDINGS_MAX]), reading.updates)

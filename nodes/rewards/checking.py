@@ -3,6 +3,7 @@
 What a member revealed may be wrong all the same: `measuring` measures it again. Knows no model.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import msgspec
@@ -25,6 +26,9 @@ from p2pfm.settlement.rewards import from_wire
 from p2pfm.settlement.sampling import compute_quorum
 from p2pfm.types import WEIGHT_ONE, Digest, MemberIndex, Round
 
+UNCHECKED = "it cannot be checked"
+"""How a finding ends that accuses nobody."""
+
 UNFIT_REGISTRY = "leaves: at no time of the round's committee were so many members registered"
 STRANGE_REVEALS = "reveals: one member's stand there twice, or are nobody's, or of another round"
 
@@ -43,13 +47,13 @@ def verify_reading(book: Book, position: int, network: NetworkConfig, committee:
     """What is wrong with the round at a position; `committee`: that of its epoch."""
     reading = book.readings[position]
     if reading.proposal is None:
-        return [f"{reading.problem}: it cannot be checked"]
+        return [f"{reading.problem}: {UNCHECKED}"]
     before = book.get_before(reading)
     previous = before.proposal if before else None
     if reading.flaw:
         return [f"shards: {reading.flaw}"]
     if reading.gap:
-        return [f"{reading.gap}: it cannot be checked"]
+        return [f"{reading.gap}: {UNCHECKED}"]
     findings = verify_by_any(
         reading.settled, reading.proposal, reading.shards, list_rosters(book, position), previous, network
     )
@@ -64,13 +68,19 @@ def verify_by_any(
     previous: Proposal | None,
     network: NetworkConfig,
 ) -> list[str]:
-    """As `verify_proposal`, by the first registry by which nothing is wrong; by the last of them, if there is none."""
-    findings = [UNFIT_REGISTRY]
-    for roster in rosters:
+    """As `verify_proposal`, by the registry by which the least is wrong."""
+    least = [UNFIT_REGISTRY]
+    for number, roster in enumerate(rosters):
         findings = verify_proposal(settled, proposal, shards, roster, previous, network)
         if not findings:
-            break
-    return findings
+            return []
+        least = findings if not number else min(least, findings, key=len)
+    return least
+
+
+def is_accusation(findings: Sequence[str]) -> bool:
+    """Whether something is wrong, and not only what cannot be checked."""
+    return not all(finding.endswith(UNCHECKED) for finding in findings)
 
 
 def find_roster(book: Book, position: int, network: NetworkConfig) -> Roster | None:
@@ -154,7 +164,7 @@ def _compare_content(
     taken from the proposal.
     """
     if (previous.root if previous else merkle.EMPTY_ROOT) != settled.prev_root:
-        return ["the settled round before this one is not at hand, so that its leaves cannot be recomputed"]
+        return [f"the settled round before this one is not at hand: {UNCHECKED}"]
     findings = []
     if previous is not None and proposal.base != previous.new_base:
         findings.append(
@@ -236,14 +246,22 @@ def _compare_shards(
         if number >= len(dealt.shards) or update.peer != get_shard_name(number):
             return [f"updates: {update.peer!r} (member {number}) is none of the round's {len(dealt.shards)} shards"]
         if shard is None:
-            return [f"{update.peer}: nobody serves what it certified: the round cannot be checked"]
+            return [f"{update.peer}: nobody serves what it certified: {UNCHECKED}"]
         certified[update.payload] = (number, shard)
         found = _verify_shard(proposal, update, shard, dealt, previous, network)
         findings += [f"{update.peer}: {finding}" for finding in found]
-    absent = len(dealt.shards) - len({number for number, _ in certified.values()})
-    unknown = {score.payload for reveal in proposal.reveals for score in reveal.scores} - certified.keys()
-    if certified and not absent:  # then what else was scored can only be the second word of a shard that is there
-        certified |= dict.fromkeys(unknown, certified[min(certified)])
+    # Of two words of one shard the lower digest stands: what else was scored, of a higher digest than some shard's, is
+    # taken for that one's second word. Where a shard is absent, it may be its only word as well.
+    counts = Counter(score.payload for reveal in proposal.reveals for score in reveal.scores)
+    scored = {payload for payload, count in counts.items() if 2 * count > len(proposal.reveals)}
+    second = {payload for payload in scored - certified.keys() if any(payload > known for known in certified)}
+    if second and len({number for number, _ in certified.values()}) < len(dealt.shards):
+        names = ", ".join(payload.hex()[:10] for payload in sorted(second))
+        findings.append(
+            f"updates: {names}: scored and not merged, as a shard's second word should be, but perhaps the only one of "
+            f"a shard that is absent: {UNCHECKED}"
+        )
+    certified |= {payload: certified[min(certified)] for payload in second}
     try:
         right = draft_top_proposal(
             network, roster, dealt, previous, proposal.round, proposal.base, proposal.reveals, certified

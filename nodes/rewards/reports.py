@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from nodes.rewards.checking import is_accusation
 from nodes.rewards.contests import Contest
 from nodes.rewards.explain import Explanation, ShardPart
 from nodes.rewards.reading import Book, name_maker
@@ -77,7 +78,8 @@ def print_findings(out: Console, findings: Mapping[Round, Sequence[str]], checks
     for round, found in findings.items():
         check = checks.get(round)
         wrong = [*found, *(check.findings if check else ())]
-        out.print(f"round {round}: {'[red]wrong[/]' if wrong else '[green]ok[/]'}", highlight=False)
+        verdict = "[red]wrong[/]" if is_accusation(wrong) else "[yellow]not checked[/]" if wrong else "[green]ok[/]"
+        out.print(f"round {round}: {verdict}", highlight=False)
         for line in wrong:
             out.print(f"  {escape(line)}", highlight=False, soft_wrap=True)
         if check:
@@ -119,7 +121,8 @@ def print_contest(out: Console, contest: Contest, unprovable: Sequence[str], boo
     if len(contest.faults) > FAULTS_TOLD_MAX:
         out.print(f"  and {len(contest.faults) - FAULTS_TOLD_MAX} more", highlight=False)
     for line in unprovable:
-        out.print(f"round {contest.round}: wrong, but not provable on chain: {escape(line)}", highlight=False)
+        what = "wrong, but not provable on chain: " if is_accusation([line]) else ""
+        out.print(f"round {contest.round}: {what}{escape(line)}", highlight=False)
     if contest.proven is not None:
         out.print(
             f"[green]proven[/]: round {contest.round} and all after it are void; {contest.num_slashed} signers lost "

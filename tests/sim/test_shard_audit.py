@@ -8,8 +8,9 @@ import pytest
 from rewards_world import with_root
 from rich.console import Console
 
+from nodes.explorer.evidence import judge
 from nodes.rewards.blobs import Blobs
-from nodes.rewards.checking import find_roster, verify_proposal, verify_reading
+from nodes.rewards.checking import UNCHECKED, find_roster, is_accusation, verify_proposal, verify_reading
 from nodes.rewards.contests import search_round
 from nodes.rewards.explain import explain, list_excluded
 from nodes.rewards.measuring import DeepCheck, Meter
@@ -18,7 +19,9 @@ from nodes.rewards.reports import print_explanation
 from nodes.rewards.views import view_peers, view_rounds
 from p2pfm.errors import Reject, WorldError
 from p2pfm.learner import Learner
-from p2pfm.messages import LIST_MAX, Proposal, encode
+from p2pfm.messages import LIST_MAX, Proposal, Score, ScoreReveal, encode
+from p2pfm.protocol.committee import draft_top_proposal
+from p2pfm.protocol.shards import deal
 from p2pfm.settlement import merkle
 from p2pfm.settlement.ledger import Accepted, LeafValue, Left
 from p2pfm.settlement.rewards import from_wire, to_wire
@@ -209,6 +212,43 @@ def test_a_second_certificate_of_a_shard_that_was_scored_accuses_nobody(watched:
         for reveal in reading.proposal.reveals
     )
     assert watched.verify(reading, reveals=twice) == []
+
+
+def test_a_second_word_beside_an_absent_shard_accuses_nobody(watched: Watched) -> None:
+    """Whose it was nobody can tell: perhaps the absent one's only word. A lower digest should have been merged."""
+    proposal, shards = watched.book.readings[1].proposal, watched.book.readings[1].shards
+    before, roster = watched.book.readings[0].proposal, list_rosters(watched.book, 1)[0]
+    dealt = deal(watched.world.config, roster, Round(1))
+    assert proposal is not None
+    assert dealt is not None
+    absent = proposal.updates[-1].payload
+
+    def score(payload: Digest) -> tuple[ScoreReveal, ...]:
+        """The reveals with this in place of what the absent shard certified."""
+        named = ({score.payload: score.contribution for score in reveal.scores} for reveal in proposal.reveals)
+        swapped = ({payload if key == absent else key: value for key, value in scores.items()} for scores in named)
+        return tuple(
+            msgspec.structs.replace(reveal, scores=tuple(Score(key, scores[key]) for key in sorted(scores)))
+            for reveal, scores in zip(proposal.reveals, swapped, strict=True)
+        )
+
+    certified = {
+        update.payload: (update.member, shard)
+        for update, shard in zip(proposal.updates, shards, strict=True)
+        if shard is not None and update.payload != absent
+    }
+    second = Digest(b"\xff" * 32)
+    known = {**certified, second: certified[min(certified)]}
+    right = draft_top_proposal(
+        watched.world.config, roster, dealt, before, Round(1), proposal.base, score(second), known
+    )
+    right = msgspec.structs.replace(right, new_base=proposal.new_base)
+    reading = read_as(watched, right)
+    (finding,) = watched.verify(reading)
+    assert finding.endswith(UNCHECKED)
+    data = {**watched.blobs.kept, right.digest: encode(right)}
+    assert judge(reading.settled, data.get, [roster], before, watched.world.config).state == "missing"
+    assert is_accusation(watched.verify(reading, reveals=score(Digest(bytes(32)))))
 
 
 def test_what_nobody_serves_is_named_and_hides_the_rest_of_nothing(watched: Watched) -> None:
