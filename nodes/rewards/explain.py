@@ -3,6 +3,7 @@
 What the update was good for is measured in `measuring`; here everything follows from a Book.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
@@ -23,6 +24,9 @@ from p2pfm.settlement.faults import compute_pool
 from p2pfm.settlement.ledger import LeafValue, Member
 from p2pfm.settlement.rewards import compute_reward, compute_weights
 from p2pfm.types import Contribution, Digest, Epoch, MemberIndex, PeerId, Round, Wei, Weight
+
+EXCLUDED_MAX = 256
+"""Each is fetched for its maker's name. Honest vectors differ in a few; one shard's liars could name 160,000."""
 
 Verdict = Literal["passed", "failed", "off", "unknown"]
 
@@ -200,9 +204,16 @@ def explain(
 
 
 def list_excluded(reading: Reading) -> tuple[Digest, ...]:
-    """Peers' payloads that somebody scored and nobody merged: half of the vectors or fewer have them. Sorted."""
-    scored = {score.payload for ballot in reading.ballots for reveal in ballot.reveals for score in reveal.scores}
-    return tuple(sorted(scored - {update.payload for update in reading.updates}))
+    """Peers' payloads that somebody scored and nobody merged: half of the vectors or fewer have them.
+
+    Those that most scored come first; of equals the lower digest.
+    """
+    merged = {update.payload for update in reading.updates}
+    counts = Counter(
+        score.payload for ballot in reading.ballots for reveal in ballot.reveals for score in reveal.scores
+    )
+    excluded = sorted(counts.keys() - merged, key=lambda payload: (-counts[payload], payload))
+    return tuple(excluded[:EXCLUDED_MAX])
 
 
 def find_makers(fetch: Fetch, payloads: Sequence[Digest]) -> dict[Digest, PeerId]:

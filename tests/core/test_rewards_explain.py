@@ -8,14 +8,14 @@ from ledger_worlds import PEERS
 from rewards_world import POOL_WEI, Settled, get_payload, get_payload_bytes, move_reward
 from rich.console import Console
 
-from nodes.rewards.explain import Explanation, explain, find_makers, list_excluded
+from nodes.rewards.explain import EXCLUDED_MAX, Explanation, explain, find_makers, list_excluded
 from nodes.rewards.measuring import DeepCheck, Remeasured, compute_balances
 from nodes.rewards.reports import print_balances, print_explanation, print_findings
 from nodes.rewards.tables import make_peers_table, to_plain
 from nodes.rewards.views import view_peers, view_totals
 from p2pfm.config import ScoringConfig
 from p2pfm.errors import OperatorError, WorldError
-from p2pfm.messages import Proposal
+from p2pfm.messages import LIST_MAX, Proposal, Score
 from p2pfm.settlement import merkle
 from p2pfm.types import WEIGHT_ONE, Contribution, Digest, MemberIndex, PeerId, Round
 
@@ -106,6 +106,21 @@ def test_an_update_that_too_few_scored_is_found_by_its_maker(settled: Settled) -
     assert (told.is_included, told.median, told.rank, told.weight) == (False, None, None, 0)
     assert (gate.verdict, gate.text) == ("failed", "only 1 of 3 revealed vectors have it: it was not merged")
     assert [j.contribution for j in told.judgements if j.contribution is not None] == [90]
+
+
+def test_a_flood_of_payloads_that_nobody_merged_is_cut_and_what_most_scored_stays(settled: Settled) -> None:
+    flood = tuple(Score(Digest(number.to_bytes(32, "big")), Contribution(0)) for number in range(1, LIST_MAX))
+
+    def tamper(proposal: Proposal) -> Proposal:
+        first, *others = proposal.reveals
+        return msgspec.structs.replace(proposal, reveals=(msgspec.structs.replace(first, scores=flood), *others))
+
+    settled.settle(0, tamper, measured={0: (50, 40, 60), 2: (None, 90, 90)})
+    reading = settled.book().readings[0]
+    merged = msgspec.structs.replace(reading.proposal, updates=())
+    excluded = list_excluded(msgspec.structs.replace(reading, proposal=merged))
+    assert len(excluded) == EXCLUDED_MAX
+    assert set(excluded[:2]) == {get_payload(0, 0), get_payload(0, 2)}
 
 
 def test_who_sent_nothing_is_told_what_cannot_be_told(settled: Settled) -> None:
