@@ -347,7 +347,8 @@ def _compare_updates(right: Proposal, told: Proposal) -> list[str]:
                 f"the proposal says {given.weight / WEIGHT_ONE:.9f}"
             )
         elif expected != given:
-            findings.append(f"{name}: expected peer {expected.peer}, the proposal says {given.peer}")
+            right_maker = f"{expected.peer} (member {expected.member})"
+            findings.append(f"{name}: it is of {right_maker}, the proposal says {given.peer} (member {given.member})")
     if not findings and right.updates != told.updates:
         # What is merged and what is paid go by the list: a payload that stands there twice counts twice.
         findings.append(

@@ -227,7 +227,7 @@ def _find_flaw(proposal: Proposal) -> str:
     if named and named != len(proposal.updates):
         return f"it has {len(proposal.updates)} updates of shards, and names what {named} certified"
     if len(set(proposal.shards)) < named:
-        return "it names what one shard certified twice"
+        return "it names twice what one shard certified"
     if named > len(proposal.leaves):
         return f"it names what {named} shards certified, and has leaves for {len(proposal.leaves)} members"
     return ""
