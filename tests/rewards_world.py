@@ -57,8 +57,9 @@ class Settled:
         """The round's right proposal, under the registry of now and after the newest one that was accepted."""
         roster = self.world.any.get_roster()
         payloads = {author: get_payload(round, author) for author in measured}
+        base = self.previous.new_base if self.previous else Digest(b"b" * 32)
         announcements = {
-            payload: Announcement(Round(round), PEERS[author + 1], Digest(b"b" * 32), payload, 10, 10)
+            payload: Announcement(Round(round), PEERS[author + 1], base, payload, 10, 10)
             for author, payload in payloads.items()
         }
         num_judges = max(len(readings) for readings in measured.values())
@@ -80,9 +81,8 @@ class Settled:
             )
             for judge in range(num_judges)
         ]
-        base = Digest(b"b" * 32)
         draft = draft_proposal(self.network, roster, self.previous, Round(round), base, reveals, announcements)
-        return msgspec.structs.replace(draft, new_base=Digest(b"n" * 32))
+        return msgspec.structs.replace(draft, new_base=compute_digest(b"base %d" % round))
 
     def accept(self, proposal: Proposal) -> Proposal:
         """Sign a proposal by all, bring it on chain, and serve it."""

@@ -5,8 +5,8 @@ from typing import Literal
 
 import msgspec
 
-from nodes.rewards.checking import verify_proposal
-from nodes.rewards.reading import Fetch, Reading, read_round
+from nodes.rewards.checking import is_accusation, verify_by_any
+from nodes.rewards.reading import Fetch, read_round
 from p2pfm.config import NetworkConfig
 from p2pfm.messages import IncludedUpdate, Proposal
 from p2pfm.settlement import merkle
@@ -15,7 +15,8 @@ from p2pfm.settlement.ledger import Roster, SettledRound
 State = Literal["verified", "matched", "wrong", "missing"]
 """verified: medians, weights, leaves and root recompute from the revealed vectors. matched: the leaves are those of the
 root on chain, but the round before is not at hand, so that nothing can be recomputed. wrong: what the committee signed
-is not what the rules give; see the findings. missing: nobody serves it, or what its shards certified."""
+is not what the rules give; see the findings. missing: nobody serves it, or what its shards certified (perhaps of a word
+that was not merged)."""
 
 FINDINGS_MAX = 20
 """So many are shown; a proposal has thousands of places to be wrong in."""
@@ -54,22 +55,12 @@ def judge(
         return Evidence("wrong", findings=(reading.problem,))
     if reading.proposal is None:
         return MISSING
+    if reading.flaw:
+        return Evidence("wrong", reading.proposal, (f"shards: {reading.flaw}",), reading.updates)
     if reading.gap:
         return Evidence("missing", reading.proposal, updates=reading.updates)
     if previous is None and settled.prev_root != merkle.EMPTY_ROOT:
         return Evidence("matched", reading.proposal, updates=reading.updates)
-    findings: list[str] = []
-    for roster in rosters:
-        findings = _verify(reading, reading.proposal, roster, previous, network)
-        if not findings:
-            return Evidence("verified", reading.proposal, updates=reading.updates)
-    return Evidence("wrong", reading.proposal, tuple(findings[:FINDINGS_MAX]), reading.updates)
-
-
-def _verify(
-    reading: Reading, proposal: Proposal, roster: Roster, previous: Proposal | None, network: NetworkConfig
-) -> list[str]:
-    try:
-        return verify_proposal(reading.settled, proposal, reading.shards, roster, previous, network)
-    except (ValueError, LookupError) as error:  # what a committee signed may be any nonsense that has the right root
-        return [f"it cannot be recomputed: {error}"]
+    findings = verify_by_any(settled, reading.proposal, reading.shards, rosters, previous, network)
+    state: State = "wrong" if is_accusation(findings) else "missing" if findings else "verified"
+    return Evidence(state, reading.proposal, tuple(findings[:FINDINGS_MAX]), reading.updates)

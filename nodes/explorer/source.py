@@ -17,7 +17,13 @@ from p2pfm.settlement.ledger import Accepted, Ledger, Roster, SettledRound
 from p2pfm.types import Digest, Round
 
 RETRY_S = 10
-"""What nobody served is asked for again after so long [s]; a chain that changed asks at once."""
+"""What nobody served is asked for again after so long [s]; of a chain that changed what is new is asked for at once."""
+
+REST_MAX_S = 600
+"""What nobody serves is asked for after twice as long each time, at most so long [s]."""
+
+ABSENT_MAX = 10_000
+"""So many digests that nobody serves are remembered, the newest."""
 
 NO_NODE = "This explorer knows no node to ask: start it with --config of a node, or with --node-url."
 
@@ -45,6 +51,8 @@ class Source:
         """Believed or refuted: by round, nonce and data hash. Of rounds that are shown only."""
         self._entries: object = None
         self._asked_s = -float(RETRY_S)
+        self._absent: dict[Digest, tuple[float, float]] = {}
+        """What nobody served: when it may be asked for again, and how long it rested [s]."""
         self._problem = ""
 
     @property
@@ -96,13 +104,21 @@ class Source:
         return {data_digest: known for (_, _, data_digest), known in judged.items()}
 
     def _get(self, fetch: Fetch | None, digest: Digest) -> bytes | None:
-        if fetch is None or self._problem:
+        again_s, rested_s = self._absent.get(digest, (0.0, 0.0))
+        if fetch is None or self._problem or self._now_s() < again_s:
             return None
         try:
-            return fetch(digest)
+            data = fetch(digest)
         except OperatorError as error:
             self._problem = str(error)  # the others are not asked for: each would wait as long
             return None
+        self._absent.pop(digest, None)
+        if data is None:
+            rest_s = min(max(RETRY_S, 2 * rested_s), REST_MAX_S)
+            self._absent[digest] = (self._now_s() + rest_s, rest_s)
+            if len(self._absent) > ABSENT_MAX:
+                del self._absent[next(iter(self._absent))]
+        return data
 
 
 def _list_rosters(facts: Facts, settled: SettledRound) -> tuple[Roster, ...]:

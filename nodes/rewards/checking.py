@@ -3,7 +3,8 @@
 What a member revealed may be wrong all the same: `measuring` measures it again. Knows no model.
 """
 
-from collections.abc import Container, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
@@ -11,7 +12,13 @@ from nodes.rewards.reading import Book, Fetch, compare_root, list_rosters, name_
 from p2pfm.config import NetworkConfig
 from p2pfm.errors import Reject
 from p2pfm.messages import Announcement, IncludedUpdate, Proposal
-from p2pfm.protocol.committee import draft_proposal, draft_shard_proposal, draft_top_proposal
+from p2pfm.protocol.committee import (
+    are_members,
+    draft_proposal,
+    draft_shard_proposal,
+    draft_top_proposal,
+    validate_vector,
+)
 from p2pfm.protocol.shards import Deal, deal, get_shard_name
 from p2pfm.settlement import merkle
 from p2pfm.settlement.ledger import LeafValue, Ledger, Roster, SettledRound
@@ -19,6 +26,10 @@ from p2pfm.settlement.rewards import from_wire
 from p2pfm.settlement.sampling import compute_quorum
 from p2pfm.types import WEIGHT_ONE, Digest, MemberIndex, Round
 
+UNCHECKED = "it cannot be checked"
+"""How a finding ends that accuses nobody."""
+
+UNFIT_REGISTRY = "leaves: at no time of the round's committee were so many members registered"
 STRANGE_REVEALS = "reveals: one member's stand there twice, or are nobody's, or of another round"
 
 
@@ -36,29 +47,59 @@ def verify_reading(book: Book, position: int, network: NetworkConfig, committee:
     """What is wrong with the round at a position; `committee`: that of its epoch."""
     reading = book.readings[position]
     if reading.proposal is None:
-        return [f"{reading.problem}: it cannot be checked"]
+        return [f"{reading.problem}: {UNCHECKED}"]
     before = book.get_before(reading)
     previous = before.proposal if before else None
+    if reading.flaw:
+        return [f"shards: {reading.flaw}"]
     if reading.gap:
-        return [f"{reading.gap}: it cannot be checked"]
-    findings: list[str] = []
-    for roster in list_rosters(book, position):
-        findings = verify_proposal(reading.settled, reading.proposal, reading.shards, roster, previous, network)
-        if not findings:
-            break
+        return [f"{reading.gap}: {UNCHECKED}"]
+    findings = verify_by_any(
+        reading.settled, reading.proposal, reading.shards, list_rosters(book, position), previous, network
+    )
     return [*findings, *_compare_committee(reading.proposal, committee)]
 
 
-def find_roster(book: Book, position: int, network: NetworkConfig) -> Roster:
-    """The registry by which the round at a position recomputes; the newest of its time, if it does by none."""
+def verify_by_any(
+    settled: SettledRound,
+    proposal: Proposal,
+    shards: Sequence[Proposal | None],
+    rosters: Sequence[Roster],
+    previous: Proposal | None,
+    network: NetworkConfig,
+) -> list[str]:
+    """As `verify_proposal`, by the registry by which the least is wrong."""
+    least = [UNFIT_REGISTRY]
+    for number, roster in enumerate(rosters):
+        findings = verify_proposal(settled, proposal, shards, roster, previous, network)
+        if not findings:
+            return []
+        least = findings if not number else min(least, findings, key=len)
+    return least
+
+
+def is_accusation(findings: Sequence[str]) -> bool:
+    """Whether something is wrong, and not only what cannot be checked."""
+    return not all(finding.endswith(UNCHECKED) for finding in findings)
+
+
+def find_roster(book: Book, position: int, network: NetworkConfig) -> Roster | None:
+    """The registry by which the round at a position recomputes; None: it has leaves of no registry of its time.
+
+    If it recomputes by none, since something in it is wrong: the newest of those by whose deal most shards certified
+    updates of their own members only.
+    """
     reading, before = book.readings[position], book.get_before(book.readings[position])
     rosters = list_rosters(book, position)
-    previous = before.proposal if before else None
-    for roster in rosters if reading.proposal else ():
-        assert reading.proposal is not None, "looked at above"
-        if not verify_proposal(reading.settled, reading.proposal, reading.shards, roster, previous, network):
+    proposal, previous = reading.proposal, before.proposal if before else None
+    if proposal is None or not rosters:
+        return rosters[0] if rosters else None
+    for roster in rosters:
+        if not verify_proposal(reading.settled, proposal, reading.shards, roster, previous, network):
             return roster
-    return rosters[0]
+    deals = (deal(network, roster, proposal.round) for roster in rosters)
+    fits = [len(list_fitting(dealt, proposal, reading.shards)) if dealt else 0 for dealt in deals]
+    return rosters[fits.index(max(fits))]
 
 
 def verify_proposal(
@@ -79,11 +120,12 @@ def verify_proposal(
         roster: of then, with the committee of the round's epoch.
         previous: the proposal of the settled round before; None only for the first.
     """
-    return [
-        *_compare_header(settled, proposal),
-        *compare_root(settled, from_wire(proposal.leaves)),
-        *_compare_content(settled, proposal, shards, roster, previous, network),
-    ]
+    findings = [*_compare_header(settled, proposal), *compare_root(settled, from_wire(proposal.leaves))]
+    try:
+        return [*findings, *_compare_content(settled, proposal, shards, roster, previous, network)]
+    except (ValueError, LookupError, OverflowError) as error:
+        # What a committee signed may be any nonsense that has the right root.
+        return [*findings, f"it cannot be recomputed: {error}"]
 
 
 def _compare_committee(proposal: Proposal, committee: Sequence[MemberIndex]) -> list[str]:
@@ -118,34 +160,50 @@ def _compare_content(
 ) -> list[str]:
     """Medians, weights, leaves and root, recomputed from the revealed vectors by the peers' own rule.
 
-    Who proposed, at which epoch, from which base: the committee's signatures say so; that is taken from the proposal.
+    Who proposed, at which epoch, from which base the first round started: the committee's signatures say so; that is
+    taken from the proposal.
     """
     if (previous.root if previous else merkle.EMPTY_ROOT) != settled.prev_root:
-        return ["the settled round before this one is not at hand, so that its leaves cannot be recomputed"]
-    if _has_strange_reveals(proposal, range(len(proposal.leaves))):
-        return [STRANGE_REVEALS]
-    then = msgspec.structs.replace(
-        roster, epoch=proposal.epoch, nonce=proposal.nonce, members=roster.members[: len(proposal.leaves)]
-    )
+        return [f"the settled round before this one is not at hand: {UNCHECKED}"]
+    findings = []
+    if previous is not None and proposal.base != previous.new_base:
+        findings.append(
+            f"base: the round before ended with {previous.new_base.hex()}, this one starts from {proposal.base.hex()}"
+        )
+    strange = _find_strange(proposal, roster)
+    if strange:
+        return [*findings, *strange]
+    then = msgspec.structs.replace(roster, epoch=proposal.epoch, nonce=proposal.nonce)
     dealt = deal(network, then, proposal.round)
     if dealt is not None:
-        return _compare_shards(proposal, shards, then, dealt, previous, network)
+        return [*findings, *_compare_shards(proposal, shards, then, dealt, previous, network)]
     if proposal.shards:
-        return [f"updates: they are shards', and {len(then.by_peer)} active members are one shard"]
+        return [*findings, f"updates: they are shards', and {len(then.by_peer)} active members are one shard"]
     try:
         right = draft_proposal(
             network, then, previous, proposal.round, proposal.base, proposal.reveals, _announce(proposal)
         )
     except Reject as error:
-        return [f"reveals: {error}"]
-    return [*_compare_updates(right, proposal), *_compare_leaves(right, proposal)]
+        return [*findings, f"reveals: {error}"]
+    return [*findings, *_compare_updates(right, proposal), *_compare_leaves(right, proposal)]
 
 
-def _has_strange_reveals(proposal: Proposal, members: Container[int]) -> bool:
+def _find_strange(proposal: Proposal, roster: Roster) -> list[str]:
+    """What no honest member reveals, or counts as revealed."""
     revealed = [reveal.member for reveal in proposal.reveals]
-    return len(set(revealed)) < len(revealed) or any(
-        reveal.round != proposal.round or reveal.member not in members for reveal in proposal.reveals
-    )
+    if len(set(revealed)) < len(revealed) or any(
+        reveal.round != proposal.round or reveal.member not in roster.by_index for reveal in proposal.reveals
+    ):
+        return [STRANGE_REVEALS]
+    findings = []
+    for reveal in proposal.reveals:
+        try:
+            validate_vector(reveal, len(roster.members))
+        except Reject as error:
+            findings.append(f"reveal of member {reveal.member}: {error}")
+        if not are_members(reveal.served, roster):
+            findings.append(f"reveal of member {reveal.member}: it names a replica that is no member")
+    return findings
 
 
 def _announce(proposal: Proposal) -> dict[Digest, Announcement]:
@@ -157,6 +215,17 @@ def _announce(proposal: Proposal) -> dict[Digest, Announcement]:
 
 
 # --- networks of shards
+
+
+def list_fitting(dealt: Deal, proposal: Proposal, shards: Sequence[Proposal | None]) -> tuple[int, ...]:
+    """Places of the shards whose updates are all of members that were dealt to them: all, by the registry of then."""
+    return tuple(
+        place
+        for place, (update, shard) in enumerate(zip(proposal.updates, shards, strict=False))
+        if shard is not None
+        and update.member < len(dealt.shards)
+        and all(dealt.shard_of.get(inner.peer) == update.member for inner in shard.updates)
+    )
 
 
 def _compare_shards(
@@ -177,14 +246,22 @@ def _compare_shards(
         if number >= len(dealt.shards) or update.peer != get_shard_name(number):
             return [f"updates: {update.peer!r} (member {number}) is none of the round's {len(dealt.shards)} shards"]
         if shard is None:
-            return [f"{update.peer}: nobody serves what it certified: the round cannot be checked"]
+            return [f"{update.peer}: nobody serves what it certified: {UNCHECKED}"]
         certified[update.payload] = (number, shard)
         found = _verify_shard(proposal, update, shard, dealt, previous, network)
         findings += [f"{update.peer}: {finding}" for finding in found]
-    absent = len(dealt.shards) - len({number for number, _ in certified.values()})
-    unknown = {score.payload for reveal in proposal.reveals for score in reveal.scores} - certified.keys()
-    if certified and not absent:  # then what else was scored can only be the second word of a shard that is there
-        certified |= dict.fromkeys(unknown, certified[min(certified)])
+    # Of two words of one shard the lower digest stands: what else was scored, of a higher digest than some shard's, is
+    # taken for that one's second word. Where a shard is absent, it may be its only word as well.
+    counts = Counter(score.payload for reveal in proposal.reveals for score in reveal.scores)
+    scored = {payload for payload, count in counts.items() if 2 * count > len(proposal.reveals)}
+    second = {payload for payload in scored - certified.keys() if any(payload > known for known in certified)}
+    if second and len({number for number, _ in certified.values()}) < len(dealt.shards):
+        names = ", ".join(payload.hex()[:10] for payload in sorted(second))
+        findings.append(
+            f"updates: {names}: scored and not merged, as a shard's second word should be, but perhaps the only one of "
+            f"a shard that is absent: {UNCHECKED}"
+        )
+    certified |= {payload: certified[min(certified)] for payload in second}
     try:
         right = draft_top_proposal(
             network, roster, dealt, previous, proposal.round, proposal.base, proposal.reveals, certified
@@ -211,8 +288,9 @@ def _verify_shard(
         ("leaves", 0, len(shard.leaves)),
     )
     findings = [f"{name}: should be {right}, is {told}" for name, right, told in pairs if right != told]
-    if _has_strange_reveals(shard, roster.by_index):
-        return [*findings, STRANGE_REVEALS]
+    strange = _find_strange(shard, roster)
+    if strange:
+        return [*findings, *strange]
     findings += _compare_committee(shard, roster.committee)
     try:
         right = draft_shard_proposal(
@@ -269,5 +347,12 @@ def _compare_updates(right: Proposal, told: Proposal) -> list[str]:
                 f"the proposal says {given.weight / WEIGHT_ONE:.9f}"
             )
         elif expected != given:
-            findings.append(f"{name}: expected peer {expected.peer}, the proposal says {given.peer}")
+            right_maker = f"{expected.peer} (member {expected.member})"
+            findings.append(f"{name}: it is of {right_maker}, the proposal says {given.peer} (member {given.member})")
+    if not findings and right.updates != told.updates:
+        # What is merged and what is paid go by the list: a payload that stands there twice counts twice.
+        findings.append(
+            f"updates: expected {len(right.updates)}, each once and in the order of their payloads; the proposal's "
+            f"{len(told.updates)} are another list"
+        )
     return findings

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from nodes.rewards import checking, contests, reports
@@ -476,7 +477,7 @@ def _list_problems(book: Book, blobs: Blobs) -> list[str]:
 
 def _tell_problems(problems: list[str]) -> None:
     for problem in problems:
-        err.print(f"[yellow]note:[/] {problem}", highlight=False, soft_wrap=True)
+        err.print(f"[yellow]note:[/] {escape(problem)}", highlight=False, soft_wrap=True)
 
 
 def _print_json(value: Any) -> None:

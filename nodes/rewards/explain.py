@@ -3,16 +3,18 @@
 What the update was good for is measured in `measuring`; here everything follows from a Book.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
 
+from nodes.rewards.checking import find_roster
 from nodes.rewards.reading import Book, Fetch, Reading, advise, list_rosters, validate_reading
 from nodes.rewards.views import Status, get_status
 from p2pfm import work
 from p2pfm.config import NetworkConfig, ScoringConfig
-from p2pfm.errors import OperatorError, WorldError
+from p2pfm.errors import OperatorError, Reject, WorldError
 from p2pfm.messages import IncludedUpdate, Proposal
 from p2pfm.protocol.committee import MERGE_CAP, compute_shard_sums
 from p2pfm.protocol.membership import compute_shares
@@ -22,6 +24,9 @@ from p2pfm.settlement.faults import compute_pool
 from p2pfm.settlement.ledger import LeafValue, Member
 from p2pfm.settlement.rewards import compute_reward, compute_weights
 from p2pfm.types import Contribution, Digest, Epoch, MemberIndex, PeerId, Round, Wei, Weight
+
+EXCLUDED_MAX = 256
+"""Each is fetched for its maker's name. Honest vectors differ in a few; one shard's liars could name 160,000."""
 
 Verdict = Literal["passed", "failed", "off", "unknown"]
 
@@ -145,6 +150,8 @@ def explain(
     if member.index >= len(reading.leaves):
         raise OperatorError(f"peer {member.peer} joined after round {round}: its tree has no leaf for it")
     leaf, update = reading.leaves[member.index], reading.get_update(member.index)
+    if update is None and reading.flaw:
+        raise Reject(f"{reading.gap}: whether it merged an update of this peer cannot be told")
     if update is None and reading.gap:
         raise WorldError(f"{reading.gap}, perhaps of this peer; {advise(reading)}")
     payload = update.payload if update else excluded
@@ -197,9 +204,16 @@ def explain(
 
 
 def list_excluded(reading: Reading) -> tuple[Digest, ...]:
-    """Peers' payloads that somebody scored and nobody merged: half of the vectors or fewer have them. Sorted."""
-    scored = {score.payload for ballot in reading.ballots for reveal in ballot.reveals for score in reveal.scores}
-    return tuple(sorted(scored - {update.payload for update in reading.updates}))
+    """Peers' payloads that somebody scored and nobody merged: half of the vectors or fewer have them.
+
+    Those that most scored come first; of equals the lower digest.
+    """
+    merged = {update.payload for update in reading.updates}
+    counts = Counter(
+        score.payload for ballot in reading.ballots for reveal in ballot.reveals for score in reveal.scores
+    )
+    excluded = sorted(counts.keys() - merged, key=lambda payload: (-counts[payload], payload))
+    return tuple(excluded[:EXCLUDED_MAX])
 
 
 def find_makers(fetch: Fetch, payloads: Sequence[Digest]) -> dict[Digest, PeerId]:
@@ -214,18 +228,21 @@ def _find_ballot(
     """(where the member's update was scored, its committee if that is a shard's, what became of that shard)."""
     if not proposal.shards:
         return proposal, None, None
-    for roster in list_rosters(book, reading.settled.position):
-        dealt = deal(network, roster, proposal.round)
-        number = dealt.shard_of.get(member.peer) if dealt else None
-        for update, shard in zip(proposal.updates, reading.shards, strict=True):
-            if dealt is None or shard is None or update.member != number:
-                continue
-            if payload is not None and not any(s.payload == payload for r in shard.reveals for s in r.scores):
-                continue  # it was dealt otherwise then
-            positive = sum(max(0, inner.contribution) for inner in shard.updates)
-            part = ShardPart(number, len(dealt.shards), update.contribution, positive, update.weight)
-            return shard, dealt.shards[number].committee, part
-    return msgspec.structs.replace(proposal, updates=(), reveals=()), (), None  # its shard's round is not known
+    roster = find_roster(book, reading.settled.position, network)
+    dealt = deal(network, roster, proposal.round) if roster else None
+    at_hand = [
+        (update, shard) for update, shard in zip(proposal.updates, reading.shards, strict=False) if shard is not None
+    ]
+    # Where it was certified, whatever it was dealt; of one that was not, where it should have been.
+    number = dealt.shard_of.get(member.peer) if dealt else None
+    found = [pair for pair in at_hand if payload in pair[1].payloads]
+    found += [pair for pair in at_hand if pair[0].member == number]
+    if dealt is None or not found or found[0][0].member >= len(dealt.shards):
+        return msgspec.structs.replace(proposal, updates=(), reveals=()), (), None  # its shard's round is not known
+    update, shard = found[0]
+    positive = sum(max(0, inner.contribution) for inner in shard.updates)
+    part = ShardPart(update.member, len(dealt.shards), update.contribution, positive, update.weight)
+    return shard, dealt.shards[update.member].committee, part
 
 
 def _list_judgements(
@@ -254,6 +271,9 @@ def _compute_cap(
     In a network of shards both are of the merge inside of the shard.
     """
     before = book.get_before(reading)
+    place = next((place for place, update in enumerate(ballot.updates) if update.member == member.index), None)
+    if place is None or (part is None and any(update.member >= len(reading.leaves) for update in ballot.updates)):
+        return None, None  # nonsense that the committee signed
     measured = [(update.member, update.contribution) for update in ballot.updates]
     sums = (
         [reading.leaves[update.member].contribution for update in ballot.updates]
@@ -267,7 +287,6 @@ def _compute_cap(
         shares = compute_shares(among, network.stake_cap())
         most = [Weight(MERGE_CAP * shares.get(update.peer, 0)) for update in ballot.updates]
         if [update.weight for update in ballot.updates] == list(map(min, wanted, most)):
-            place = next(place for place, update in enumerate(ballot.updates) if update.member == member.index)
             return wanted[place], most[place]
     return None, None
 

@@ -8,14 +8,15 @@ from collections.abc import Mapping
 import msgspec
 
 from nodes.rewards.blobs import Blobs
+from nodes.rewards.checking import list_fitting
 from nodes.rewards.reading import Book, Reading, validate_reading
 from p2pfm.config import NetworkConfig
-from p2pfm.errors import WorldError
+from p2pfm.errors import Reject, WorldError
 from p2pfm.messages import Proposal
 from p2pfm.protocol.events import Remembered, ScoreUpdates, Weighted
 from p2pfm.protocol.membership import compute_shares
 from p2pfm.protocol.peer import EARLIER_MAX
-from p2pfm.protocol.shards import compute_shard_shares, deal
+from p2pfm.protocol.shards import compute_shard_shares, deal, get_shard_name
 from p2pfm.settlement.ledger import Roster
 from p2pfm.types import Digest, PeerId, Weight
 
@@ -37,7 +38,7 @@ class Game(msgspec.Struct, frozen=True):
 def list_games(
     network: NetworkConfig, blobs: Blobs, book: Book, reading: Reading, roster: Roster
 ) -> tuple[tuple[Game, ...], tuple[str, ...]]:
-    """(what there is to measure again, what of it cannot be); the proposal's own payloads are at hand.
+    """(what there is to measure again, with all payloads at hand; what of it cannot be).
 
     In a network of shards that is first the game of the shards, and then each one's inside.
 
@@ -45,12 +46,13 @@ def list_games(
         roster: of then, with its committee.
 
     Raises:
-        WorldError: the shards of then cannot be told, or the round's data are not to be had.
+        WorldError: the shards of then cannot be told, or the round's data or updates are not to be had.
         Reject: its signers lied.
     """
     proposal = validate_reading(reading)
     if proposal.shards:
         return _list_levels(network, blobs, book, reading, roster)
+    validate_held(blobs, proposal)
     action, notes = make_action(network, blobs, book, reading, roster)
     return (Game(WHOLE, proposal, action, bool(notes)),), notes
 
@@ -60,34 +62,43 @@ def _list_levels(
 ) -> tuple[tuple[Game, ...], tuple[str, ...]]:
     proposal = validate_reading(reading)
     dealt = deal(network, roster, proposal.round)
+    if len(reading.shards) != len(proposal.updates):
+        raise Reject(f"its list of shards is none: {reading.flaw}")
     shards = list(zip(proposal.updates, reading.shards, strict=True))
-    is_known = dealt is not None and all(
-        update.member < len(dealt.shards)
-        and all(dealt.shard_of.get(inner.peer) == update.member for inner in (shard.updates if shard else ()))
-        for update, shard in shards
-    )
-    if dealt is None or not is_known:
+    at_hand = [place for place, (_, shard) in enumerate(shards) if shard is not None]
+    fitting = list_fitting(dealt, proposal, reading.shards) if dealt else ()
+    if dealt is None or 2 * len(fitting) < len(at_hand):
         raise WorldError("its shards are not those of the registry that is known here")
-    of_shards = compute_shard_shares(dealt, compute_shares(roster, network.stake_cap()))
-    weights = {update.payload: of_shards[update.member] for update in proposal.updates}
-    above = ScoreUpdates(proposal.round, proposal.base, None, _order(proposal, weights), is_compared=False)
-    games = [Game(WHOLE, proposal, above, has_gaps=False)]
+    games: list[Game] = []
     lacking: list[str] = []
+    try:
+        validate_held(blobs, proposal)
+        if any(update.member >= len(dealt.shards) for update in proposal.updates):
+            raise WorldError(f"it names others than the round's {len(dealt.shards)}")
+        of_shards = compute_shard_shares(dealt, compute_shares(roster, network.stake_cap()))
+        weights = {update.payload: of_shards[update.member] for update in proposal.updates}
+        above = ScoreUpdates(proposal.round, proposal.base, None, _order(proposal, weights), is_compared=False)
+        games.append(Game(WHOLE, proposal, above, has_gaps=False))
+    except WorldError as error:
+        lacking.append(f"the shards were not measured: {error}")
     before = book.get_before(reading)
     previous = before.proposal.base if before and before.proposal else None
-    for update, shard in shards:
+    for place, (update, shard) in enumerate(shards):
+        name = get_shard_name(update.member)
         try:
             if shard is None or not shard.updates:
                 raise WorldError("it certified no updates" if shard else "nobody serves what it certified")
+            if place not in fitting:
+                raise WorldError("it certified updates of others than its members")
             validate_held(blobs, shard)
         except WorldError as error:
-            lacking.append(f"{update.peer}: its members were not measured: {error}")
+            lacking.append(f"{name}: its members were not measured: {error}")
             continue
         shares = compute_shares(dealt.shards[update.member], network.stake_cap())
         weights = {inner.payload: shares[inner.peer] for inner in shard.updates}
         # What each committee remembers of earlier rounds is not known here.
         inside = ScoreUpdates(proposal.round, proposal.base, previous, _order(shard, weights))
-        games.append(Game(update.peer, shard, inside, has_gaps=True))
+        games.append(Game(name, shard, inside, has_gaps=True))
     return tuple(games), tuple(lacking)
 
 

@@ -8,7 +8,6 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from p2pfm.lora.torch_learner import TorchLearner
 from p2pfm.messages import Proposal
 from p2pfm.protocol.committee import merge_request
 from p2pfm.protocol.events import Condense, Merge, ScoreUpdates, Weighted
-from p2pfm.protocol.shards import is_shard_name
+from p2pfm.protocol.shards import get_shard_name, is_shard_name
 from p2pfm.settlement.ledger import Roster
 from p2pfm.types import Contribution, Digest, MemberIndex, PeerId, Round, Weight, compute_digest
 
@@ -153,7 +152,7 @@ class Meter:
         """The merge in which an update weighs nothing: inside of its shard, where it is part of one."""
         for update, shard in zip(validate_reading(reading).updates, reading.shards, strict=False):
             if shard is not None and payload in shard.payloads:
-                rest = self._condense(shard, update.peer, payload)
+                rest = self._condense(shard, get_shard_name(update.member), payload)
                 if rest is None:
                     return _set_aside(merge, update.payload)
                 instead = (
@@ -168,6 +167,7 @@ class Meter:
         merge = merge_request(shard)
         if merge is None:
             return None
+        self._validate("base", merge.base)
         rest = _set_aside(merge, without) if without else merge
         if not any(item.weight for item in rest.updates):
             return None
@@ -183,70 +183,130 @@ class Meter:
         round = reading.settled.round
         try:
             proposal = validate_reading(reading)
-            validate_held(self._blobs, proposal)
             self.find_base(book, reading)
             if not proposal.updates:
                 return DeepCheck(round, (), self.compare_merge(proposal), ())
             games, notes = list_games(self._network, self._blobs, book, reading, roster)
-            compare = partial(self._compare_draws, games, reading.settled.data_digest, tell=tell)
-            updates = compare(num_draws)
-            if any(item.is_finding for item in updates):
-                # So few draws may take the spread for far too small: nobody is accused before more have been seen.
-                updates = compare(num_draws * CONFIRMING)
-            wrong = (*self.compare_merge(proposal), *self._compare_shards(games[1:]))
         except (WorldError, Reject) as error:
             return DeepCheck(round, (), (), (f"not measured: {error}",))
-        findings = [
+        try:
+            self._validate("base", proposal.base)
+        except Reject as error:
+            return DeepCheck(round, (), (f"base: what it starts from is none: {error}",), notes)
+        updates: list[Remeasured] = []
+        findings: list[str] = []
+        lacking: list[str] = []
+        for number, game in enumerate(games):
+
+            def tell_all(done: int, total: int, number: int = number) -> None:
+                tell(number * total + done, len(games) * total, f"round {round}")
+
+            where = f"{game.name}: " if game.name else ""
+            try:
+                found, wrong = self._check_game(game, reading.settled.data_digest, num_draws, tell_all)
+            except WorldError as error:
+                lacking.append(f"{where}not measured: {error}")
+                continue
+            updates += found
+            findings += (where + line for line in wrong)
+        lies = [
             f"update of {item.name}: certified {item.certified}, measured {item.measured} "
             f"(tolerance {item.tolerance} nano-nats/token)"
             for item in updates
             if item.is_finding
         ]
-        return DeepCheck(round, updates, (*findings, *wrong), notes)
+        return DeepCheck(round, tuple(updates), (*lies, *findings), (*notes, *lacking))
+
+    def _check_game(
+        self, game: Game, data_digest: Digest, num_draws: int, tell: Callable[[int, int], None]
+    ) -> tuple[tuple[Remeasured, ...], list[str]]:
+        """(a game's updates, measured again; what else is wrong with it). Raises: WorldError."""
+        faults = self._find_faults(game)
+        if faults:
+            return (), faults
+        action = self._drop_nonsense(game.action)
+        game = msgspec.structs.replace(game, action=action)
+        updates = self._compare_draws(game, data_digest, num_draws, tell)
+        if any(item.is_finding for item in updates):
+            # So few draws may take the spread for far too small: nobody is accused before more have been seen.
+            updates = self._compare_draws(game, data_digest, num_draws * CONFIRMING, tell)
+        return updates, [*self._compare_made(game)]
+
+    def _find_faults(self, game: Game) -> list[str]:
+        """What of a game no honest member can have scored or certified: then there is nothing to measure."""
+        certified = game.certified
+        scored = {score.payload for reveal in certified.reveals for score in reveal.scores}
+        faults = []
+        if certified.base != game.action.base:
+            faults.append(f"base: expected {game.action.base.hex()}, it started from {certified.base.hex()}")
+        for update in certified.updates:
+            name = f"update of {name_maker(update.peer, update.member)}"
+            if update.payload not in scored:
+                faults.append(f"{name}: nobody scored it")
+            try:
+                maker = self._validate("payload", update.payload)
+            except Reject as error:
+                faults.append(f"{name}: its payload is none: {error}")
+                continue
+            if maker != update.peer:
+                faults.append(f"{name}: its payload is of {maker}")
+        return faults
+
+    def _drop_nonsense(self, action: ScoreUpdates) -> ScoreUpdates:
+        """Without what earlier rounds certified and is no update, or no base: nothing repeats it."""
+
+        def is_right(kind: str, digest: Digest) -> bool:
+            try:
+                self._validate(kind, digest)
+            except (WorldError, Reject):
+                return False
+            return True
+
+        has_previous = action.previous is not None and is_right("base", action.previous)
+        return msgspec.structs.replace(
+            action,
+            previous=action.previous if has_previous else None,
+            earlier=tuple(item for item in action.earlier if is_right("payload", item.payload)),
+        )
+
+    def _validate(self, kind: str, digest: Digest) -> PeerId | None:
+        """The maker of a payload. Raises: Reject, if bytes are none; WorldError, if nobody serves them."""
+        data = self._blobs(digest)
+        if data is None:
+            raise WorldError(f"nobody serves the {kind} {digest.hex()[:16]}")
+        return work.validate_blob(kind, data, self._shapes, self._network)
 
     def _compare_draws(
-        self, games: Sequence[Game], data_digest: Digest, num_draws: int, tell: Tell
+        self, game: Game, data_digest: Digest, num_draws: int, tell: Callable[[int, int], None]
     ) -> tuple[Remeasured, ...]:
-        compared: list[Remeasured] = []
-        for number, game in enumerate(games):
-
-            def tell_all(done: int, number: int = number, game: Game = game) -> None:
-                tell(number * num_draws + done, len(games) * num_draws, f"round {game.action.round}")
-
-            draws = self._draw(game.action, data_digest, num_draws, tell_all)
-            by_payload = {
-                item.payload: [draw[place] for draw in draws] for place, item in enumerate(game.action.updates)
-            }
-            largest = max(abs(statistics.fmean(values)) for values in by_payload.values())
-            compared += (
-                self.compare(
-                    game.certified, update.payload, by_payload[update.payload], largest, has_gaps=game.has_gaps
-                )
-                for update in game.certified.updates
-            )
-        return tuple(compared)
+        draws = self._draw(game.action, data_digest, num_draws, tell)
+        by_payload = {item.payload: [draw[place] for draw in draws] for place, item in enumerate(game.action.updates)}
+        largest = max(abs(statistics.fmean(values)) for values in by_payload.values())
+        return tuple(
+            self.compare(game.certified, update.payload, by_payload[update.payload], largest, has_gaps=game.has_gaps)
+            for update in game.certified.updates
+        )
 
     def _draw(
-        self, action: ScoreUpdates, data_digest: Digest, num_draws: int, tell: Callable[[int], None]
+        self, action: ScoreUpdates, data_digest: Digest, num_draws: int, tell: Callable[[int, int], None]
     ) -> list[tuple[Contribution, ...]]:
         """Contributions by draw, in the order of `action.updates`."""
         draws = []
         for number in range(num_draws):
-            tell(number)
+            tell(number, num_draws)
             seed = draw_audit_seed(data_digest, number)
             scored = work.score_updates(self.learner, self._blobs, self._network, action, seed, NO_SALT)
             draws.append(scored.contributions)
-        tell(num_draws)
+        tell(num_draws, num_draws)
         return draws
 
-    def _compare_shards(self, games: Sequence[Game]) -> tuple[str, ...]:
-        """Whether what shards certified makes the payloads that were merged."""
-        made = ((game, self._condense(game.certified, game.name) or game.certified.base) for game in games)
-        return tuple(
-            f"{game.name}: its updates make {digest.hex()}, it certified {game.certified.new_base.hex()}"
-            for game, digest in made
-            if digest != game.certified.new_base
-        )
+    def _compare_made(self, game: Game) -> tuple[str, ...]:
+        """Whether the certified updates make what was certified: the new base, or a shard's payload."""
+        if not game.name:
+            return self.compare_merge(game.certified)
+        certified = game.certified.new_base
+        made = self._condense(game.certified, game.name) or game.certified.base
+        return () if made == certified else (f"its updates make {made.hex()}, it certified {certified.hex()}",)
 
     def find_base(self, book: Book, reading: Reading) -> Digest:
         """The digest of a round's base, whose bytes are at hand then: fetched, or merged again from an older one.
@@ -361,7 +421,7 @@ def check_rounds(
     meter: Meter,
     book: Book,
     readings: Sequence[Reading],
-    get_roster: Callable[[int], Roster],
+    get_roster: Callable[[int], Roster | None],
     num_draws: int,
     seconds: float,
     tell: Tell,
@@ -369,6 +429,9 @@ def check_rounds(
     """Check rounds, the newest first, for about `seconds`: those for which there was no time say so.
 
     Returns them in the order of rounds.
+
+    Args:
+        get_roster: by position; None: the registry of then cannot be told.
     """
     began, checks, slowest = time.monotonic(), [], 0.0
     for number, reading in enumerate(reversed(readings)):
@@ -382,6 +445,9 @@ def check_rounds(
             tell(number * total + done, len(readings) * total, what)
 
         roster = get_roster(reading.settled.position)
+        if roster is None:
+            checks.append(DeepCheck(reading.settled.round, (), (), ("not measured: its registry cannot be told",)))
+            continue
         checks.append(meter.check_round(book, reading, roster, num_draws, tell_all))
         slowest = max(slowest, time.monotonic() - start)
     return tuple(reversed(checks))

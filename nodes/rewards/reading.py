@@ -56,11 +56,16 @@ class Reading(msgspec.Struct, frozen=True, dict=True):
     is_lie: bool = False
     """The data have the hash on chain, but are no proposal, or not of the root: its signers lied."""
     shards: tuple[Proposal | None, ...] = ()
-    """In a network of shards, by place in the proposal's updates: what that shard certified; None: nobody serves it."""
+    """In a network of shards, by place in the proposal's updates: what that shard certified; None: nobody serves it.
+    Empty where the proposal's list of them cannot be one."""
+    flaw: str = ""
+    """What no list of shards can be, though the leaves are those of the root: its signers lied. Empty: nothing."""
 
     @property
     def gap(self) -> str:
         """What of a round whose proposal is at hand is not known all the same; empty: nothing."""
+        if self.flaw:
+            return f"round {self.settled.round}: {self.flaw}"
         lacking = sum(shard is None for shard in self.shards)
         of = f"{lacking} of {len(self.shards)} shards"
         return f"round {self.settled.round}: nobody serves what {of} certified of their members" if lacking else ""
@@ -74,7 +79,7 @@ class Reading(msgspec.Struct, frozen=True, dict=True):
         if self.proposal is None or not self.proposal.shards:
             return self.proposal.updates if self.proposal else ()
         found = []
-        for update, shard in zip(self.proposal.updates, self.shards, strict=True):
+        for update, shard in zip(self.proposal.updates, self.shards, strict=False):  # none, where there is a flaw
             split = compute_split(update.contribution, shard) if shard else {}
             for inner in shard.updates if shard else ():
                 contribution = split.get(inner.member, Contribution(0))
@@ -199,25 +204,33 @@ def read_round(settled: SettledRound, fetch: Fetch) -> Reading:
         faults = compare_root(settled, from_wire(proposal.leaves))
         if faults:
             raise Reject(faults[0])
-        return Reading(settled, proposal, shards=_read_shards(proposal, fetch))
     except Reject as error:
         return Reading(settled, None, f"round {settled.round}: {error}", is_lie=True)
-
-
-def _read_shards(proposal: Proposal, fetch: Fetch) -> tuple[Proposal | None, ...]:
-    """What the shards of a proposal certified. Raises: Reject, what is no data of shards."""
-    if not proposal.shards:
-        return ()
-    if len(proposal.shards) != len(proposal.updates):
-        raise Reject(
-            f"it has {len(proposal.updates)} updates of shards, and names what {len(proposal.shards)} certified"
-        )
-    found: list[Proposal | None] = []
-    for digest in proposal.shards:
+    flaw = _find_flaw(proposal)
+    if flaw:
+        return Reading(settled, proposal, flaw=flaw)
+    shards: list[Proposal | None] = []
+    for update, digest in zip(proposal.updates, proposal.shards, strict=False):
         data = fetch(digest)
-        is_right = data is not None and compute_digest(data) == digest
-        found.append(decode_proposal(data) if data is not None and is_right else None)
-    return tuple(found)
+        try:
+            is_right = data is not None and compute_digest(data) == digest
+            shards.append(decode_proposal(data) if data is not None and is_right else None)
+        except Reject as error:
+            shards.append(None)
+            flaw = f"{name_maker(update.peer, update.member)}: what it certified: {error}"
+    return Reading(settled, proposal, shards=tuple(shards), flaw=flaw)
+
+
+def _find_flaw(proposal: Proposal) -> str:
+    """Why nothing is to be fetched of what a proposal's shards certified; empty: all of it is."""
+    named = len(proposal.shards)
+    if named and named != len(proposal.updates):
+        return f"it has {len(proposal.updates)} updates of shards, and names what {named} certified"
+    if len(set(proposal.shards)) < named:
+        return "it names twice what one shard certified"
+    if named > len(proposal.leaves):
+        return f"it names what {named} shards certified, and has leaves for {len(proposal.leaves)} members"
+    return ""
 
 
 def read_rewards(ledger: Ledger, fetch: Fetch, first: Round = FIRST, is_partial: bool = False) -> tuple[Row, ...]:
@@ -321,7 +334,8 @@ def list_rosters(book: Book, position: int) -> tuple[Roster, ...]:
 
     Its members saw the registry at some moment after that committee was drawn, before the next one was, and before the
     round was accepted; what happened in between is uncertain, since a chain may accept a round long after it was
-    certified. Keys and accounts are today's.
+    certified. Every member has a leaf, so that only a registry of as many members as leaves may be the one; none: the
+    round's signers left somebody out, or made somebody up. Keys and accounts are today's.
     """
     settled = book.readings[position].settled
     committee = book.roster.committee  # of a ledger that does not tell what happened
@@ -350,13 +364,13 @@ def list_rosters(book: Book, position: int) -> tuple[Roster, ...]:
         if not is_over:
             seen.append(members)
     else:
-        seen = [book.roster.members]  # a ledger that does not tell what happened
-    fitting = dict.fromkeys(known[: settled.num_leaves] for known in reversed(seen) if len(known) >= settled.num_leaves)
+        seen = [book.roster.members[: settled.num_leaves]]  # a ledger that does not tell what happened
+    fitting = dict.fromkeys(known for known in reversed(seen) if len(known) == settled.num_leaves)
     return tuple(
         msgspec.structs.replace(
             book.roster, epoch=settled.epoch, nonce=settled.nonce, members=known, committee=committee
         )
-        for known in (fitting or {book.roster.members[: settled.num_leaves]: None})
+        for known in fitting
     )
 
 

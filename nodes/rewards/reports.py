@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from nodes.rewards.checking import is_accusation
 from nodes.rewards.contests import Contest
 from nodes.rewards.explain import Explanation, ShardPart
 from nodes.rewards.reading import Book, name_maker
@@ -33,7 +34,7 @@ def print_explanation(
 ) -> None:
     """One section a step."""
     table = Table(
-        title=f"Peer {told.member} ({told.peer}) in round {told.round}",
+        title=f"Peer {told.member} ({escape(told.peer)}) in round {told.round}",
         title_justify="left",
         show_header=False,
         box=None,
@@ -48,7 +49,7 @@ def print_explanation(
             reading = "revealed no vector"
         elif judgement.contribution is None:
             reading = "did not score it"
-        table.add_row(f"  member {judgement.member}", f"{reading}  [dim]{format_peer(judgement.peer)}[/]")
+        table.add_row(f"  member {judgement.member}", f"{reading}  [dim]{escape(format_peer(judgement.peer))}[/]")
     if told.part is not None:
         table.add_row("its part", _describe_part(told, told.part))
     table.add_row("this epoch", f"epoch {told.epoch}: {format_nats(told.accumulated)} mnat/token so far")
@@ -77,7 +78,8 @@ def print_findings(out: Console, findings: Mapping[Round, Sequence[str]], checks
     for round, found in findings.items():
         check = checks.get(round)
         wrong = [*found, *(check.findings if check else ())]
-        out.print(f"round {round}: {'[red]wrong[/]' if wrong else '[green]ok[/]'}", highlight=False)
+        verdict = "[red]wrong[/]" if is_accusation(wrong) else "[yellow]not checked[/]" if wrong else "[green]ok[/]"
+        out.print(f"round {round}: {verdict}", highlight=False)
         for line in wrong:
             out.print(f"  {escape(line)}", highlight=False, soft_wrap=True)
         if check:
@@ -95,7 +97,7 @@ def print_balances(out: Console, balances: "Sequence[Balance]") -> None:
         off, most = abs(balance.certified - balance.measured), balance.tolerance
         verdict = "[red]too far[/]" if balance.is_finding else "within"
         out.print(
-            f"  {name_maker(balance.peer, balance.member)} ({balance.num_rounds} rounds): certified "
+            f"  {escape(name_maker(balance.peer, balance.member))} ({balance.num_rounds} rounds): certified "
             f"{format_nats(balance.certified)}, measured again {format_nats(balance.measured)} mnat/token; off by "
             f"{format_nats(off)[1:]}, tolerated {format_nats(most)[1:]}: {verdict}",
             highlight=False,
@@ -108,17 +110,19 @@ def print_contest(out: Console, contest: Contest, unprovable: Sequence[str], boo
     if not contest.faults and not unprovable:
         out.print(f"round {contest.round}: follows the rules", highlight=False)
     for fault in contest.faults[:FAULTS_TOLD_MAX]:
+        peer = escape(format_peer(book.roster.members[fault.index].peer))
         what = "reward" if fault.kind == FaultKind.REWARD else "sum up to the round"
         out.print(
-            f"round {contest.round}: member {fault.index} ({format_peer(book.roster.members[fault.index].peer)}): "
-            f"its {what} is {fault.found_wei} wei, the rule says {fault.expected_wei}",
+            f"round {contest.round}: member {fault.index} ({peer}): its "
+            f" {what} is {fault.found_wei} wei, the rule says {fault.expected_wei}",
             highlight=False,
             soft_wrap=True,
         )
     if len(contest.faults) > FAULTS_TOLD_MAX:
         out.print(f"  and {len(contest.faults) - FAULTS_TOLD_MAX} more", highlight=False)
     for line in unprovable:
-        out.print(f"round {contest.round}: wrong, but not provable on chain: {escape(line)}", highlight=False)
+        what = "wrong, but not provable on chain: " if is_accusation([line]) else ""
+        out.print(f"round {contest.round}: {what}{escape(line)}", highlight=False)
     if contest.proven is not None:
         out.print(
             f"[green]proven[/]: round {contest.round} and all after it are void; {contest.num_slashed} signers lost "
@@ -220,7 +224,7 @@ def _print_check(out: Console, check: "DeepCheck") -> None:
         off, most = format_nats(abs(update.certified - update.measured)), format_nats(update.tolerance)
         verdict = "[red]too far[/]" if update.is_finding else update.note or "within"
         out.print(
-            f"  {update.name}: certified {format_nats(update.certified)}, measured again "
+            f"  {escape(update.name)}: certified {format_nats(update.certified)}, measured again "
             f"{format_nats(update.measured)} mnat/token; off by {off[1:]}, tolerated {most[1:]}: "
             f"{verdict}",
             highlight=False,

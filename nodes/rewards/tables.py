@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from nodes.rewards.reading import Row
@@ -90,7 +91,7 @@ def make_peers_table(lines: Sequence[PeerLine], totals: Totals, width: int) -> T
         known = dict(line.by_round)
         table.add_row(
             str(line.member),
-            format_peer(line.peer),
+            escape(format_peer(line.peer)),
             str(line.num_rounds),
             *(format_nats(known.get(round)) for round in rounds),
             format_nats(line.contribution if line.num_rounds else None),

@@ -8,13 +8,16 @@ from ledger_worlds import PEERS
 from rewards_world import POOL_WEI, Settled, get_payload, get_payload_bytes, move_reward
 from rich.console import Console
 
-from nodes.rewards.explain import Explanation, explain, find_makers, list_excluded
-from nodes.rewards.reports import print_explanation
-from nodes.rewards.tables import to_plain
+from nodes.rewards.explain import EXCLUDED_MAX, Explanation, explain, find_makers, list_excluded
+from nodes.rewards.measuring import DeepCheck, Remeasured, compute_balances
+from nodes.rewards.reports import print_balances, print_explanation, print_findings
+from nodes.rewards.tables import make_peers_table, to_plain
+from nodes.rewards.views import view_peers, view_totals
 from p2pfm.config import ScoringConfig
 from p2pfm.errors import OperatorError, WorldError
+from p2pfm.messages import LIST_MAX, Proposal, Score
 from p2pfm.settlement import merkle
-from p2pfm.types import WEIGHT_ONE, Digest, MemberIndex, Round
+from p2pfm.types import WEIGHT_ONE, Contribution, Digest, MemberIndex, PeerId, Round
 
 
 @pytest.fixture
@@ -105,6 +108,21 @@ def test_an_update_that_too_few_scored_is_found_by_its_maker(settled: Settled) -
     assert [j.contribution for j in told.judgements if j.contribution is not None] == [90]
 
 
+def test_a_flood_of_payloads_that_nobody_merged_is_cut_and_what_most_scored_stays(settled: Settled) -> None:
+    flood = tuple(Score(Digest(number.to_bytes(32, "big")), Contribution(0)) for number in range(1, LIST_MAX))
+
+    def tamper(proposal: Proposal) -> Proposal:
+        first, *others = proposal.reveals
+        return msgspec.structs.replace(proposal, reveals=(msgspec.structs.replace(first, scores=flood), *others))
+
+    settled.settle(0, tamper, measured={0: (50, 40, 60), 2: (None, 90, 90)})
+    reading = settled.book().readings[0]
+    merged = msgspec.structs.replace(reading.proposal, updates=())
+    excluded = list_excluded(msgspec.structs.replace(reading, proposal=merged))
+    assert len(excluded) == EXCLUDED_MAX
+    assert set(excluded[:2]) == {get_payload(0, 0), get_payload(0, 2)}
+
+
 def test_who_sent_nothing_is_told_what_cannot_be_told(settled: Settled) -> None:
     settled.settle(0)
     told = get(settled, 3, 0)
@@ -135,6 +153,37 @@ def test_a_wrong_reward_is_seen_beside_the_rules(settled: Settled) -> None:
     settled.settle(1, lambda proposal: move_reward(proposal, 9, source=2, target=3))
     told = get(settled, 3, 1)
     assert (told.reward_wei, told.expected_wei, told.is_proven) == (9, 0, True)
+
+
+def test_an_update_of_nobody_beside_the_others_leaves_only_the_cap_untold(settled: Settled) -> None:
+    def tamper(proposal: Proposal) -> Proposal:
+        nobody = msgspec.structs.replace(proposal.updates[0], member=MemberIndex(10**6))
+        return msgspec.structs.replace(proposal, updates=(*proposal.updates, nobody))
+
+    settled.settle(1, tamper)
+    for member in range(4):
+        told = get(settled, member, 1)
+        assert told.reward_wei == told.expected_wei
+        assert told.weight_max is None
+
+
+def test_names_are_no_markup(settled: Settled) -> None:
+    """A name on chain, or of a shard in what a committee signed, is anybody's text."""
+    settled.settle(1)
+    told = msgspec.structs.replace(get(settled, 2, 1), peer=PeerId("[/x]"))
+    judgements = tuple(msgspec.structs.replace(judgement, peer=PeerId("[/x]")) for judgement in told.judgements)
+    console = Console(width=160, record=True, file=io.StringIO())
+    print_explanation(console, msgspec.structs.replace(told, judgements=judgements), None, "", with_proof=False)
+    shard = PeerId("shard-[/y]")
+    update = Remeasured(MemberIndex(0), shard, Contribution(1), 1, 1, 5, is_finding=False)
+    checks = {Round(number): DeepCheck(Round(number), (update,), (), ()) for number in (0, 1)}
+    print_findings(console, {Round(0): [], Round(1): []}, checks)
+    print_balances(console, compute_balances(list(checks.values())))
+    book = settled.book()
+    lines = tuple(msgspec.structs.replace(line, peer=PeerId("[/z]")) for line in view_peers(book))
+    console.print(make_peers_table(lines, view_totals(book), 160))
+    text = console.export_text()
+    assert all(name in text for name in ("[/x]", "shard-[/y]", "[/z]"))
 
 
 def test_a_newcomer_has_no_leaf_in_earlier_rounds() -> None:

@@ -258,6 +258,31 @@ def test_a_round_without_data_is_not_measured_and_the_others_are(honest: Trained
     assert any("data of an earlier round are missing" in note for note in second.notes)
 
 
+def test_nonsense_of_an_earlier_round_does_not_blind_the_next(honest: Trained) -> None:
+    book = honest.settled.book()
+    first = book.readings[0].proposal
+    assert first is not None
+    bogus = msgspec.structs.replace(first.updates[0], payload=first.base)
+    lie = msgspec.structs.replace(first, base=first.updates[1].payload, updates=(bogus, *first.updates[1:]))
+    readings = (msgspec.structs.replace(book.readings[0], proposal=lie), book.readings[1])
+    book = msgspec.structs.replace(book, readings=readings)
+    check = honest.meter.check_round(book, readings[1], list_rosters(book, 1)[0], DRAWS, lambda *_: None)
+    assert len(check.updates) == NUM_PEERS
+
+
+def test_an_update_of_another_maker_is_a_finding(honest: Trained) -> None:
+    """Whom a payload is paid for stands in its first bytes, and the vectors tell nothing of it."""
+    book = honest.settled.book()
+    proposal = book.readings[1].proposal
+    assert proposal is not None
+    first, second, third = proposal.updates
+    stolen = msgspec.structs.replace(first, peer=second.peer, member=second.member)
+    lie = msgspec.structs.replace(proposal, updates=(stolen, third))
+    reading = msgspec.structs.replace(book.readings[1], proposal=lie)
+    check = honest.meter.check_round(book, reading, list_rosters(book, 1)[0], DRAWS, lambda *_: None)
+    assert check.findings == (f"update of member {second.member}: its payload is of {first.peer}",)
+
+
 def test_unknown_history_excuses_less_but_never_more_than_measured(honest: Trained) -> None:
     book = honest.settled.book()
     meter = Meter(honest.meter.learner, without(honest.blobs, honest.payloads[0][1]), honest.settled.network)

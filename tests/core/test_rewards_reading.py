@@ -5,15 +5,15 @@ from pathlib import Path
 import msgspec
 import pytest
 from ledger_worlds import PARAMS, PEERS
-from rewards_world import MEASURED, POOL_WEI, Settled, add_served, move_cumulative, move_reward
+from rewards_world import MEASURED, POOL_WEI, Settled, add_served, move_cumulative, move_reward, with_root
 
-from nodes.rewards import claim_newest, read_rewards, rows_to_json
-from nodes.rewards.checking import find_roster
+from nodes.rewards import claim_newest, read_rewards, rows_to_json, verify_rewards
+from nodes.rewards.checking import UNFIT_REGISTRY, find_roster
 from nodes.rewards.plots import plot_rewards
 from nodes.rewards.reading import find_member
 from p2pfm.errors import OperatorError, Reject, WorldError
-from p2pfm.messages import Proposal
-from p2pfm.types import Contribution, Digest, MemberIndex, Round
+from p2pfm.messages import Proposal, Service
+from p2pfm.types import WEIGHT_ONE, Contribution, Digest, MemberIndex, Round, Weight
 
 
 @pytest.fixture
@@ -58,10 +58,13 @@ def test_rounds_that_a_chain_took_late_are_judged_by_the_registry_of_their_own_t
     assert settled.findings() == {0: [], 1: []}
     book = settled.book()
     for position in (0, 1):
-        assert [member.active for member in find_roster(book, position, settled.network).members] == [True] * 4
+        known = find_roster(book, position, settled.network)
+        assert known is not None
+        assert [member.active for member in known.members] == [True] * 4
     settled.settle(2)
     assert settled.findings()[Round(2)] == []
     told = find_roster(settled.book(), 2, settled.network)
+    assert told is not None
     assert [member.active for member in told.members] == [True, True, True, False, True]
 
 
@@ -108,6 +111,79 @@ def test_verify_finds_a_wrong_merge_weight(settled: Settled) -> None:
     settled.settle(0, tamper)
     assert all("merge weight" in finding for finding in settled.findings()[Round(0)])
     assert len(settled.findings()[Round(0)]) == 2
+
+
+@pytest.mark.parametrize("places", [(0, 0, 1, 2), (0, 1, 2, 0), (1, 0, 2)])
+def test_verify_finds_updates_that_stand_there_twice_or_in_another_order(settled: Settled, places: tuple[int]) -> None:
+    def tamper(proposal: Proposal) -> Proposal:
+        return msgspec.structs.replace(proposal, updates=tuple(proposal.updates[place] for place in places))
+
+    settled.settle(0, tamper)
+    (finding,) = settled.findings()[Round(0)]
+    assert finding.startswith("updates: expected 3, each once")
+
+
+def test_verify_finds_a_wrong_entry_beside_the_right_one(settled: Settled) -> None:
+    def tamper(proposal: Proposal) -> Proposal:
+        heavy = msgspec.structs.replace(proposal.updates[0], weight=Weight(WEIGHT_ONE))
+        return msgspec.structs.replace(proposal, updates=(heavy, *proposal.updates))
+
+    settled.settle(0, tamper)
+    assert settled.findings()[Round(0)]
+
+
+def test_verify_finds_a_round_from_another_base(settled: Settled) -> None:
+    settled.settle(0)
+    settled.settle(1, lambda proposal: msgspec.structs.replace(proposal, base=Digest(b"x" * 32)))
+    (finding,) = settled.findings()[Round(1)]
+    assert finding.startswith("base: the round before ended with")
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("a replica that is no member", "names a replica that is no member"),
+        ("an update of nobody", "updates: expected 3"),
+        ("scores out of order", "not sorted"),
+    ],
+)
+def test_nonsense_that_a_committee_signed_is_a_finding_and_ends_nothing(settled: Settled, kind: str, says: str) -> None:
+    def tamper(proposal: Proposal) -> Proposal:
+        reveal, *others = proposal.reveals
+        if kind == "a replica that is no member":
+            served = (Service(MemberIndex(10**6), WEIGHT_ONE),)
+            reveals = (msgspec.structs.replace(reveal, served=served), *others)
+            return msgspec.structs.replace(proposal, reveals=reveals)
+        if kind == "scores out of order":
+            reveals = (msgspec.structs.replace(reveal, scores=reveal.scores[::-1]), *others)
+            return msgspec.structs.replace(proposal, reveals=reveals)
+        nobody = msgspec.structs.replace(proposal.updates[0], member=MemberIndex(10**6))
+        return msgspec.structs.replace(proposal, updates=(nobody, *proposal.updates))
+
+    settled.settle(0, tamper)
+    assert says in settled.findings()[Round(0)][0]
+    known = find_roster(settled.book(), 0, settled.network)
+    assert known is not None
+    assert known.members == settled.world.any.get_roster().members
+
+
+def test_a_sum_for_serving_that_cannot_grow_ends_nothing(settled: Settled) -> None:
+    """The contract bounds no sum for serving: a leaf may hold all that 16 bytes can."""
+
+    def serve(proposal: Proposal) -> Proposal:
+        served = (Service(MemberIndex(0), WEIGHT_ONE),)
+        reveals = (msgspec.structs.replace(reveal, served=served) for reveal in proposal.reveals)
+        return msgspec.structs.replace(proposal, reveals=tuple(reveals))
+
+    settled.settle(0, lambda proposal: add_served(proposal, 2**128 - 1, target=0))
+    settled.settle(1, serve)
+    network = msgspec.structs.replace(
+        settled.network,
+        settlement=msgspec.structs.replace(settled.network.settlement, serving_per_epoch_pfm=1),
+        chain=msgspec.structs.replace(settled.network.chain, serving_pool="0x" + "33" * 20),
+    )
+    (finding,) = verify_rewards(settled.world.any, settled.blobs.get, network)[Round(1)]
+    assert finding.startswith("it cannot be recomputed")
 
 
 def test_verify_finds_leaves_that_are_not_of_the_root(settled: Settled) -> None:
@@ -178,6 +254,22 @@ def test_a_newcomer_changes_nothing_in_earlier_rounds() -> None:
     settled.settle(1)
     assert settled.findings() == {0: [], 1: []}
     assert [len(reading.leaves) for reading in settled.book().readings] == [3, 4]
+
+
+def test_verify_finds_a_newcomer_who_is_left_out() -> None:
+    """A committee that was drawn after it joined knew of it; one that was drawn before may not have."""
+    settled = Settled(num_members=3)
+    settled.settle(0)
+    early = settled.draft(1)
+    settled.world.join(4)
+    settled.accept(early)
+    assert settled.findings()[Round(1)] == []
+    settled.world.advance(PARAMS.rotation_s)
+    settled.world.any.rotate()
+    alike = dict.fromkeys(range(3), (50, 50, 50))
+    settled.settle(2, lambda proposal: with_root(msgspec.structs.replace(proposal, leaves=proposal.leaves[:3])), alike)
+    assert settled.findings()[Round(2)][0] == UNFIT_REGISTRY
+    assert find_roster(settled.book(), 2, settled.network) is None
 
 
 def test_verify_finds_a_vector_of_somebody_who_is_not_in_the_committee(settled: Settled) -> None:

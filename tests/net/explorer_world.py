@@ -99,10 +99,10 @@ class Federation:
         roster = self.ledger.get_roster()
         authors = [member.index for member in roster.members if member.active and (member.index + round) % 9 != 0]
         payloads = {author: compute_digest(b"%d %d" % (round, author)) for author in authors}
+        previous = self.history[-1] if self.history else None
+        base = previous.new_base if previous else Digest(b"b" * 32)
         announced = {
-            payloads[author]: Announcement(
-                Round(round), roster.members[author].peer, Digest(b"b" * 32), payloads[author], 10, 10
-            )
+            payloads[author]: Announcement(Round(round), roster.members[author].peer, base, payloads[author], 10, 10)
             for author in authors
         }
         worth = {author: 4e6 * np.exp(-author / 4) - 2e5 + self.draw.normal(0, 2e5) for author in authors}
@@ -123,8 +123,7 @@ class Federation:
             )
             for judge in sorted(roster.committee)
         ]
-        previous = self.history[-1] if self.history else None
-        draft = draft_proposal(self.network, roster, previous, Round(round), Digest(b"b" * 32), reveals, announced)
+        draft = draft_proposal(self.network, roster, previous, Round(round), base, reveals, announced)
         return msgspec.structs.replace(draft, new_base=compute_digest(b"base %d" % round))
 
     def settle(

@@ -1,5 +1,6 @@
 """`p2pfm explorer`: what the chain tells becomes a view; the app serves it to this machine; a real browser shows it."""
 
+import itertools
 import json
 import os
 import signal
@@ -271,6 +272,28 @@ def test_data_that_comes_late_is_taken_up() -> None:
     assert source.read().rounds[0].evidence == "missing"  # asked a moment ago
     now[0] += 60
     assert source.read().rounds[0].evidence == "verified"
+
+
+def test_what_nobody_serves_is_asked_for_less_and_less_often() -> None:
+    world, now = Federation([make_peer(index) for index in range(4)]).found(), [0.0]
+    world.settle(0, is_served=False)
+    asked: list[float] = []
+
+    def fetch(digest: Digest) -> bytes | None:
+        asked.append(now[0])
+        return world.blobs.get(digest)
+
+    source = Source(Place(world.network, [world.any], lambda: fetch), lambda: now[0])
+    while now[0] < 3600:
+        source.read()
+        now[0] += 2
+    assert 8 <= len(asked) <= 13
+    gaps = [later - sooner for sooner, later in itertools.pairwise(asked)]
+    assert gaps == sorted(gaps)
+    assert gaps[-1] <= 620
+    world.settle(1)
+    source.read()
+    assert asked[-1] == now[0], "what is new is asked for at once"
 
 
 # --- options --------------------------------------------------------------------------------------------------------
