@@ -98,8 +98,8 @@ class EmbeddedChain:
             "eth_getTransactionByHash": self._transactions.get,
             "eth_getTransactionReceipt": self._receipts.get,
             "eth_getBlockByNumber": self._block_by_number,
-            "eth_getBlockByHash": lambda digest, *_: (
-                self._blocks[self._by_hash[digest]] if digest in self._by_hash else None
+            "eth_getBlockByHash": lambda digest, is_full=False: (
+                self._show(self._blocks[self._by_hash[digest]], is_full) if digest in self._by_hash else None
             ),
             "eth_getLogs": self._get_logs,
             "evm_mine": lambda *_: self._mine(),
@@ -183,13 +183,19 @@ class EmbeddedChain:
             "transactions": hashes,
         }
 
-    def _block_by_number(self, number: str, *_: Any) -> dict[str, Any] | None:
+    def _block_by_number(self, number: str, is_full: bool = False) -> dict[str, Any] | None:
         if number == "earliest":
-            return self._blocks[0]
+            return self._show(self._blocks[0], is_full)
         if not number.startswith("0x"):
-            return self._blocks[-1]
+            return self._show(self._blocks[-1], is_full)
         position = int(number, 16)
-        return self._blocks[position] if position < len(self._blocks) else None
+        return self._show(self._blocks[position], is_full) if position < len(self._blocks) else None
+
+    def _show(self, block: dict[str, Any], is_full: bool) -> dict[str, Any]:
+        """A block with its transactions, or with their hashes only."""
+        if not is_full:
+            return block
+        return {**block, "transactions": [self._transactions[digest] for digest in block["transactions"]]}
 
     def _fee_history(self, count: int | str, *_: Any) -> dict[str, Any]:
         number = min(int(count, 0) if isinstance(count, str) else count, len(self._blocks))

@@ -136,6 +136,9 @@ def test_an_unmodified_client_moves_ether_over_http() -> None:
         assert web3.eth.get_balance(target) == 5
         assert web3.eth.get_transaction(digest)["to"] == target
         assert web3.eth.get_block(receipt["blockHash"])["transactions"] == [digest]
+        full = web3.eth.get_block(receipt["blockHash"], full_transactions=True)["transactions"]
+        assert [transaction["hash"] for transaction in full] == [digest]
+        assert web3.eth.get_block(receipt["blockNumber"], full_transactions=True)["transactions"] == full
         assert web3.eth.fee_history(1, "latest")["gasUsedRatio"]
         batch = [{"jsonrpc": "2.0", "id": i, "method": "eth_chainId", "params": []} for i in (1, 2)]
         answers = httpx.post(testnet.rpc_url, json=batch).json()
