@@ -29,7 +29,7 @@ from sim.churn import ChurnModel, validate_churn_model
 from sim.clocks import ClockModel, validate_clock_model
 from sim.network import NetworkModel, validate_network_model
 
-PEERS_MAX = 16_000
+PEERS_MAX = 14_000
 """Two levels of shards reach so many, and one message must hold a leaf for each."""
 
 SHARD_SIZE_MAX = 128

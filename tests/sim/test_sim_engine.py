@@ -45,5 +45,5 @@ def test_what_fails_in_a_process_of_its_own_says_which_run_it_was(monkeypatch: p
 def test_runs_that_fill_the_memory_run_one_at_a_time() -> None:
     assert compute_num_workers([]) == 0
     assert compute_num_workers(SCENARIOS[:1]) == 1
-    vast = Scenario(num_peers=16_000, num_rounds=100_000)
+    vast = Scenario(num_peers=14_000, num_rounds=100_000)
     assert compute_num_workers([vast, vast]) == 1
