@@ -207,7 +207,7 @@ def _render_kind(kind: KindReport) -> str:
         format_value(kind.reward_pfm),
         format_value(kind.together_pfm),
         format_value(kind.slashed_pfm),
-        "–" if is_honest else describe_gain(kind),
+        "–" if is_honest else describe_gain(kind).replace("-", "−"),
         verdict,
         format_value(kind.stake_pfm),
         format_value(kind.sent_bytes / 1000),
