@@ -61,6 +61,6 @@ def judge(
         return Evidence("missing", reading.proposal, updates=reading.updates)
     if previous is None and settled.prev_root != merkle.EMPTY_ROOT:
         return Evidence("matched", reading.proposal, updates=reading.updates)
-    findings = verify_by_any(settled, reading.proposal, reading.shards, rosters, previous, network)
+    findings = verify_by_any(reading, rosters, previous, network)
     state: State = "wrong" if is_accusation(findings) else "missing" if findings else "verified"
     return Evidence(state, reading.proposal, tuple(findings[:FINDINGS_MAX]), reading.updates)

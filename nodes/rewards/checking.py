@@ -8,15 +8,26 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from nodes.rewards.reading import Book, Fetch, compare_root, list_rosters, name_maker, read_book
+from nodes.rewards.reading import (
+    Book,
+    Fetch,
+    Reading,
+    compare_root,
+    list_rosters,
+    name_maker,
+    read_book,
+    validate_reading,
+)
 from p2pfm.config import NetworkConfig
 from p2pfm.errors import Reject
-from p2pfm.messages import Announcement, IncludedUpdate, Proposal
+from p2pfm.messages import IncludedUpdate, Proposal
 from p2pfm.protocol.committee import (
+    announce_updates,
     are_members,
     draft_proposal,
     draft_shard_proposal,
     draft_top_proposal,
+    validate_shard,
     validate_vector,
 )
 from p2pfm.protocol.shards import Deal, deal, get_shard_name
@@ -48,30 +59,22 @@ def verify_reading(book: Book, position: int, network: NetworkConfig, committee:
     reading = book.readings[position]
     if reading.proposal is None:
         return [f"{reading.problem}: {UNCHECKED}"]
-    before = book.get_before(reading)
-    previous = before.proposal if before else None
     if reading.flaw:
         return [f"shards: {reading.flaw}"]
     if reading.gap:
         return [f"{reading.gap}: {UNCHECKED}"]
-    findings = verify_by_any(
-        reading.settled, reading.proposal, reading.shards, list_rosters(book, position), previous, network
-    )
+    before = book.get_before(reading)
+    findings = verify_by_any(reading, list_rosters(book, position), before.proposal if before else None, network)
     return [*findings, *_compare_committee(reading.proposal, committee)]
 
 
 def verify_by_any(
-    settled: SettledRound,
-    proposal: Proposal,
-    shards: Sequence[Proposal | None],
-    rosters: Sequence[Roster],
-    previous: Proposal | None,
-    network: NetworkConfig,
+    reading: Reading, rosters: Sequence[Roster], previous: Proposal | None, network: NetworkConfig
 ) -> list[str]:
     """As `verify_proposal`, by the registry by which the least is wrong."""
     least = [UNFIT_REGISTRY]
     for number, roster in enumerate(rosters):
-        findings = verify_proposal(settled, proposal, shards, roster, previous, network)
+        findings = verify_proposal(reading, roster, previous, network)
         if not findings:
             return []
         least = findings if not number else min(least, findings, key=len)
@@ -95,34 +98,28 @@ def find_roster(book: Book, position: int, network: NetworkConfig) -> Roster | N
     if proposal is None or not rosters:
         return rosters[0] if rosters else None
     for roster in rosters:
-        if not verify_proposal(reading.settled, proposal, reading.shards, roster, previous, network):
+        if not verify_proposal(reading, roster, previous, network):
             return roster
     deals = (deal(network, roster, proposal.round) for roster in rosters)
     fits = [len(list_fitting(dealt, proposal, reading.shards)) if dealt else 0 for dealt in deals]
     return rosters[fits.index(max(fits))]
 
 
-def verify_proposal(
-    settled: SettledRound,
-    proposal: Proposal,
-    shards: Sequence[Proposal | None],
-    roster: Roster,
-    previous: Proposal | None,
-    network: NetworkConfig,
-) -> list[str]:
+def verify_proposal(reading: Reading, roster: Roster, previous: Proposal | None, network: NetworkConfig) -> list[str]:
     """What is wrong with a settled round; empty: medians, weights, leaves and root all recompute.
 
     Commitments are gossip of their round and not part of a proposal: that every reveal matched one is what the
     committee's signatures say.
 
     Args:
-        shards: what each of a network's shards certified, by place in the proposal's updates.
+        reading: with its data.
         roster: of then, with the committee of the round's epoch.
         previous: the proposal of the settled round before; None only for the first.
     """
+    settled, proposal = reading.settled, validate_reading(reading)
     findings = [*_compare_header(settled, proposal), *compare_root(settled, from_wire(proposal.leaves))]
     try:
-        return [*findings, *_compare_content(settled, proposal, shards, roster, previous, network)]
+        return [*findings, *_compare_content(reading, proposal, roster, previous, network)]
     except (ValueError, LookupError, OverflowError) as error:
         # What a committee signed may be any nonsense that has the right root.
         return [*findings, f"it cannot be recomputed: {error}"]
@@ -151,19 +148,14 @@ def _compare_header(settled: SettledRound, proposal: Proposal) -> list[str]:
 
 
 def _compare_content(
-    settled: SettledRound,
-    proposal: Proposal,
-    shards: Sequence[Proposal | None],
-    roster: Roster,
-    previous: Proposal | None,
-    network: NetworkConfig,
+    reading: Reading, proposal: Proposal, roster: Roster, previous: Proposal | None, network: NetworkConfig
 ) -> list[str]:
     """Medians, weights, leaves and root, recomputed from the revealed vectors by the peers' own rule.
 
     Who proposed, at which epoch, from which base the first round started: the committee's signatures say so; that is
     taken from the proposal.
     """
-    if (previous.root if previous else merkle.EMPTY_ROOT) != settled.prev_root:
+    if (previous.root if previous else merkle.EMPTY_ROOT) != reading.settled.prev_root:
         return [f"the settled round before this one is not at hand: {UNCHECKED}"]
     findings = []
     if previous is not None and proposal.base != previous.new_base:
@@ -176,12 +168,12 @@ def _compare_content(
     then = msgspec.structs.replace(roster, epoch=proposal.epoch, nonce=proposal.nonce)
     dealt = deal(network, then, proposal.round)
     if dealt is not None:
-        return [*findings, *_compare_shards(proposal, shards, then, dealt, previous, network)]
+        return [*findings, *_compare_shards(proposal, reading.shards, then, dealt, previous, network)]
     if proposal.shards:
         return [*findings, f"updates: they are shards', and {len(then.by_peer)} active members are one shard"]
     try:
         right = draft_proposal(
-            network, then, previous, proposal.round, proposal.base, proposal.reveals, _announce(proposal)
+            network, then, previous, proposal.round, proposal.base, proposal.reveals, announce_updates(proposal)
         )
     except Reject as error:
         return [*findings, f"reveals: {error}"]
@@ -204,14 +196,6 @@ def _find_strange(proposal: Proposal, roster: Roster) -> list[str]:
         if not are_members(reveal.served, roster):
             findings.append(f"reveal of member {reveal.member}: it names a replica that is no member")
     return findings
-
-
-def _announce(proposal: Proposal) -> dict[Digest, Announcement]:
-    """The announcements that a proposal's updates must have had, by payload."""
-    return {
-        update.payload: Announcement(proposal.round, update.peer, proposal.base, update.payload, 0, 0)
-        for update in proposal.updates
-    }
 
 
 # --- networks of shards
@@ -294,11 +278,21 @@ def _verify_shard(
     findings += _compare_committee(shard, roster.committee)
     try:
         right = draft_shard_proposal(
-            network, roster, len(dealt.shards), previous, shard.round, shard.base, shard.reveals, _announce(shard)
+            network,
+            roster,
+            len(dealt.shards),
+            previous,
+            shard.round,
+            shard.base,
+            shard.reveals,
+            announce_updates(shard),
         )
+        findings += _compare_updates(right, shard)
+        if not findings:  # what has no words of its own above, the rule of the peers themselves finds
+            validate_shard(network, dealt, update.member, previous, proposal.round, shard)
     except Reject as error:
-        return [*findings, f"reveals: {error}"]
-    return [*findings, *_compare_updates(right, shard)]
+        findings.append(f"reveals: {error}")
+    return findings
 
 
 # --- differences

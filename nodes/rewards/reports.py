@@ -113,8 +113,8 @@ def print_contest(out: Console, contest: Contest, unprovable: Sequence[str], boo
         peer = escape(format_peer(book.roster.members[fault.index].peer))
         what = "reward" if fault.kind == FaultKind.REWARD else "sum up to the round"
         out.print(
-            f"round {contest.round}: member {fault.index} ({peer}): its "
-            f" {what} is {fault.found_wei} wei, the rule says {fault.expected_wei}",
+            f"round {contest.round}: member {fault.index} ({peer}): its {what} is "
+            f"{fault.found_wei} wei, the rule says {fault.expected_wei}",
             highlight=False,
             soft_wrap=True,
         )

@@ -21,6 +21,7 @@ from p2pfm.messages import (
     Word,
 )
 from p2pfm.protocol.committee import (
+    announce_updates,
     are_members,
     draft_proposal,
     draft_shard_proposal,
@@ -506,7 +507,7 @@ class Ballot:
     def follow(self, certificate: Certificate) -> list[AnyAction]:
         """Compute what a committee certified from the shards' payloads, without having taken part."""
         state, proposal = self.state, certificate.proposal
-        for held in _announce(proposal, self.standing.config.limits.payload_bytes_max):
+        for held in announce_updates(proposal, self.standing.config.limits.payload_bytes_max).values():
             if held.payload not in state.updates.makers:
                 state.updates.add(held, is_late=True)
         state.proposal, state.is_proposal_valid, self._lacking = proposal, True, []
@@ -610,14 +611,3 @@ class Ballot:
             return False
         state.proposal = message
         return True
-
-
-def _announce(proposal: Proposal, bytes_max: int) -> tuple[Announcement, ...]:
-    """What the shards of a certified proposal would have announced; made once for all peers of a process."""
-    known: dict[int, tuple[Announcement, ...]] = proposal.__dict__.setdefault("_announced", {})
-    if bytes_max not in known:
-        known[bytes_max] = tuple(
-            Announcement(proposal.round, update.peer, proposal.base, update.payload, bytes_max, 0)
-            for update in proposal.updates
-        )
-    return known[bytes_max]

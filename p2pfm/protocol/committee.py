@@ -171,6 +171,17 @@ def draft_top_proposal(
     return _once(roster, (config, dealt, previous, *reveals, *proposals), ("top draft", round, base, numbers), make)
 
 
+def announce_updates(proposal: Proposal, bytes_max: int = 0) -> dict[Digest, Announcement]:
+    """What a proposal's updates must have been announced by, by payload; made once for all peers of a process."""
+    known: dict[int, dict[Digest, Announcement]] = proposal.__dict__.setdefault("_announced", {})
+    if bytes_max not in known:
+        known[bytes_max] = {
+            update.payload: Announcement(proposal.round, update.peer, proposal.base, update.payload, bytes_max, 0)
+            for update in proposal.updates
+        }
+    return known[bytes_max]
+
+
 def validate_shard(
     config: NetworkConfig, dealt: Deal, number: int, previous: Proposal | None, round: Round, proposal: Proposal
 ) -> None:
@@ -187,14 +198,11 @@ def validate_shard(
     shard = dealt.shards[number]
 
     def judge() -> str:
-        announced = {
-            update.payload: Announcement(round, update.peer, proposal.base, update.payload, 0, 0)
-            for update in proposal.updates
-        }
+        announced, reveals = announce_updates(proposal), proposal.reveals
         try:
-            _validate_members(shard, proposal.reveals, round)
+            _validate_members(shard, reveals, round)
             expected = draft_shard_proposal(
-                config, shard, len(dealt.shards), previous, round, proposal.base, proposal.reveals, announced
+                config, shard, len(dealt.shards), previous, round, proposal.base, reveals, announced
             )
             validate_proposal(proposal, expected)
         except Reject as error:

@@ -70,7 +70,8 @@ class Watched:
         before = self.book.get_before(reading)
         roster = list_rosters(self.book, reading.settled.position)[0]
         previous = before.proposal if before else None
-        return verify_proposal(reading.settled, proposal, reading.shards, roster, previous, self.world.config)
+        told = msgspec.structs.replace(reading, proposal=proposal)
+        return verify_proposal(told, roster, previous, self.world.config)
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +151,8 @@ def test_what_a_shard_certified_wrongly_is_found(watched: Watched) -> None:
     assert "twice" in watched.verify(forge(reading, 0, reveals=(strange, *shard.reveals[1:])))[0]
     assert "payload: should be" in watched.verify(forge(reading, 0, new_base=Digest(b"x" * 32)))[0]
     assert "base: should be" in watched.verify(forge(reading, 0, base=Digest(b"x" * 32)))[0]
+    for name, value in {"proposer": MemberIndex(99), "epoch": 9, "nonce": 9, "root": Digest(b"x" * 32)}.items():
+        assert f"field {name!r} differs" in watched.verify(forge(reading, 0, **{name: value}))[0]
 
 
 def test_a_shard_cannot_pay_a_friend_for_anothers_update(watched: Watched) -> None:
