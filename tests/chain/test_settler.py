@@ -117,6 +117,20 @@ def test_a_certificate_whose_root_is_of_other_leaves_is_dropped_and_settlement_g
     assert sum("round 1: dropped" in line for line in caplog.messages) == 1
 
 
+def claim(world: World, folder: Path, data: bytes, num_times: int = 1) -> None:
+    """A node that holds `data` looks at the chain once and then at what it is owed."""
+
+    async def main() -> None:
+        with Store(folder) as store:
+            store.put(data)
+            settler = make_settler(world, store, ignore)
+            await settler.refresh()
+            for _ in range(num_times):
+                await settler._claim()
+
+    trio.run(main)
+
+
 @pytest.mark.parametrize(
     "data",
     [b"nonsense", encode(Presence(PEERS[1], (), 0, 1, 1, 1)), None],
@@ -131,15 +145,7 @@ def test_data_that_are_not_of_the_root_are_claimed_by_once_and_no_more(
     world.settle(1, [1, 0, 0, 0], data_digest=compute_digest(data))
     world.advance(PARAMS.challenge_window_s)
 
-    async def main() -> None:
-        with Store(tmp_path) as store:
-            store.put(data)
-            settler = make_settler(world, store, ignore)
-            await settler.refresh()
-            for _ in range(2):
-                await settler._claim()
-
-    trio.run(main)
+    claim(world, tmp_path, data, num_times=2)
     assert sum("no claim by it" in line for line in caplog.messages) == 1
 
 
@@ -162,14 +168,7 @@ def test_data_of_any_size_that_the_chain_names_are_claimed_by(tmp_path: Path) ->
     world.settle(1, [1, 0, 0, 0], data_digest=compute_digest(data))
     world.advance(PARAMS.challenge_window_s)
 
-    async def main() -> None:
-        with Store(tmp_path) as store:
-            store.put(data)
-            settler = make_settler(world, store, ignore)
-            await settler.refresh()
-            await settler._claim()
-
-    trio.run(main)
+    claim(world, tmp_path, data)
     assert world.any.get_claimed(MemberIndex(0)) == world.leaves[0].cumulative_wei > 0
 
 
