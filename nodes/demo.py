@@ -576,6 +576,8 @@ def _make_round_table(figures: Figures) -> Table:
     )
     for column in ("round", "loss", "an update", "is smaller by", "sent a peer", "is less by"):
         table.add_column(column, justify="right", no_wrap=True)
+    if not {round for round in figures.losses_nats if round >= 0} <= figures.sent_bytes.keys():
+        table.caption = "bytes are told of rounds that are over"
     for round in sorted({*figures.losses_nats, *figures.payload_bytes}):
         update = _mean(figures.payload_bytes.get(round, []))
         sent = _mean(figures.sent_bytes.get(round, []))
