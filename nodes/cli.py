@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -41,6 +42,8 @@ from sim.scenarios import Scenario
 from sim.world import World
 
 CONFIG_NAME = "node.toml"
+AGAIN_S = 0.05
+"""Until an interrupt that Python dropped comes again."""
 
 out = Console()
 err = Console(stderr=True)
@@ -108,6 +111,7 @@ def main() -> None:
     """Run the command line; one clear line for every error that is not a bug."""
     # A shell that runs us in the background starts us with Ctrl-C ignored; what we started must end by it all the same.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.unraisablehook = _interrupt_again
     try:
         app(standalone_mode=True)
     except OperatorError as error:
@@ -116,9 +120,16 @@ def main() -> None:
         _fail(error, Exit.WORLD)
     except OSError as error:
         _fail(OperatorError(f"{error.filename or 'the system'}: {error.strerror or error}"), Exit.OPERATOR)
-    except KeyboardInterrupt:
-        err.print("interrupted; everything that was started is ended")
+    except KeyboardInterrupt:  # before a command began; later typer ends with the same code
         raise SystemExit(Exit.INTERRUPTED) from None
+
+
+def _interrupt_again(lost: "sys.UnraisableHookArgs") -> None:
+    """Ctrl-C that falls into a destructor is dropped by Python (urllib3 closes sockets in one): it comes once more."""
+    if isinstance(lost.exc_value, KeyboardInterrupt):
+        threading.Timer(AGAIN_S, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def _fail(error: Exception, code: Exit) -> None:
@@ -418,7 +429,10 @@ def localnet_up(
     with localnet(home, (honest,) * peers, get_preset(model, adapter), out.print, chain=_get_chain(chain)) as net:
         for node in net.nodes:
             out.print(f"peer {node.index}: {node.url}  config {node.home / CONFIG_NAME}", soft_wrap=True)
-        watch_localnet(net, out)
+        try:
+            watch_localnet(net, out)
+        finally:
+            out.print("ending the peers and the chain")
 
 
 def _is_anvil(chain: str) -> bool:

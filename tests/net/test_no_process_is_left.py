@@ -15,6 +15,23 @@ pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 GONE_S = 20
 INTERRUPTED = 130
+LOSES_ITS_INTERRUPT = """
+import os, signal, sys, time
+from nodes import cli
+
+class Closed:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0)  # where the interrupt is raised, and dropped
+
+@cli.app.command("lose")
+def lose():
+    Closed()
+    time.sleep(60)
+
+sys.argv = ["p2pfm", "lose"]
+cli.main()
+"""
 
 
 def wait_for(is_done: Callable[[], bool], timeout_s: float, what: str) -> None:
@@ -57,3 +74,9 @@ def test_nothing_lives_on_after(number: signal.Signals, tmp_path: Path) -> None:
                 child.kill()
     if number == signal.SIGINT:
         assert code == INTERRUPTED
+
+
+def test_ctrl_c_within_a_destructor_is_not_lost() -> None:
+    """urllib3 closes its sockets in one: without `cli._interrupt_again` one in some forty went on."""
+    done = subprocess.run([sys.executable, "-c", LOSES_ITS_INTERRUPT], capture_output=True, text=True, timeout=GONE_S)
+    assert (done.returncode, done.stderr) == (INTERRUPTED, "")
