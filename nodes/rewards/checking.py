@@ -5,6 +5,7 @@ What a member revealed may be wrong all the same: `measuring` measures it again.
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Self
 
 import msgspec
 
@@ -37,11 +38,18 @@ from p2pfm.settlement.rewards import from_wire
 from p2pfm.settlement.sampling import compute_quorum
 from p2pfm.types import WEIGHT_ONE, Digest, MemberIndex, Round
 
-UNCHECKED = "it cannot be checked"
-"""How a finding ends that accuses nobody."""
-
 UNFIT_REGISTRY = "leaves: at no time of the round's committee were so many members registered"
 STRANGE_REVEALS = "reveals: one member's stand there twice, or are nobody's, or of another round"
+
+
+class Unchecked(str):
+    """A finding that accuses nobody: what it tells of keeps something from being checked."""
+
+    __slots__ = ()
+
+    def __new__(cls, why: str) -> Self:
+        """The reason, with what follows from it."""
+        return super().__new__(cls, f"{why}: it cannot be checked")
 
 
 def verify_rewards(ledger: Ledger, fetch: Fetch, network: NetworkConfig) -> dict[Round, list[str]]:
@@ -58,11 +66,11 @@ def verify_reading(book: Book, position: int, network: NetworkConfig, committee:
     """What is wrong with the round at a position; `committee`: that of its epoch."""
     reading = book.readings[position]
     if reading.proposal is None:
-        return [f"{reading.problem}: {UNCHECKED}"]
+        return [Unchecked(reading.problem)]
     if reading.flaw:
         return [f"shards: {reading.flaw}"]
     if reading.gap:
-        return [f"{reading.gap}: {UNCHECKED}"]
+        return [Unchecked(reading.gap)]
     before = book.get_before(reading)
     findings = verify_by_any(reading, list_rosters(book, position), before.proposal if before else None, network)
     return [*findings, *_compare_committee(reading.proposal, committee)]
@@ -83,7 +91,7 @@ def verify_by_any(
 
 def is_accusation(findings: Sequence[str]) -> bool:
     """Whether something is wrong, and not only what cannot be checked."""
-    return not all(finding.endswith(UNCHECKED) for finding in findings)
+    return not all(isinstance(finding, Unchecked) for finding in findings)
 
 
 def find_roster(book: Book, position: int, network: NetworkConfig) -> Roster | None:
@@ -156,7 +164,7 @@ def _compare_content(
     taken from the proposal.
     """
     if (previous.root if previous else merkle.EMPTY_ROOT) != reading.settled.prev_root:
-        return [f"the settled round before this one is not at hand: {UNCHECKED}"]
+        return [Unchecked("the settled round before this one is not at hand")]
     findings = []
     if previous is not None and proposal.base != previous.new_base:
         findings.append(
@@ -230,7 +238,7 @@ def _compare_shards(
         if number >= len(dealt.shards) or update.peer != get_shard_name(number):
             return [f"updates: {update.peer!r} (member {number}) is none of the round's {len(dealt.shards)} shards"]
         if shard is None:
-            return [f"{update.peer}: nobody serves what it certified: {UNCHECKED}"]
+            return [Unchecked(f"{update.peer}: nobody serves what it certified")]
         certified[update.payload] = (number, shard)
         found = _verify_shard(proposal, update, shard, dealt, previous, network)
         findings += [f"{update.peer}: {finding}" for finding in found]
@@ -241,10 +249,11 @@ def _compare_shards(
     second = {payload for payload in scored - certified.keys() if any(payload > known for known in certified)}
     if second and len({number for number, _ in certified.values()}) < len(dealt.shards):
         names = ", ".join(payload.hex()[:10] for payload in sorted(second))
-        findings.append(
-            f"updates: {names}: scored and not merged, as a shard's second word should be, but perhaps the only one of "
-            f"a shard that is absent: {UNCHECKED}"
+        why = (
+            f"updates: {names}: scored and not merged, as a shard's second word should be, but perhaps the only one "
+            "of a shard that is absent"
         )
+        findings.append(Unchecked(why))
     certified |= {payload: certified[min(certified)] for payload in second}
     try:
         right = draft_top_proposal(
