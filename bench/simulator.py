@@ -1,6 +1,6 @@
 """What a simulated peer-round costs: the whole protocol with a perceptron on digits, and the protocol alone.
 
-    python bench/simulator.py [--json FILE] [--check] [--quick] [--frameworks flwr,fluke,pfl]
+    python bench/simulator.py [--json FILE] [--check] [--quick] [--frameworks flwr,fluke,pfl] [--plot FILE]
 
 Every world runs in a process of its own, one thread, and is measured in CPU seconds of its rounds (set-up, cooling down
 and claims left out). Beside the perceptron stand, in the same run, a plain sequential PyTorch loop over the same peers'
@@ -14,7 +14,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
 from harness import Target, finish, make_parser, print_table, read_options
+from matplotlib import pyplot
+
+matplotlib.use("Agg")
 
 RUN = """
 import json, resource, sys, time
@@ -94,9 +98,29 @@ def measure_learning(sizes: tuple[tuple[int, int, int], ...]) -> list[dict[str, 
     return found
 
 
+def plot_growth(protocol: list[dict[str, float]], path: Path) -> None:
+    """CPU seconds of a round by the number of peers, beside what N log N would take from the smallest size on."""
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    sizes = [row["peers"] for row in protocol]
+    unit = protocol[0]["round_cpu_s"] / (sizes[0] * math.log(sizes[0]))
+    axes.loglog(sizes, [unit * size * math.log(size) for size in sizes], "--", color="#a0aec0", label="N log N")
+    axes.loglog(sizes, [row["round_cpu_s"] for row in protocol], "o-", color="#2b6cb0", label="the whole protocol")
+    for row in protocol:
+        label = f"{row['round_cpu_s']:.2g} s, {row['memory_bytes'] / 1e9:.2g} GB"
+        axes.annotate(label, (row["peers"], row["round_cpu_s"]), (8, -12), textcoords="offset points", fontsize="small")
+    axes.set_xticks(sizes, [f"{size:,.0f}" for size in sizes], minor=False)
+    axes.minorticks_off()
+    axes.set_xlim(sizes[0] * 0.8, sizes[-1] * 2)
+    axes.set(title="A simulated round without tensors", xlabel="peers", ylabel="CPU seconds, one core")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=130)
+
+
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--frameworks", default="", help="flwr,fluke,pfl: measured in environments of their own")
+    parser.add_argument("--plot", type=Path, help="draw the growth of the protocol's cost here (PNG)")
     arguments = parser.parse_args()
     options = read_options(arguments)
     protocol = measure_protocol(((12, 4, 3), (24, 6, 3)) if options.quick else PROTOCOL)
@@ -112,6 +136,8 @@ def main() -> None:
     ]
     names = ("peers", "p2pfm", "sequential loop", "batched by hand", "p2pfm / sequential")
     print_table("CPU ms a peer-round, perceptron on digits", names, lines)
+    if arguments.plot:
+        plot_growth(protocol, arguments.plot)
     others = []
     if arguments.frameworks:
         from simulator_frameworks import measure
