@@ -5,11 +5,9 @@ an invariant was violated, code of ours broke down, or a replay differs; 130 int
 reported.
 """
 
-import itertools
 import shlex
 import sys
 import time
-import tomllib
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -27,7 +25,7 @@ from p2pfm.types import PeerId, Round
 from sim.breakdowns import Breakdown, telling_breakdowns
 from sim.checks import Violation
 from sim.compare import compare as compare_reports
-from sim.compare import compute_figures, compute_spreads, format_spread, render_comparison
+from sim.compare import render_comparison
 from sim.engine import Engine, run_sweep
 from sim.estimate import compute_estimate, describe, get_free_bytes, validate_memory
 from sim.hunt import Failure, find_failure
@@ -38,17 +36,10 @@ from sim.ray_engine import spread
 from sim.recorder import Recorder
 from sim.replay import ReplayReport, replay_path
 from sim.report import SimReport, make_honest, make_report, open_world, render, set_beside
-from sim.results import (
-    REPORT,
-    load_report,
-    load_reports,
-    remove_other_formats,
-    remove_report,
-    save_report,
-    validate_folder,
-)
+from sim.results import REPORT, load_report, load_reports, save_report, validate_folder
 from sim.scenarios import Scenario, find_idle, validate_scenario
-from sim.tables import Row, TableFormat, validate_format, write_table
+from sim.sweeps import make_rows, parse_choices, parse_seeds, plan_sweep, render_sweep, save_sweep
+from sim.tables import TableFormat, validate_format
 from sim.world import World
 
 EXIT_UNUSABLE = 2
@@ -198,18 +189,18 @@ def sweep(
         validate_format(format)
         if out is not None:
             validate_folder(out)
-        plan = _plan_sweep(sources, _parse_seeds(seeds), _parse_choices(settings))
+        plan = plan_sweep(sources, parse_seeds(seeds), parse_choices(settings))
         done: dict[int, SimReport] = {}
         try:
             _sweep([item for _, item in plan], engine, screen, done)
         finally:  # whatever ends a sweep, the runs before it are kept
             runs = [(plan[index][0], report) for index, report in sorted(done.items())]
             if runs and json:
-                _write_json(_make_sweep_rows(runs))
+                _write_json(make_rows(runs))
             elif runs:
-                screen.print(_render_sweep(runs))
+                screen.print(render_sweep(runs))
             if runs and out is not None:
-                _save_sweep(runs, out, format)
+                save_sweep(runs, out, format)
                 screen.print(f"results in {out}", highlight=False)
             if len(done) < len(plan):
                 screen.print(f"interrupted after {len(done)} of {len(plan)} runs", style="red", highlight=False)
@@ -405,7 +396,7 @@ def _write_logs(kept: EventLogs, folder: Path | None) -> None:
 
 def _parse_settings(settings: Sequence[str] | None) -> dict[str, Any]:
     chosen = {}
-    for key, values in _parse_choices(settings).items():
+    for key, values in parse_choices(settings).items():
         if len(values) != 1:
             raise ConfigError(f"--set {key}: expected one value, got {len(values)}; `p2pfm sim sweep` runs several")
         chosen[key] = values[0]
@@ -413,67 +404,6 @@ def _parse_settings(settings: Sequence[str] | None) -> dict[str, Any]:
 
 
 # --- many runs
-
-
-def _parse_seeds(text: str) -> list[int]:
-    seeds: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not first.isdecimal() or (last and not last.isdecimal()) or int(last or first) < int(first):
-            raise ConfigError(f"--seeds: expected numbers and ranges such as 1-8 or 1,5,9; got {text!r}")
-        seeds += range(int(first), int(last or first) + 1)
-    if len(set(seeds)) < len(seeds):  # the same run twice would pass for two, and lessen the errors
-        raise ConfigError(f"--seeds: expected each seed once, got {text!r}")
-    return seeds
-
-
-def _parse_choices(settings: Iterable[str] | None) -> dict[str, list[Any]]:
-    """Keys and their values: TOML values between commas, where words need no quotes."""
-    choices = {}
-    for setting in settings or ():
-        key, is_set, text = setting.partition("=")
-        if not is_set or not key or not text:
-            raise ConfigError(f"--set: expected KEY=VALUE, got {setting!r}")
-        try:
-            choices[key] = tomllib.loads(f"values = [{text}]")["values"]
-        except tomllib.TOMLDecodeError:
-            choices[key] = text.split(",")
-    return choices
-
-
-def _plan_sweep(
-    sources: Sequence[str], seeds: Sequence[int], choices: dict[str, list[Any]]
-) -> list[tuple[str, Scenario]]:
-    """Every run's label, equal for those that differ in their seed only, and its scenario."""
-    if "seed" in choices:
-        raise ConfigError("--set seed: expected a sweep's seeds in --seeds, as in --seeds 1-8")
-    plan = []
-    taken: dict[str, str] = {}
-    for source in sources:
-        base = load_scenario(source)
-        for values in itertools.product(*choices.values()):
-            changes = dict(zip(choices, values, strict=True))
-            label = " ".join([_make_label(source), *(f"{key}={value}" for key, value in changes.items())])
-            name = _make_folder_name(label)
-            if name in taken:
-                raise ConfigError(
-                    f"expected runs with names of their own, and {taken[name]} and {source} are both {label!r}: leave "
-                    "out what stands twice, or give scenarios as files of different names"
-                )
-            taken[name] = source
-            plan += [(label, change_scenario(base, changes | {"seed": seed})) for seed in seeds]
-    free_bytes = get_free_bytes()
-    for _, scenario in plan:
-        validate_memory(scenario, free_bytes)
-    return plan
-
-
-def _make_label(source: str) -> str:
-    return "scenario" if source.lstrip().startswith("{") else Path(source).stem
-
-
-def _make_folder_name(label: str) -> str:
-    return label.replace("/", "_")
 
 
 def _sweep(scenarios: Sequence[Scenario], engine: Engine, screen: Console, done: dict[int, SimReport]) -> None:
@@ -494,42 +424,6 @@ def _sweep(scenarios: Sequence[Scenario], engine: Engine, screen: Console, done:
             run_sweep(scenarios, engine, on_done)
 
 
-def _save_sweep(runs: Sequence[tuple[str, SimReport]], folder: Path, format: TableFormat) -> None:
-    """Write every run's results and the table, in place of an earlier sweep's: `compare` would pool its seeds."""
-    try:
-        if any(folder.glob(f"*/seed-*/{REPORT}")):
-            remove_other_formats(folder, ("sweep",), format)
-        for label in dict.fromkeys(label for label, _ in runs):
-            for old in (folder / _make_folder_name(label)).glob("seed-*"):
-                remove_report(old)
-        for label, item in runs:
-            save_report(item, folder / _make_folder_name(label) / f"seed-{item.scenario.seed}", format)
-        write_table(_make_sweep_rows(runs), folder / "sweep", format)
-    except OSError as error:
-        raise OperatorError(f"{folder}: cannot be written: {error}") from error
-
-
-def _make_sweep_rows(runs: Sequence[tuple[str, SimReport]]) -> list[Row]:
-    figures = [compute_figures(item) for _, item in runs]
-    names = dict.fromkeys(name for one in figures for name in one)
-    return [
-        {"scenario": label, "seed": item.scenario.seed, **{name: one.get(name) for name in names}}
-        for (label, item), one in zip(runs, figures, strict=True)
-    ]
-
-
-def _render_sweep(runs: Sequence[tuple[str, SimReport]]) -> Table:
-    table = Table(title="Sweep", title_justify="left", caption="mean ± standard error over seeds")
-    table.add_column("figure")
-    labels = list(dict.fromkeys(label for label, _ in runs))
-    spreads = [compute_spreads([compute_figures(item) for name, item in runs if name == label]) for label in labels]
-    for label in labels:
-        table.add_column(label, justify="right")
-    for figure in dict.fromkeys(name for one in spreads for name in one):
-        table.add_row(figure, *(format_spread(one.get(figure)) for one in spreads))
-    return table
-
-
 def _find_folder(name: str) -> Path | None:
     """The folder of results that is meant; None: a scenario is."""
     if name.lstrip().startswith("{"):  # JSON, which may be longer than a path can be
@@ -541,7 +435,7 @@ def _find_folder(name: str) -> Path | None:
 
 
 def _plan_side(name: str, seeds: str) -> list[Scenario]:
-    return [scenario for _, scenario in _plan_sweep([name], _parse_seeds(seeds), {})]
+    return [scenario for _, scenario in plan_sweep([name], parse_seeds(seeds), {})]
 
 
 def _run_side(side: list[SimReport] | list[Scenario], engine: Engine, screen: Console) -> list[SimReport]:
