@@ -13,9 +13,9 @@ from p2pfm.types import Digest, MemberIndex, Round, Wei
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
-WINDOW_S = 40
+WINDOW_S = 25
 HONEST = 0
-ROUND_S = 18
+ROUND_S = 10
 
 
 def fetch(net: Localnet, digest: Digest) -> bytes | None:
@@ -25,7 +25,7 @@ def fetch(net: Localnet, digest: Digest) -> bytes | None:
 
 def test_a_colluding_majority_is_contested_slashed_and_survived(tmp_path: Path) -> None:
     roles = ("honest", "overpayer", "overpayer", "overpayer")
-    with localnet(tmp_path / "net", roles, PRESETS["tiny"], print, challenge_window_s=WINDOW_S) as net:
+    with localnet(tmp_path / "net", roles, PRESETS["toy"], print, challenge_window_s=WINDOW_S) as net:
         for node in net.nodes:
             net.wait_until_running(node)
         deadline = time.monotonic() + 150
