@@ -140,7 +140,7 @@ def main() -> None:
         plot_growth(protocol, arguments.plot)
     others = []
     if arguments.frameworks:
-        from simulator_frameworks import measure
+        from frameworks import measure
 
         others = measure(arguments.frameworks.split(","), [16, 64])
         columns = ("framework", "peers", "CPU ms a peer-round", "times the sequential loop", "")

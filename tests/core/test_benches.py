@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-SHARED = {"attacked", "estimate", "harness", "tasks"}  # estimate fits coefficients, and judges nothing
+SHARED = {"attacked", "estimate", "frameworks", "harness", "tasks"}  # estimate fits coefficients, and judges nothing
 RUN_ELSEWHERE = {"soak", "failover"}  # many processes and the clock: tests/net/test_soak.py, test_failover.py
 SCRIPTS = sorted(path.stem for path in (ROOT / "bench").glob("*.py") if path.stem not in SHARED | RUN_ELSEWHERE)
 

@@ -1,8 +1,8 @@
 """What a peer-round costs in other frameworks, each in a virtual environment of its own, on the simulator's work.
 
-A worker script (run_NAME.py here) runs so many peers for so many rounds. It is run twice, for FEW and for MANY rounds,
-and the difference is divided by the peer-rounds between: starting up and winding down cancel. CPU is that of the whole
-tree of processes, since some of these frameworks run peers in processes of their own.
+A worker script (simulator_frameworks/run_NAME.py) runs so many peers for so many rounds. It is run twice, for FEW and
+for MANY rounds, and the difference is divided by the peer-rounds between: starting up and winding down cancel. CPU is
+that of the whole tree of processes, since some of these frameworks run peers in processes of their own.
 """
 
 import subprocess
@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent / "simulator_frameworks"
 HOME = Path.home() / ".cache" / "p2pfm" / "frameworks"
 PACKAGES = {"flwr": "flwr[simulation]==1.41.0", "fluke": "fluke-fl==0.8.1", "pfl": "pfl[pytorch]==0.6.0"}
 TORCH = "torch==2.13.0"
@@ -53,7 +53,7 @@ def _install(name: str) -> Path:
     python = HOME / name / "bin" / "python"
     if not (HOME / name / ".ready").exists():
         subprocess.run([sys.executable, "-m", "venv", HOME / name], check=True)
-        pip = [python, "-m", "pip", "install", "--quiet"]
+        pip: list[str | Path] = [python, "-m", "pip", "install", "--quiet"]
         subprocess.run([*pip, TORCH, "scikit-learn"], check=True)
         subprocess.run([*pip, PACKAGES[name]], check=True)
         (HOME / name / ".ready").touch()
