@@ -202,7 +202,7 @@ def copy_stale(rounds: int, noise: float, num_mixed: int = 1) -> Moves:
         if len(world.best) < rounds:
             return do_nothing(world)
         chosen = world.best[-rounds][:num_mixed]
-        mixed = {name: np.sum([update[name] for update in chosen], axis=0, dtype=np.float32) for name in chosen[0]}
+        mixed = {name: np.stack([update[name] for update in chosen]).sum(axis=0) for name in chosen[0]}
         return [Move(world.add_noise(mixed, noise))]
 
     return moves
@@ -353,7 +353,8 @@ class Shared:
         for start in range(0, len(order), SAMPLES_AT_ONCE):
             rows = order[start : start + SAMPLES_AT_ONCE]
             stack = {name: part.requires_grad_() for name, part in model.stack([at] * len(rows)).items()}
-            model.losses(stack, [[self._samples[row][1]] for row in rows], [[1.0]] * len(rows)).sum().backward()
+            losses = model.losses(stack, [[self._samples[row][1]] for row in rows], [[1.0]] * len(rows))
+            losses.sum().backward()  # type: ignore[no-untyped-call]
             each = model.unstack({name: part.grad for name, part in stack.items() if part.grad is not None})
             for row, gradient in zip(rows, each, strict=True):
                 gradients[row] = flatten(gradient)
@@ -373,6 +374,10 @@ class TaskLearner:
         """See Learner."""
         return get_shapes(self.task.initial)
 
+    def initial(self) -> Tensors:
+        """See Learner."""
+        return self.task.initial
+
     def train(self, base: Tensors, round: Round, work: int | None = None) -> Training:
         """See Learner."""
         return Training(self.delta, 1, 0.0)
@@ -380,6 +385,14 @@ class TaskLearner:
     def gradient(self, at: Tensors, seed: int) -> tuple[float, Tensors]:
         """See Learner."""
         return 0.0, self.shared.get_mean(at, Random(seed), self.samples_per_stratum)
+
+    def work_loss(self, at: Tensors, seed: int) -> float:
+        """See Learner."""
+        raise AssertionError("no proof of computation is asked for in a world")
+
+    def evaluate(self, at: Tensors) -> float:
+        """See Learner."""
+        return float(self.task.losses([at], self.task.test)[0])
 
 
 @functools.lru_cache(maxsize=1)
@@ -481,7 +494,7 @@ class World:
         """An update as its receivers see it."""
         coded = work.split_payload(self._store.get(payload))[1]
         limit = self.config.limits.payload_bytes_max
-        return _decode(coded, get_shapes(self.base), self.config.compression, limit)
+        return _decode_once(coded, tuple(sorted(get_shapes(self.base).items())), self.config.compression, limit)
 
     def run(self) -> dict[str, Any]:
         """All rounds: everybody's reward over an equal share, undefended value and mean norm; the held-out loss."""
@@ -553,10 +566,13 @@ class World:
     def _evaluate(self, asked: ScoreUpdates, announced: Sequence[Announcement], evaluator: int) -> ScoreReveal:
         learner = TaskLearner(self.task, self._shared, self._samples)
         seed = int.from_bytes(compute_digest(f"{self.seed} {self.round} {evaluator}".encode())[:7], "big")
-        values = work.score_updates(learner, self._store, self.config, asked, seed, bytes(32)).contributions
+        scored = work.score_updates(learner, self._store, self.config, asked, seed, bytes(32), self._read)
+        values = scored.contributions
         if evaluator == 0:
             plain = msgspec.structs.replace(asked, previous=None, earlier=())
-            undefended = work.score_updates(learner, self._store, self._plain_config, plain, seed, bytes(32))
+            undefended = work.score_updates(
+                learner, self._store, self._plain_config, plain, seed, bytes(32), self._read
+            )
             for announcement, value in zip(announced, undefended.contributions, strict=True):
                 self._plain[self.names.index(announcement.peer)] += value
         if (evaluator - self.player) % self.size.num_peers < self.strategy.num_liars:
@@ -568,6 +584,11 @@ class World:
         pairs = zip(announced, values, strict=True)
         scores = sorted((Score(one.payload, value) for one, value in pairs), key=lambda score: score.payload)
         return ScoreReveal(self.round, MemberIndex(evaluator), bytes(32), tuple(scores))
+
+    def _read(self, payloads: Sequence[Digest]) -> tuple[list[PeerId], list[Update]]:
+        """See `work.ReadUpdates`: nine evaluators decode the same bytes in one process, and once is enough."""
+        makers = [work.split_payload(self._store.get(payload))[0] for payload in payloads]
+        return makers, [self.read(payload) for payload in payloads]
 
     def _close(self, proposal: Proposal) -> None:
         """What was merged leaves its maker's residual; who earned what is public."""
@@ -583,20 +604,10 @@ class World:
 def run_world(job: tuple[Size, int, int, int]) -> tuple[int, int, dict[str, Any]]:
     """(seed, strategy's number, figures) of a job: (size, seed, number, player)."""
     size, seed, number, player = job
-    _prepare()
+    torch.set_num_threads(1)
     start = time.process_time()
     figures = World(size, seed, make_strategies(size)[number], player).run()
     return seed, number, {**figures, "cpu_s": time.process_time() - start}
-
-
-def _prepare() -> None:
-    torch.set_num_threads(1)
-    # Nine evaluators decode the same bytes in one process: once is enough.
-    work.decode_payload = _decode
-
-
-def _decode(data: bytes, shapes: Mapping[str, tuple[int, ...]], config: CompressionConfig, bytes_max: int) -> Update:
-    return _decode_once(data, tuple(sorted(shapes.items())), config, bytes_max)
 
 
 @functools.lru_cache(maxsize=256)
@@ -614,7 +625,7 @@ PROVERS = ("honest", "skips the batch", "copy of the last round")
 def run_proofs(job: tuple[Size, int, int]) -> tuple[int, dict[str, list[bool]], dict[str, Any]]:
     """(steps on the own batch, who passed, figures) of a job: (size, seed, steps), on torch learners as a node's."""
     size, seed, steps = job
-    _prepare()
+    torch.set_num_threads(1)
     start = time.process_time()
     training = msgspec.structs.replace(tasks.TRAINING, learning_rate=1e-2)
     config = make_config(size._replace(training=training), ScoringConfig(work_steps=steps))
@@ -825,7 +836,7 @@ def _print_proofs(size: Size, proofs: Sequence[tuple[int, dict[str, list[bool]],
     rows = []
     for steps in size.proof_steps:
         runs = [(passed, figures) for other, passed, figures in proofs if other == steps]
-        shares = [float(np.mean([bit for passed, _ in runs for bit in passed[name]] or [0.0])) for name in PROVERS]
+        shares = [float(np.mean([bit for passed, _ in runs for bit in passed[name]] or [False])) for name in PROVERS]
         rates[steps] = shares[0]
         rows.append([steps, *shares, float(np.mean([figures["loss"] for _, figures in runs]))])
     title = f"Passed proofs of computation, of {tasks.TRAINING.steps} local steps so many on the own batch"
