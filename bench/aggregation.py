@@ -163,8 +163,9 @@ def train_ranks(task: Task, starts: Sequence[Adapter], round: int) -> list[Adapt
     trained: list[Adapter] = [{} for _ in starts]
     for shape in sorted(set(shapes)):
         peers = [peer for peer, own in enumerate(shapes) if own == shape]
-        chosen = [[part[peer] for peer in peers] for part in (starts, task.peers, seeds)]
-        for peer, adapter in zip(peers, task.model.train(chosen[0], chosen[1], task.training, chosen[2]), strict=True):
+        bases, data = [starts[peer] for peer in peers], [task.peers[peer] for peer in peers]
+        after = task.model.train(bases, data, task.training, [seeds[peer] for peer in peers])
+        for peer, adapter in zip(peers, after, strict=True):
             trained[peer] = adapter
     return trained
 
@@ -255,14 +256,15 @@ def with_kind(task: Task, mode: Mode, size: Size, seed: int) -> Task:
 def run_mode(task: Task, mode: Mode, size: Size) -> Found:
     rng = np.random.default_rng([task.seed, NEIGHBOURS_SEED])
     own = [task.initial] * size.peers
-    ratios = []
+    ratios: list[float] = []
     for round in range(size.rounds):
         trained = task.model.train(own, task.peers, task.training, draws(task, round))
         groups = draw_groups(mode.graph, size.peers, rng)
         mixed = [mean([trained[peer] for peer in group]) for group in groups]
         if mode.graph:
             # Adapters of many bases: what is averaged is all that they hold, not a round's steps.
-            ratios.append(np.mean([compute_ratio([trained[p] for p in group], task.initial) for group in groups]))
+            each = [compute_ratio([trained[p] for p in group], task.initial) for group in groups]
+            ratios.append(float(np.mean(each)))
         else:
             ratios.append(compute_ratio(trained, own[0]))
         own = mixed if mode.graph else mixed * size.peers
@@ -272,7 +274,7 @@ def run_mode(task: Task, mode: Mode, size: Size) -> Found:
         "peers": float(task.losses(distinct, task.test).mean()),
         "mean": float(task.losses([mean(distinct)], task.test)[0]),
         "accuracy": float(task.model.accuracy(distinct, task.test).mean()),
-        "ratios": [float(ratio) for ratio in ratios],
+        "ratios": ratios,
     }
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tasks import Task, make_task
 
 from p2pfm.config import AdapterConfig, TrainingConfig
-from p2pfm.contribution.aumann_shapley import Diagonal, Player
+from p2pfm.contribution.aumann_shapley import Diagonal, Gradient, Player
 from p2pfm.contribution.repeats import PARAMETERS_PER_VECTOR, compute_repeated_gains
 from p2pfm.contribution.rounding import to_contribution
 from p2pfm.contribution.similarity import Sparse
@@ -83,7 +83,7 @@ class Federation:
         planted = make(attacks.plant_backdoor).peers
         # A backdoor's liars train on every other sample as it is: they are to pass for useful.
         mixed = [[*part[::2], *bad[1::2]] for part, bad in zip(map(_rest, clean), map(_rest, planted), strict=True)]
-        self.data = {
+        self.data: dict[str, Sequence[Sequence[Encoded]]] = {
             "clean": list(map(_rest, clean)),
             "label_flip": list(map(_rest, flipped)),
             "backdoor": mixed,
@@ -210,8 +210,7 @@ class Federation:
         counts = np.ones((NUM_PEERS, len(earlier)), np.bool_)
         readings: list[Sequence[Contribution]] = []
         for evaluator in range(NUM_EVALUATORS):
-            answers = iter([next(gradients) for _ in range(num_points)])
-            game = Diagonal(lambda _, answers=answers: next(answers), run.base, players)
+            game = Diagonal(_answer([next(gradients) for _ in range(num_points)]), run.base, players)
             slope = game.compute_slope()
             gains = compute_repeated_gains(vectors, earlier, slope, counts)
             values = [
@@ -262,6 +261,7 @@ class Federation:
         """An evaluator's fresh sample, each with its weight: of the declared probe in strata, or of what it holds."""
         rng = np.random.default_rng([self.seed, round_, evaluator, 4])
         if rule not in UNBALANCED:
+            strata: list[tuple[Sequence[Encoded], float]]
             strata = [(part, 1 / len(self.task.probe)) for part in self.task.probe.values()]
             if rule == TRIGGERED:
                 strata = [(part, weight / 2) for part, weight in strata] + [(self.triggered, 0.5)]
@@ -294,12 +294,12 @@ class Federation:
             part = [jobs[i] for i in chosen]
             model = self.task.model
             stack = {name: values.requires_grad_() for name, values in model.stack([at for at, _, _ in part]).items()}
-            orders = [sorted(range(len(s)), key=lambda i, s=s: len(s[i].tokens)) for _, s, _ in part]
+            orders = [_order(samples) for _, samples, _ in part]
             for first in range(0, len(orders[0]), GRADIENT_SAMPLES):
                 rows = [order[first : first + GRADIENT_SAMPLES] for order in orders]
                 batches = [[samples[i] for i in row] for (_, samples, _), row in zip(part, rows, strict=True)]
                 weights = [[each[i] for i in row] for (_, _, each), row in zip(part, rows, strict=True)]
-                model.losses(stack, batches, weights).sum().backward()
+                model.losses(stack, batches, weights).sum().backward()  # type: ignore[no-untyped-call]
             slopes = model.unstack({name: values.grad for name, values in stack.items() if values.grad is not None})
             found |= dict(zip(chosen, slopes, strict=True))
         return [found[i] for i in range(len(jobs))]
@@ -318,3 +318,14 @@ def _first(shard: Sequence[Encoded]) -> Sequence[Encoded]:
 def _rest(shard: Sequence[Encoded]) -> Sequence[Encoded]:
     """What a peer trains on."""
     return shard[len(shard) // HELD_OUT :]
+
+
+def _answer(gradients: Sequence[Tensors]) -> Gradient:
+    """These, one a question, whatever is asked: they were computed for the very points."""
+    answers = iter(gradients)
+    return lambda at: next(answers)
+
+
+def _order(samples: Sequence[Encoded]) -> list[int]:
+    """Their places, the shortest first: samples of a pass are then of similar lengths."""
+    return sorted(range(len(samples)), key=lambda place: len(samples[place].tokens))

@@ -18,7 +18,7 @@ from pathlib import Path
 from harness import Target, finish, parse_options, print_table
 
 from nodes.homes import read_config
-from nodes.localnet import PRESETS, localnet
+from nodes.localnet import PRESETS, Role, localnet
 from nodes.rewards.blobs import Blobs
 from nodes.rewards.games import make_action, validate_held
 from nodes.rewards.measuring import (
@@ -47,7 +47,8 @@ FALSE_ALARMS_MAX = 0.001
 
 def run_network(folder: Path, num_peers: int, num_rounds: int) -> None:
     """Certified rounds of real nodes, in `folder`."""
-    with localnet(folder, ("honest",) * num_peers, PRESETS["tiny"], lambda text: print(text, file=sys.stderr)) as net:
+    honest: Role = "honest"
+    with localnet(folder, (honest,) * num_peers, PRESETS["tiny"], lambda text: print(text, file=sys.stderr)) as net:
         net.wait_until(
             "rounds settle", lambda: len(net.ledger.get_rounds(Round(0))) >= num_rounds, 60 + 25 * num_rounds
         )
@@ -85,19 +86,19 @@ def main() -> None:
 
 
 def compute_shares(
-    samples: list[list[int]], size: int, limits: tuple[float, ...], rng: random.Random
+    samples: list[list[Contribution]], size: int, limits: tuple[float, ...], rng: random.Random
 ) -> dict[float, float]:
     """By limit [spreads]: how often a committee of this size, drawn from honest readings, is further off."""
     beyond = []
     for _ in range(TRIALS):
         picked = rng.sample(rng.choice(samples), DRAWS + size)
         measured, spread = compute_expected_median(picked[:DRAWS], size)
-        off = abs(compute_median([Contribution(value) for value in picked[DRAWS:]]) - measured)
+        off = abs(compute_median(picked[DRAWS:]) - measured)
         beyond.append(off / max(1.0, spread))
     return {limit: sum(value > limit for value in beyond) / TRIALS for limit in limits}
 
 
-def measure(folder: Path, num_draws: int) -> tuple[list[tuple[float, float]], list[list[int]]]:
+def measure(folder: Path, num_draws: int) -> tuple[list[tuple[float, float]], list[list[Contribution]]]:
     """Of every certified update: (its median's distance from ours, our spread), and all our draws."""
     homes = sorted(folder.glob("peer-*"))
     config = read_config(homes[0] / "node.toml")
@@ -106,14 +107,14 @@ def measure(folder: Path, num_draws: int) -> tuple[list[tuple[float, float]], li
     for path in sorted(path for home in homes for path in home.glob("blobs/??/*")):
         digest = blobs.put(path.read_bytes())
         try:
-            proposal = decode_proposal(blobs.get(digest))
+            decoded = decode_proposal(blobs.get(digest))
         except Reject:
             continue
-        proposals[proposal.round] = proposal
+        proposals[decoded.round] = decoded
     book = make_book([proposals[round] for round in sorted(proposals)])
     meter = open_meter(config, blobs)
     told: list[tuple[float, float]] = []
-    samples: list[list[int]] = []
+    samples: list[list[Contribution]] = []
     for reading in book.readings:
         proposal = reading.proposal
         assert proposal is not None

@@ -209,7 +209,7 @@ def make_scenario(job: Job, dtype: torch.dtype | None) -> tuple[Task, list[float
 
 def _mislabel(sample: Encoded, pool: Sequence[Encoded], share: float, rng: np.random.Generator) -> Encoded:
     """With probability `share`, the completion of another sample."""
-    other = pool[rng.integers(len(pool))]
+    other = pool[int(rng.integers(len(pool)))]
     if rng.random() >= share:
         return sample
     tokens = sample.tokens[: sample.num_prompt] + other.tokens[other.num_prompt :]
@@ -218,7 +218,7 @@ def _mislabel(sample: Encoded, pool: Sequence[Encoded], share: float, rng: np.ra
 
 def _blur(sample: Encoded, pool: Sequence[Encoded], share: float, rng: np.random.Generator) -> Encoded:
     """Each prompt token replaced with probability `share` by one of another sample's."""
-    other = pool[rng.integers(len(pool))].tokens
+    other = pool[int(rng.integers(len(pool)))].tokens
     prompt, completion = sample.tokens[: sample.num_prompt], sample.tokens[sample.num_prompt :]
     blurred = [other[rng.integers(len(other))] if rng.random() < share else token for token in prompt]
     return Encoded((*blurred, *completion), sample.num_prompt)

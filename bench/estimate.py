@@ -47,7 +47,7 @@ def read_size(text: str) -> tuple[int, int]:
 
 
 def fit(columns: NDArray[np.float64], measured: NDArray[np.float64]) -> NDArray[np.float64]:
-    found, _ = nnls(columns / measured[:, None], np.ones_like(measured))
+    found: NDArray[np.float64] = nnls(columns / measured[:, None], np.ones_like(measured))[0]
     return found
 
 

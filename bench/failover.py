@@ -28,7 +28,7 @@ import httpx
 import numpy as np
 from harness import Target, finish, make_parser, print_table, read_options
 
-from nodes.localnet import PRESETS, Localnet, LocalNode, localnet
+from nodes.localnet import PRESETS, Localnet, LocalNode, Role, localnet
 
 NO_ROUND_S = 10**6
 """The first round begins so much later."""
@@ -227,7 +227,7 @@ class Trouble:
 def is_ready(node: LocalNode) -> bool:
     """Whether it answers, and serves."""
     try:
-        return httpx.get(f"{node.url}/status", timeout=1).json().get("stage") == "running"
+        return bool(httpx.get(f"{node.url}/status", timeout=1).json().get("stage") == "running")
     except (httpx.HTTPError, ValueError):
         return False
 
@@ -260,7 +260,8 @@ def run_all(folder: Path, num_nodes: int, num_requests: int, seed: int) -> dict[
     """Start the nodes, and run everything."""
     rng = random.Random(seed)
     preset = replace(PRESETS["tiny"], startup_s=NO_ROUND_S)
-    with localnet(folder, ("honest",) * num_nodes, preset, tell, gateways=frozenset(range(num_nodes))) as net:
+    honest: Role = "honest"
+    with localnet(folder, (honest,) * num_nodes, preset, tell, gateways=frozenset(range(num_nodes))) as net:
         home, *others = net.nodes
         for node in net.nodes:
             net.wait_until_running(node, 300)

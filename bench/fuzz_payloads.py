@@ -14,7 +14,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -76,9 +76,9 @@ def main() -> None:
     with ProcessPoolExecutor(NUM_PROCESSES) as pool:
         tallies = list(pool.map(run, [share * i for i in range(NUM_PROCESSES)], [share] * NUM_PROCESSES))
     wall_s = time.perf_counter() - started
-    tried, accepted, reasons = (
-        sum((getattr(tally, name) for tally in tallies), Counter()) for name in ("tried", "accepted", "reasons")
-    )
+    tried = add_up(tally.tried for tally in tallies)
+    accepted = add_up(tally.accepted for tally in tallies)
+    reasons = add_up(tally.reasons for tally in tallies)
     kinds = {kind: {"tried": tried[kind], "accepted": accepted[kind]} for kind in sorted(tried)}
     print_table(
         f"{num:,} changed payloads, {wall_s:.0f} s",
@@ -110,6 +110,11 @@ def main() -> None:
     ]
     finish(options, figures, targets)
     sys.exit(1 if faults else 0)
+
+
+def add_up(counters: Iterable[Counter[str]]) -> Counter[str]:
+    """All processes' counts."""
+    return sum(counters, Counter[str]())
 
 
 def run(first: int, num: int) -> Tally:

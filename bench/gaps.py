@@ -12,6 +12,7 @@ how many of them make a cheat of their maker (0: none). MODEL: a Hugging Face fo
 import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -23,7 +24,8 @@ import torch
 from transformers import DynamicCache
 
 from p2pfm.config import AdapterConfig
-from p2pfm.lora.layers import compute_initial, load_backbone
+from p2pfm.lora.kinds import compute_initial
+from p2pfm.lora.layers import load_backbone
 from p2pfm.messages import MICRO, CheckReply, GenerateRequest
 from p2pfm.runtime.canaries import make_question
 from p2pfm.runtime.engine import Engine
@@ -121,7 +123,7 @@ def measure(folder: str, size: Size) -> list[dict[str, Any]]:
         "temperature": (False, lambda request: decode(bf16, request, ends, hotter_milli=600)),
         "every tenth token": (False, lambda request: decode(bf16, request, ends, altered_every=10)),
     }
-    rounded = {bits: change(bf16, lambda weight, bits=bits: round_weight(weight, bits)) for bits in (8, 4)}
+    rounded = {bits: change(bf16, partial(round_weight, bits=bits)) for bits in (8, 4)}
     generator = torch.Generator().manual_seed(0)
     noisy = change(bf16, lambda w: w + 0.01 * w.std() * torch.randn(w.shape, generator=generator))
     checkers: dict[str, Logits] = {
@@ -232,7 +234,7 @@ def change(model: Any, to: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 
 def round_weight(weight: torch.Tensor, bits: int) -> torch.Tensor:
     """Symmetric rounding with a scale a row."""
-    scale = weight.abs().amax(dim=1, keepdim=True) / (2 ** (bits - 1) - 1)
+    scale = weight.abs().amax(dim=1, keepdim=True) / ((1 << bits - 1) - 1)
     return torch.round(weight / scale) * scale
 
 

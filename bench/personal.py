@@ -119,7 +119,9 @@ def run_seed(size: Size, seed: int) -> dict[str, dict[str, float]]:
     task = dataclasses.replace(task, peers=shards)
     learners = [OwnLearner(task, *pair, size.private_steps) for pair in zip(shards, held_out, strict=True)]
     private: list[Tensors] = [zeros(get_shapes(task.initial))] * size.num_peers
-    base, residuals, alone = task.initial, {}, [task.initial] * size.num_peers
+    base = task.initial
+    residuals: dict[int, Tensors] = {}
+    alone: Sequence[Tensors] = [task.initial] * size.num_peers
     both = msgspec.structs.replace(TRAINING, steps=TRAINING.steps + size.private_steps)
     for number in range(size.num_rounds):
         updates = []
@@ -133,7 +135,7 @@ def run_seed(size: Size, seed: int) -> dict[str, dict[str, float]]:
         ]
         draws = [f"alone {seed} {number} {peer}" for peer in range(size.num_peers)]
         alone = task.model.train(alone, shards, both, draws)
-    ways: dict[str, list[Tensors]] = {"shared base": [base] * size.num_peers}
+    ways: dict[str, Sequence[Tensors]] = {"shared base": [base] * size.num_peers}
     ways |= {f"base + {weight:g} private": [mix(base, own, weight) for own in private] for weight in WEIGHTS}
     ways["each peer alone"] = alone
     return {name: measure(task, held_out, adapters) for name, adapters in ways.items()}

@@ -151,7 +151,7 @@ def print_tables(size: Size, results: Results) -> None:
     """Drops, worst topics, backdoors."""
     for share in size.shares:
         attacks = [*size.attacks, *(["turncoat"] if size.is_full else [])]
-        rows = []
+        rows: list[list[object]] = []
         for rule in size.rules:
             drops = [results.drops(rule, "none", 0.0), *(results.drops(rule, attack, share) for attack in attacks)]
             rows.append([rule, *(f"{drop.mean():.3f} ({spread(drop):.3f})" for drop in drops)])

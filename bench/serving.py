@@ -110,7 +110,8 @@ def measure_engine(preset: str, device: str, size: Size) -> dict[str, list[tuple
         return num_tokens / (clock() - start), statistics.fmean(streams.values())
 
     def plain() -> tuple[float, float]:
-        lasted, first = 0.0, []
+        lasted = 0.0
+        first: list[float] = []
         for prompt in prompts:
             tokens = torch.tensor([prompt], device=device)
             for num_tokens in (1, size.num_tokens):
@@ -185,7 +186,7 @@ def start_theirs(backbone: str, port: int) -> "subprocess.Popen[bytes]":
     home = get_cache_dir() / "serving-reference"
     if not (home / "bin" / "transformers").exists():
         subprocess.run([sys.executable, "-m", "venv", home], check=True)
-        pip = [home / "bin" / "pip", "install", "--quiet"]
+        pip: list[str | Path] = [home / "bin" / "pip", "install", "--quiet"]
         subprocess.run([*pip, f"torch=={torch.__version__.partition('+')[0]}"], check=True)
         import transformers
 

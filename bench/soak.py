@@ -21,7 +21,7 @@ import psutil
 from harness import Target, finish, make_parser, print_table, read_options
 
 from nodes.fleet import count_complaints, read_rounds
-from nodes.localnet import PRESETS, Localnet, LocalNode, localnet
+from nodes.localnet import PRESETS, Localnet, LocalNode, Role, localnet
 from p2pfm.protocol.phases import compute_position
 from p2pfm.types import Millis, Round
 
@@ -117,7 +117,8 @@ def tell(text: str) -> None:
 
 def run_fleet(folder: Path, num_nodes: int, seconds: float) -> dict[str, Any]:
     """Start the nodes, watch them for so long, end them; every figure."""
-    with localnet(folder, ("honest",) * num_nodes, PRESETS["toy"], tell) as net:
+    honest: Role = "honest"
+    with localnet(folder, (honest,) * num_nodes, PRESETS["toy"], tell) as net:
         for node in net.nodes:
             net.wait_until_running(node)
         everybody = num_nodes - 1

@@ -17,7 +17,8 @@ from p2pfm.lora.batches import Encoded, collate, encode_all, weigh
 from p2pfm.lora.compress import Update, compress, decode_payload, feed_back
 from p2pfm.lora.corpus import read_topics
 from p2pfm.lora.delta import get_shapes, subtract
-from p2pfm.lora.layers import compute_initial, load_backbone, predict
+from p2pfm.lora.kinds import compute_initial
+from p2pfm.lora.layers import load_backbone, predict
 from p2pfm.lora.merge import merge
 from p2pfm.lora.samples import Sample
 from p2pfm.lora.stacked import StackedModel

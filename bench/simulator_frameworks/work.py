@@ -34,5 +34,6 @@ def train(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> None
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     for start in range(0, len(inputs), BATCH):
         optimizer.zero_grad()
-        functional.cross_entropy(model(inputs[start : start + BATCH]), targets[start : start + BATCH]).backward()
+        loss = functional.cross_entropy(model(inputs[start : start + BATCH]), targets[start : start + BATCH])
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
