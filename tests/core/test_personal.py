@@ -12,7 +12,8 @@ from p2pfm.errors import ConfigError, OperatorError, Reject
 from p2pfm.lora.batches import encode_all
 from p2pfm.lora.corpus import read_topics
 from p2pfm.lora.delta import add, encode_tensors, zeros
-from p2pfm.lora.layers import compute_initial, load_backbone
+from p2pfm.lora.kinds import compute_initial
+from p2pfm.lora.layers import load_backbone
 from p2pfm.lora.personal import HELD_OUT_MAX, decode_private, encode_private, mix, refine, split_samples
 from p2pfm.lora.samples import Probe, Sample
 from p2pfm.lora.torch_learner import Data, TorchLearner

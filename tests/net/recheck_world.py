@@ -16,7 +16,7 @@ from serving_world import TINY, V1
 
 from p2pfm.config import AdapterConfig, ServingConfig
 from p2pfm.errors import PeerUnreachable
-from p2pfm.lora.layers import compute_initial
+from p2pfm.lora.kinds import compute_initial
 from p2pfm.lora.user_adapter import encode_adapter
 from p2pfm.messages import CheatReport, CheckReply, CheckRequest, GenerateRequest, TokenChunk, Vouch, VouchReply
 from p2pfm.runtime.adapter_folder import AdapterFolder

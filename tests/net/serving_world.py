@@ -14,7 +14,7 @@ from safetensors.numpy import save
 from p2pfm.config import AdapterConfig, HttpConfig, ServingConfig
 from p2pfm.errors import PeerUnreachable
 from p2pfm.lora.checkpoint import read_lora
-from p2pfm.lora.layers import compute_initial
+from p2pfm.lora.kinds import compute_initial
 from p2pfm.messages import GenerateRequest, TokenChunk
 from p2pfm.runtime.adapter_api import OPERATIONS, AdapterApi
 from p2pfm.runtime.adapter_folder import AdapterFolder
