@@ -11,6 +11,7 @@ from p2pfm.errors import ChainError, Reverted
 from p2pfm.messages import Certificate
 from p2pfm.protocol.events import Accuse, AnyEvent, RosterChanged, SettledChanged
 from p2pfm.protocol.membership import is_outdated_for
+from p2pfm.protocol.phases import compute_position, is_first_half
 from p2pfm.settlement.rotation import Rotation
 from p2pfm.types import Round
 from sim.chain import Chain
@@ -33,6 +34,9 @@ RETRY_MS = 2_000
 ROTATES_AT = 4
 """The next committee is drawn when this part of TRAIN is over: a quarter."""
 
+FILLS_AFTER_MS = 6_000
+"""A slashed committee is dead, and another one is drawn so much later: what a node's settler takes [ms]."""
+
 
 class Settling:
     """All settlers of one world."""
@@ -48,6 +52,7 @@ class Settling:
         draw_block_ms: Callable[[], int],
     ) -> None:
         """Args: deliver: lets an event reach several hosts now; draw_block_ms: when a host reads a new block [ms]."""
+        self._config = config
         self._schedule = schedule
         self._chain = chain
         self._checks = checks
@@ -106,9 +111,12 @@ class Settling:
             return
         if is_slashed:
             self.tell()
+            self._schedule.after(FILLS_AFTER_MS, self.rotate)
 
-    def rotate(self, now: Round) -> None:
+    def rotate(self) -> None:
         """One of those who are up draws the next committee, where that is due; nobody waits for a turn here."""
+        now_ms = self._schedule.now_ms
+        now, is_early = compute_position(self._config, now_ms).round, is_first_half(self._config, now_ms)
         up = [host for host in self._hosts if host.peer is not None]
         self._rotation.on_chain(self._chain.roster, self._chain.get_head(), now)
         if not up or self._chain.is_down() or not self._rotation.is_due(self._chain.roster, now):
@@ -116,7 +124,7 @@ class Settling:
         head = self._chain.get_head()
         settled = head.round if head else -1  # who comes later in the order of ranks still holds what others brought
         has_unsettled = any(round > settled for host in up for round in host.unsettled)
-        if self._rotation.may_draw(self._chain.roster, now, is_early=True, has_unsettled=has_unsettled):
+        if self._rotation.may_draw(self._chain.roster, now, is_early=is_early, has_unsettled=has_unsettled):
             self._chain.ledger.rotate()
             self.tell()
             self._rotation.on_chain(self._chain.roster, self._chain.get_head(), now)

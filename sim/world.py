@@ -197,9 +197,7 @@ class World:
             end_ms = compute_round_start(self.config, Round(number + 1))
             for departure in self.churn.plan(start_ms, end_ms):
                 self.schedule.at(max(departure.when_ms, self.schedule.now_ms), partial(self._depart, departure))
-            self.schedule.at(
-                start_ms + self.config.phases.train_ms // ROTATES_AT, partial(self.settling.rotate, Round(number))
-            )
+            self.schedule.at(start_ms + self.config.phases.train_ms // ROTATES_AT, self.settling.rotate)
             self.schedule.run(Millis(end_ms - 1))
             self._drop_old_blobs()
             if on_round:

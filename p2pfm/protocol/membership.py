@@ -18,8 +18,8 @@ def get_peer(roster: Roster, index: MemberIndex) -> PeerId | None:
 
 
 def is_outdated_for(roster: Roster, proposal: Proposal) -> bool:
-    """The chain takes it no more: it has slashed or restarted since, or the committee is too old."""
-    return proposal.nonce < roster.nonce or proposal.epoch + EPOCH_LAG_MAX < roster.epoch
+    """The chain takes it no more: it has slashed or restarted since, or the committee is too old, or dead."""
+    return proposal.nonce < roster.nonce or proposal.epoch < max(roster.epoch_min, roster.epoch - EPOCH_LAG_MAX)
 
 
 def compute_shares(roster: Roster, stake_cap: Wei) -> dict[PeerId, Weight]:

@@ -112,6 +112,13 @@ def compute_position(config: NetworkConfig, now_ms: Millis, level: Level = Level
     return Timetable(config).locate(now_ms, level)
 
 
+def is_first_half(config: NetworkConfig, now_ms: Millis) -> bool:
+    """Whether the round that it is now, by the clock, is not half over."""
+    timetable = Timetable(config)
+    round = timetable.locate(now_ms).round
+    return now_ms < (timetable.get_start(round) + timetable.get_start(Round(round + 1))) // 2
+
+
 def compute_round_start(config: NetworkConfig, round: Round) -> Millis:
     """See Timetable."""
     return Timetable(config).get_start(round)

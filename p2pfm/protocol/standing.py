@@ -47,3 +47,5 @@ class Standing:
             raise Reject("the chain holds a round whose certificate is not here yet")
         if self.roster is None or self.roster.nonce != roster.nonce or self.rewinds_to is not None:
             raise Reject("the chain has restarted since this round began: what is signed in it is worth nothing")
+        if roster.epoch < self.roster.epoch_min:
+            raise Reject("the committee was slashed, and none was drawn since: what it signs is worth nothing")

@@ -14,7 +14,7 @@ from p2pfm.errors import ChainError, Reverted
 from p2pfm.messages import Certificate
 from p2pfm.protocol.events import AnyEvent, RosterChanged, SettledChanged
 from p2pfm.protocol.membership import get_member, is_outdated_for
-from p2pfm.protocol.phases import compute_position, compute_round_start
+from p2pfm.protocol.phases import compute_position, is_first_half
 from p2pfm.runtime.auditor import read_leaves, read_proposal
 from p2pfm.runtime.clock import now_ms
 from p2pfm.runtime.store import Store
@@ -166,8 +166,6 @@ class Settler:
         if roster is None or member is None:
             return
         round = self._get_round()
-        start_ms, end_ms = (compute_round_start(self._config, Round(number)) for number in (round, round + 1))
-        is_early = self._now_ms() < (start_ms + end_ms) // 2
         if not self._rotation.is_due(roster, round):
             self._due_since = None
             return
@@ -176,6 +174,7 @@ class Settler:
         waited_s = trio.current_time() - self._due_since - ROTATE_AFTER_S
         turn = round + int(waited_s // RANK_DELAY_S)  # half a round may be too short for more than one turn
         has_unsettled = bool(await trio.to_thread.run_sync(self._store.get_settlements))
+        is_early = is_first_half(self._config, self._now_ms())
         is_time = self._rotation.may_draw(roster, round, is_early=is_early, has_unsettled=has_unsettled)
         if waited_s < 0 or not is_time or not is_turn(roster, member.index, turn):
             return

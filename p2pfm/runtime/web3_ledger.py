@@ -193,7 +193,7 @@ class Web3Ledger:
                 self._members = self._read_members(state["numMembers"])
                 self._num_changes = changes
             committee = self._committees.get(state["epoch"], ())
-            return Roster(state["epoch"], state["nonce"], tuple(self._members), committee)
+            return Roster(state["epoch"], state["nonce"], tuple(self._members), committee, state["epochMin"])
 
     def get_committee(self, epoch: int) -> tuple[MemberIndex, ...]:
         """See Ledger."""

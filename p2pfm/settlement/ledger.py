@@ -72,6 +72,8 @@ class Roster(msgspec.Struct, frozen=True, dict=True):
     """In registry order: members[i].index == i (in a shard's roster: the shard's members only)."""
     committee: tuple[MemberIndex, ...]
     """In the order of the draw: the first is the first-ranked."""
+    epoch_min: int = 0
+    """Committees of earlier epochs are dead: one of them was slashed."""
 
     @cached_property
     def by_peer(self) -> dict[PeerId, Member]:

@@ -176,7 +176,8 @@ class InMemoryLedger:
 
     def get_roster(self) -> Roster:
         """Registry and committee now."""
-        return Roster(len(self._committees) - 1, self._nonce, tuple(self._members), self._committees[-1])
+        epoch = len(self._committees) - 1
+        return Roster(epoch, self._nonce, tuple(self._members), self._committees[-1], self._epoch_min)
 
     def get_committee(self, epoch: int) -> tuple[MemberIndex, ...]:
         """A committee in the order of its draw; empty for an unknown epoch."""

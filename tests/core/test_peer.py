@@ -1029,6 +1029,30 @@ def test_nothing_is_signed_in_a_round_that_began_before_a_restart() -> None:
     assert every(actions, Merge) == []
 
 
+def test_nothing_is_signed_for_a_slashed_committee_until_another_is_drawn() -> None:
+    """A round may begin between the slash, which counts the nonce up, and the next draw."""
+    bench = Bench(index=0, roster=msgspec.structs.replace(ROSTER, nonce=1, epoch_min=2))
+    bench.join()
+    bench.go(Phase.TRAIN)
+    bench.exchange()
+    bench.reveal()
+    assert every(bench.go(Phase.ATTEST), Merge) == []
+    assert "none was drawn since" in bench.peer.state.failure
+    alive = Bench(index=0, roster=msgspec.structs.replace(ROSTER, nonce=1, epoch=2, epoch_min=2))
+    alive.join()
+    alive.go(Phase.TRAIN)
+    alive.exchange()
+    alive.reveal()
+    assert every(alive.go(Phase.ATTEST), Merge) != []
+
+
+def test_what_a_slashed_committee_certified_all_the_same_is_taken_by_nobody() -> None:
+    bench = Bench(roster=msgspec.structs.replace(ROSTER, epoch_min=2))
+    bench.join()
+    bench.feed(SyncAnswered(NAMES[1], certified_round(bench)))
+    assert every(bench.feed(Fetched(NEW_BASE)), Adopt) == []
+
+
 def test_who_signs_two_proposals_of_a_round_is_accused_once_with_both_signatures() -> None:
     """Whatever order the four words come in: proposer 0 makes two proposals, and member 2 signs both."""
     proposal = msgspec.structs.replace(Bench().draft(), new_base=NEW_BASE)

@@ -3,14 +3,15 @@
 from collections.abc import Sequence
 
 import msgspec
+import pytest
 
 from p2pfm.protocol.phases import compute_round_start, get_durations
 from p2pfm.settlement import merkle
-from p2pfm.settlement.ledger import LeafValue, Submission
+from p2pfm.settlement.ledger import LeafValue, Slashed, Submission
 from p2pfm.settlement.proofs import make_proof
 from p2pfm.settlement.rewards import compute_sums, from_wire, submission_message
 from p2pfm.types import Digest, MemberIndex, Millis, Round, Wei, compute_digest
-from sim.scenarios import Outage, Scenario, make_network
+from sim.scenarios import LearnerModel, Outage, Scenario, make_network
 from sim.world import World
 
 SCENARIO = Scenario(seed=11, num_peers=10, num_rounds=6, committee_size=7)
@@ -136,3 +137,21 @@ def test_a_network_begins_anew_when_its_first_round_was_void() -> None:
     world = run(Round(0))
     assert [settled.round for settled in world.chain.ledger.get_rounds(Round(0))] == [1, 2, 3, 4, 5]
     assert len({host.durable.base for host in world.hosts}) == 1
+
+
+@pytest.mark.parametrize("seed", [1, 4, 5, 7])
+def test_what_is_certified_after_a_slash_reaches_the_chain(seed: int) -> None:
+    """A round began between a slash and the next draw: certified, but by a committee that the contract knew as dead,
+    so that nothing after it was settled either.
+    """
+    shares = {"split_votes": 0.05 if seed == 7 else 0.2}
+    learner = LearnerModel(kind="digests")
+    world = World(Scenario(seed=seed, num_peers=30, num_rounds=8, adversary_shares=shares, learner=learner))
+    world.run()
+    entries = world.chain.ledger.get_entries()
+    assert any(isinstance(entry.what, Slashed) for entry in entries)
+    settled = {record.round for record in world.chain.ledger.get_rounds(Round(0))}
+    assert settled == set(world.checks.certificates)
+    assert len(settled) >= 6
+    roster = world.chain.roster
+    assert roster.epoch >= roster.epoch_min, "another committee is drawn within seconds"
