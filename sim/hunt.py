@@ -198,6 +198,11 @@ def check_end(world: World) -> None:
         heads = {host.me: host.durable.head for host in world.hosts if host.kind is None}
         behind = [peer for peer, head in heads.items() if (head.proposal.round if head else -1) < newest]
         _require(not behind, "on a good network nobody is left behind", world, behind)
+        if not scenario.outages:
+            head = world.chain.get_head()
+            settled = head.round if head else -1
+            waiting = [peer for peer, held in heads.items() if held and held.proposal.round > settled + 1]
+            _require(not waiting, "what is certified reaches the chain within a round", world, waiting)
 
 
 def _is_quiet(scenario: Scenario) -> bool:
