@@ -68,6 +68,7 @@ from sim.adversaries.learners import (
     ReplayLearner,
     SkipperLearner,
     ZeroLearner,
+    draw_stream,
 )
 from sim.scenarios import AdversaryKind
 
@@ -98,10 +99,11 @@ CABALS: dict[AdversaryKind, Callable[[int, int], Callable[[Array], Array]]] = {
 """Kinds that collude: from (num_peers, num_liars) to what they make of their honest updates."""
 
 
-def make_learners(kinds: Kinds, honest: Sequence[Learner]) -> list[Learner]:
+def make_learners(kinds: Kinds, honest: Sequence[Learner], seed: int) -> list[Learner]:
     """The learners of all peers: `honest` are theirs by their own data, in the order of `kinds`.
 
-    Peers of one colluding kind (alie, ipm, minmax) are one cabal; sybils are one owner's, the first one's.
+    Peers of one colluding kind (alie, ipm, minmax) are one cabal; sybils are one owner's, the first one's. What a peer
+    draws follows from the scenario's `seed`, from who it is and from the round.
 
     Raises:
         ConfigError: a kind poisons data, and this learner's cannot be.
@@ -113,22 +115,23 @@ def make_learners(kinds: Kinds, honest: Sequence[Learner]) -> list[Learner]:
         if kind in groups
     }
 
-    def make(kind: AdversaryKind | None, own: Learner) -> Learner:
+    def make(index: int, kind: AdversaryKind | None, own: Learner) -> Learner:
+        draw = partial(draw_stream, seed, index)
         match kind:
             case "zero" | "colluder" | "overpayer":
                 return ZeroLearner(own)
             case "replay":
-                return ReplayLearner(own)
+                return ReplayLearner(own, draw)
             case "noisy_replay":
-                return ReplayLearner(own, REPLAY_NOISE)
+                return ReplayLearner(own, draw, REPLAY_NOISE)
             case "sign_flip":
-                return DistortingLearner(own, lambda delta, rng: attacks.flip_sign(delta))
+                return DistortingLearner(own, draw, lambda delta, rng: attacks.flip_sign(delta))
             case "boosted":
-                return DistortingLearner(own, _boost)
+                return DistortingLearner(own, draw, _boost)
             case "noise":
-                return DistortingLearner(own, attacks.draw_gaussian)
+                return DistortingLearner(own, draw, attacks.draw_gaussian)
             case "gaussian":
-                return DistortingLearner(own, lambda delta, rng: attacks.draw_gaussian(delta, rng, GAUSSIAN_SCALE))
+                return DistortingLearner(own, draw, partial(attacks.draw_gaussian, scale=GAUSSIAN_SCALE))
             case "copycat":
                 return honest[-1]
             case "skipper":
@@ -136,16 +139,16 @@ def make_learners(kinds: Kinds, honest: Sequence[Learner]) -> list[Learner]:
             case "alie" | "ipm" | "minmax":
                 return ColludingLearner(own, cabals[kind])
             case "label_flip":
-                return PoisonedLearner(own, _poison(own, kind))
+                return PoisonedLearner(own, _poison(own, kind), draw)
             case "backdoor":
-                return PoisonedLearner(own, _poison(own, kind), _boost)
+                return PoisonedLearner(own, _poison(own, kind), draw, _boost)
             case "sybil":
                 noise = SYBIL_NOISE if own is not groups[kind][0] else 0.0
-                return PoisonedLearner(own, groups[kind][0], lambda delta, rng: attacks.add_noise(delta, rng, noise))
+                return PoisonedLearner(own, groups[kind][0], draw, partial(attacks.add_noise, share=noise))
             case _:
                 return own  # its words are dishonest, if anything is: see make_filter
 
-    return [make(kind, own) for kind, own in zip(kinds, honest, strict=True)]
+    return [make(index, kind, own) for index, (kind, own) in enumerate(zip(kinds, honest, strict=True))]
 
 
 def make_filter(kind: AdversaryKind | None, make_empty: MakeEmpty, blobs: BlobStore, config: NetworkConfig) -> Honest:

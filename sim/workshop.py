@@ -322,7 +322,7 @@ def make_tensor_workshop(
 ) -> TensorWorkshop:
     """`make_workshop` of a learner that has tensors."""
     lab = make_lab(scenario, config, len(kinds))
-    learners = make_learners(kinds, lab.learners)
+    learners = make_learners(kinds, lab.learners, scenario.seed)
     return TensorWorkshop(config, scenario.learner, lab, learners, has_backdoor="backdoor" in kinds)
 
 

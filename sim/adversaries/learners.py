@@ -22,6 +22,9 @@ BASES_MAX = 3
 Distort = Callable[[Array, np.random.Generator], Array]
 """From a delta, flat, to the announced one."""
 
+Draw = Callable[[Round], np.random.Generator]
+"""One peer's randomness in a round, see `draw_stream`."""
+
 
 @runtime_checkable
 class Poisonable(Protocol):
@@ -78,8 +81,9 @@ class ZeroLearner(Wrapped):
 class ReplayLearner(Wrapped):
     """A free rider: its update is how the base moved last time, with `noise` of that share of its norm."""
 
-    def __init__(self, inner: Learner, noise: float = 0.0) -> None:
+    def __init__(self, inner: Learner, draw: Draw, noise: float = 0.0) -> None:
         super().__init__(inner)
+        self._draw = draw
         self._noise = noise
         self._last: Tensors | None = None
         self._moved: Tensors = zeros(self.shapes())
@@ -90,30 +94,33 @@ class ReplayLearner(Wrapped):
             moved = subtract(base, self._last)
             self._moved = moved if any(part.any() for part in moved.values()) else self._moved
         self._last = base
-        announced = _change(self._moved, lambda flat: attacks.add_noise(flat, _draw(round), self._noise))
+        announced = _change(self._moved, lambda flat: attacks.add_noise(flat, self._draw(round), self._noise))
         return Training(announced, CLAIMED_TOKENS, 0.0)
 
 
 class DistortingLearner(Wrapped):
     """Trains as others do, and announces something else made of it."""
 
-    def __init__(self, inner: Learner, distort: Distort) -> None:
+    def __init__(self, inner: Learner, draw: Draw, distort: Distort) -> None:
         super().__init__(inner)
+        self._draw = draw
         self._distort = distort
 
     def train(self, base: Tensors, round: Round, work: int | None = None) -> Training:
         """See Learner."""
         honest = self.inner.train(base, round, work)
-        announced = _change(honest.delta, lambda flat: self._distort(flat, _draw(round)))
+        announced = _change(honest.delta, lambda flat: self._distort(flat, self._draw(round)))
         return Training(announced, honest.num_tokens, honest.loss_nats)
 
 
 class PoisonedLearner(Wrapped):
     """Trains on changed data, and announces `distort` of what it learned; measures as others do."""
 
-    def __init__(self, inner: Learner, poisoned: Learner, distort: Distort = lambda delta, rng: delta) -> None:
+    def __init__(
+        self, inner: Learner, poisoned: Learner, draw: Draw, distort: Distort = lambda delta, rng: delta
+    ) -> None:
         super().__init__(inner)
-        self._poisoned = DistortingLearner(poisoned, distort)
+        self._poisoned = DistortingLearner(poisoned, draw, distort)
 
     def train(self, base: Tensors, round: Round, work: int | None = None) -> Training:
         """See Learner."""
@@ -164,9 +171,13 @@ class ColludingLearner(Wrapped):
         return Training(announced, CLAIMED_TOKENS, 0.0)
 
 
+def draw_stream(seed: int, index: int, round: Round) -> np.random.Generator:
+    """What the peer of number `index` draws in a round of a scenario of this seed: the same whoever asks, and whenever.
+
+    No two peers share one: equal noise would be one update, and duplicates are paid once.
+    """
+    return np.random.default_rng([seed, 77, index, round])
+
+
 def _change(delta: Tensors, change: Callable[[Array], Array]) -> Tensors:
     return unflatten(change(flatten(delta)), compute_layout(get_shapes(delta)))
-
-
-def _draw(round: Round) -> np.random.Generator:
-    return np.random.default_rng([round, 77])

@@ -1,6 +1,7 @@
 """What each adversary costs an honest network at most, what it earns, and who is blamed for it. See `sim.faults`."""
 
 from functools import cache
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from p2pfm.protocol.events import Accuse, AnswerSync, AnyAction, Publish, Roster
 from p2pfm.protocol.gossip import SLOTS_MAX
 from p2pfm.protocol.membership import compute_ranks
 from p2pfm.settlement.ledger import Slashed
-from p2pfm.types import Contribution, Digest, MemberIndex, Millis, PeerId, Round, Wei
+from p2pfm.types import Array, Contribution, Digest, MemberIndex, Millis, PeerId, Round, Wei
 from sim.adversaries.filters import Eclipser, Splitter, pay_only
 from sim.churn import ChurnModel
 from sim.faults import make_learners
@@ -83,7 +84,7 @@ def test_who_pushes_backwards_earns_nothing(kind: AdversaryKind) -> None:
 def test_all_members_of_a_cabal_announce_one_update_made_of_their_honest_ones() -> None:
     problem = Problem(1)
     honest = [LinearLearner(problem, index) for index in range(6)]
-    learners = make_learners(("ipm", None, "ipm", "ipm", None, None), honest)
+    learners = make_learners(("ipm", None, "ipm", "ipm", None, None), honest, 1)
     base = learners[0].initial()
     announced = [flatten(learners[index].train(base, Round(2)).delta) for index in (0, 2, 3)]
     mean = np.mean([flatten(honest[index].train(base, Round(2)).delta) for index in (0, 2, 3)], axis=0)
@@ -95,15 +96,15 @@ def test_all_members_of_a_cabal_announce_one_update_made_of_their_honest_ones() 
 def test_two_cabals_do_not_know_each_other() -> None:
     problem = Problem(1)
     honest = [LinearLearner(problem, index) for index in range(4)]
-    alone, *_ = make_learners(("ipm", None, None, None), honest)
-    beside, *_ = make_learners(("ipm", "alie", "alie", None), honest)
+    alone, *_ = make_learners(("ipm", None, None, None), honest, 1)
+    beside, *_ = make_learners(("ipm", "alie", "alie", None), honest, 1)
     base = honest[0].initial()
     assert np.array_equal(flatten(alone.train(base, Round(0)).delta), flatten(beside.train(base, Round(0)).delta))
 
 
 def test_flipped_labels_change_what_is_learned_and_not_what_is_measured() -> None:
     honest = LinearLearner(Problem(1), 0)
-    (flipped,) = make_learners(("label_flip",), [honest])
+    (flipped,) = make_learners(("label_flip",), [honest], 1)
     base = honest.initial()
     own, poisoned = flatten(honest.train(base, Round(0)).delta), flatten(flipped.train(base, Round(0)).delta)
     np.testing.assert_allclose(poisoned, -own, atol=1e-6)  # from zeros, negated targets are the mirror image
@@ -114,6 +115,51 @@ def test_flipped_labels_change_what_is_learned_and_not_what_is_measured() -> Non
 def test_a_backdoor_needs_a_learner_with_labels() -> None:
     with pytest.raises(ConfigError, match="backdoor"):
         World(Scenario(num_peers=3, num_rounds=1, adversaries=("backdoor",)))
+
+
+def announce(*kinds: AdversaryKind | None, seed: int = 1, round: int = 3) -> list[Array]:
+    """What each of these peers announces from the base that all begin with; its data do not depend on `seed`."""
+    honest = [LinearLearner(Problem(1), index) for index in range(len(kinds))]
+    base = honest[0].initial()
+    return [flatten(learner.train(base, Round(round)).delta) for learner in make_learners(kinds, honest, seed)]
+
+
+def compute_cosine(left: Array, right: Array) -> float:
+    return float(left @ right / np.linalg.norm(left) / np.linalg.norm(right))
+
+
+@pytest.mark.parametrize("kind", ["noise", "gaussian"])
+def test_noise_is_another_for_every_peer_seed_and_round_and_the_same_when_drawn_again(kind: AdversaryKind) -> None:
+    first, second = announce(kind, kind)
+    others = [second, announce(kind, seed=2)[0], announce(kind, round=4)[0]]
+    assert [abs(compute_cosine(first, other)) < 0.5 for other in others] == [True] * 3  # of 64 values: 4 deviations
+    assert np.array_equal(first, announce(kind)[0])  # whoever else there is
+
+
+def test_replays_in_disguise_are_each_disguised_otherwise() -> None:
+    honest = [LinearLearner(Problem(1), index) for index in range(2)]
+    base = honest[0].initial()
+    moved = {name: part + 1 for name, part in base.items()}
+    said = []
+    for learner in make_learners(("noisy_replay", "noisy_replay"), honest, 1):
+        learner.train(base, Round(0))
+        said.append(flatten(learner.train(moved, Round(1)).delta))
+    assert not np.array_equal(*said)
+    assert compute_cosine(*said) > 0.9
+
+
+def test_identities_of_one_owner_differ_slightly_from_its_update_and_from_each_other() -> None:
+    own, *others = announce("sybil", "sybil", "sybil", None)[:3]
+    assert np.array_equal(own, announce(None)[0])
+    for left, right in combinations((own, *others), 2):
+        assert not np.array_equal(left, right)
+        assert compute_cosine(left, right) > 0.99
+
+
+def test_free_riders_noise_is_not_joined_as_duplicates() -> None:
+    # Equal noise would be one update: all but the first of them worth exactly 0.
+    first = run(*(("noise",) * 4)).checks.certificates[Round(0)].proposal
+    assert sum(update.contribution == 0 for update in first.updates) == 0
 
 
 def test_many_peers_of_one_owner_are_paid_as_one() -> None:

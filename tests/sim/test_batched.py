@@ -131,7 +131,7 @@ def test_a_world_learns_the_same_batched_or_not_and_coded_or_modelled() -> None:
 def test_a_backdoor_that_a_plain_mean_would_take_hardly_comes_through_a_world() -> None:
     liars: tuple[AdversaryKind, ...] = ("backdoor",) * 3
     lab = make_lab(12)
-    learners = make_learners((*liars, *[None] * 9), lab.learners)
+    learners = make_learners((*liars, *[None] * 9), lab.learners, 3)
     base = lab.learners[0].initial()
     for number in range(4):
         deltas = [learner.train(base, Round(number)).delta for learner in learners]

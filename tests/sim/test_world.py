@@ -277,11 +277,11 @@ def test_who_skips_the_proof_of_computation_is_known_to_every_evaluator() -> Non
     assert run(scenario).trace_digest() == world.trace_digest()
 
 
-@pytest.mark.parametrize("kind", ["sign_flip", "gaussian"])
-def test_a_saboteur_earns_nothing_and_does_no_harm(kind: AdversaryKind) -> None:
+@pytest.mark.parametrize(("kind", "reward_max"), [("sign_flip", 0), ("gaussian", 0.1)])
+def test_a_saboteur_earns_no_more_than_noise_and_does_no_harm(kind: AdversaryKind, reward_max: float) -> None:
     honest = run(Scenario(seed=5, num_peers=12, num_rounds=4))
     attacked = run(Scenario(seed=5, num_peers=12, num_rounds=4, rounds_per_epoch=4, adversaries=(kind,) * 3))
-    assert max(rewards(attacked)[:3]) == 0
+    assert max(rewards(attacked)[:3]) <= reward_max
     assert attacked.losses[Round(3)] < 1.15 * honest.losses[Round(3)]
 
 
