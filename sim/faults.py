@@ -13,7 +13,7 @@ sign_flip    announces three times its update, backwards                        
 boosted      announces ten times its update                                           L   none           as work  no
 noise        announces random values of its update's size                             L   none           noise    no
 gaussian     announces random values ten times its update's size                      L   little         noise    no
-copycat      announces what the last peer's data give, as its own work                L   none           half     no
+copycat      announces what the last honest peer's data give, as its own              L   none           half     no
 skipper      trains as others do, but not on the public batch drawn for it            L   none           gated    no
 alie         a cabal: the mean of its honest updates less z deviations, all alike     L   none           once     no
 ipm          a cabal: half the mean of its honest updates, backwards                  L   none           nothing  no
@@ -115,6 +115,8 @@ def make_learners(kinds: Kinds, honest: Sequence[Learner], seed: int) -> list[Le
         if kind in groups
     }
 
+    victim = next((own for own, kind in zip(reversed(honest), reversed(kinds), strict=True) if kind is None), None)
+
     def make(index: int, kind: AdversaryKind | None, own: Learner) -> Learner:
         draw = partial(draw_stream, seed, index)
         match kind:
@@ -133,7 +135,7 @@ def make_learners(kinds: Kinds, honest: Sequence[Learner], seed: int) -> list[Le
             case "gaussian":
                 return DistortingLearner(own, draw, partial(attacks.draw_gaussian, scale=GAUSSIAN_SCALE))
             case "copycat":
-                return honest[-1]
+                return own if victim is None else victim
             case "skipper":
                 return SkipperLearner(own)
             case "alie" | "ipm" | "minmax":

@@ -305,6 +305,17 @@ def find_idle(scenario: Scenario) -> list[str]:
         for key, start_ms in starts_ms.items()
         if start_ms >= length_ms
     ]
+    return idle + _find_idle_kinds(scenario)
+
+
+def _find_idle_kinds(scenario: Scenario) -> list[str]:
+    """What peers of a kind cannot do, for want of others."""
+    counts = Counter(compute_kinds(scenario))
+    if scenario.learner.kind == "digests":  # what an update is worth is drawn there, whoever else there is
+        return []
+    idle = []
+    if counts["copycat"] and not counts[None]:
+        idle.append("copycat: nobody is honest, so there is nobody to copy, and it does its own work")
     return idle
 
 

@@ -148,6 +148,17 @@ def test_replays_in_disguise_are_each_disguised_otherwise() -> None:
     assert compute_cosine(*said) > 0.9
 
 
+def test_a_copycat_copies_the_last_honest_peer_be_it_where_it_may() -> None:
+    honest = announce(None, None, None, None)
+    assert np.array_equal(announce("copycat", None, None, None)[0], honest[3])
+    assert np.array_equal(announce("copycat", None, "sign_flip", "copycat")[0], honest[1])
+    assert np.array_equal(announce("copycat", None, "sign_flip", "copycat")[3], honest[1])
+
+
+def test_a_copycat_among_attackers_alone_does_its_own_work() -> None:
+    assert np.array_equal(announce("copycat", "zero")[0], announce(None, None)[0])
+
+
 def test_identities_of_one_owner_differ_slightly_from_its_update_and_from_each_other() -> None:
     own, *others = announce("sybil", "sybil", "sybil", None)[:3]
     assert np.array_equal(own, announce(None)[0])

@@ -399,6 +399,11 @@ def test_a_sweep_again_takes_the_place_of_the_earlier_one(tmp_path: Path) -> Non
     [
         ("free_riders", ["num_peers=15"], "adversary_shares: of 15 peers none is zero, thief"),
         (
+            "small",
+            ["adversaries=['copycat']", "adversary_shares.liar=0.9"],
+            "copycat: nobody is honest, so there is nobody to copy, and it does its own work",
+        ),
+        (
             "partition_heal",
             ["num_rounds=3"],
             "network.partitions[0]: begins at 180000 ms, and the last round ends at 180000 ms",
