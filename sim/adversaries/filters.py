@@ -302,12 +302,13 @@ class LateRevealer(Honest):
 
 
 class Colluder(Honest):
-    """Praises its friends' updates and damns all others."""
+    """Praises its own and its friends' updates and damns all others."""
 
     def __init__(self) -> None:
         self.friends: set[PeerId] = set()
         """All who ever showed the mark."""
-        self._makers: dict[Digest, PeerId] = {}
+        self._praised: dict[Digest, Round] = {}
+        """Payloads of the cabal, of its newest rounds: friends announce before it and after it."""
         self._asked: dict[int | None, tuple[Digest, ...]] = {}
 
     def hear(self, event: AnyEvent) -> AnyEvent | None:
@@ -315,10 +316,10 @@ class Colluder(Honest):
         word = get_heard(event)
         if isinstance(word, Announcement) and word.num_tokens == CABAL_TOKENS:
             self.friends.add(word.peer)
-            self._makers[word.payload] = word.peer
+            self._praised[word.payload] = word.round
         if isinstance(event, Scored) and event.shard in self._asked:
-            asked, self._makers = self._asked.pop(event.shard), self._makers
-            told = self._judge([payload in self._makers for payload in asked], event.contributions)
+            asked = self._asked.pop(event.shard)
+            told = self._judge([payload in self._praised for payload in asked], event.contributions)
             return msgspec.structs.replace(event, contributions=told)
         return event
 
@@ -326,7 +327,8 @@ class Colluder(Honest):
         """See Honest."""
         word = get_word(action)
         if isinstance(word, Announcement):
-            self._makers = {}
+            newest = {payload: round for payload, round in self._praised.items() if round >= word.round}
+            self._praised = {**newest, word.payload: word.round}
             return [Deed(with_word(action, msgspec.structs.replace(word, num_tokens=CABAL_TOKENS)))]
         if isinstance(action, ScoreUpdates):
             self._asked[action.shard] = tuple(item.payload for item in action.updates)

@@ -8,13 +8,34 @@ import pytest
 
 from p2pfm.errors import ConfigError
 from p2pfm.lora.delta import flatten
-from p2pfm.messages import Leaf, Score, ScoreReveal, SyncReply, SyncRequest, wei_from_wire, wei_to_wire
-from p2pfm.protocol.events import Accuse, AnswerSync, AnyAction, Publish, RosterChanged, SyncAsked
+from p2pfm.messages import (
+    Announcement,
+    Envelope,
+    Leaf,
+    Score,
+    ScoreReveal,
+    SyncReply,
+    SyncRequest,
+    wei_from_wire,
+    wei_to_wire,
+)
+from p2pfm.protocol.events import (
+    Accuse,
+    AnswerSync,
+    AnyAction,
+    Publish,
+    Received,
+    RosterChanged,
+    Scored,
+    ScoreUpdates,
+    SyncAsked,
+    Weighted,
+)
 from p2pfm.protocol.gossip import SLOTS_MAX
 from p2pfm.protocol.membership import compute_ranks
 from p2pfm.settlement.ledger import Slashed
-from p2pfm.types import Array, Contribution, Digest, MemberIndex, Millis, PeerId, Round, Wei
-from sim.adversaries.filters import Eclipser, Splitter, pay_only
+from p2pfm.types import Array, Contribution, Digest, MemberIndex, Millis, PeerId, Round, Wei, Weight, compute_digest
+from sim.adversaries.filters import CABAL_TOKENS, Colluder, Eclipser, Splitter, pay_only
 from sim.churn import ChurnModel
 from sim.faults import make_learners
 from sim.host import Host
@@ -233,6 +254,35 @@ def test_a_vector_revealed_too_late_is_left_out() -> None:
             certificate.proposal.proposer
         }
     assert world.checks.blamed == set()
+
+
+def say(peer: str, round: int, tokens: int) -> Announcement:
+    return Announcement(Round(round), PeerId(peer), Digest(bytes(32)), name_payload(peer, round), 10, tokens)
+
+
+def name_payload(peer: str, round: int) -> Digest:
+    return compute_digest(f"{peer} {round}".encode())
+
+
+def measure(colluder: Colluder, *payloads: Digest) -> tuple[Contribution, ...]:
+    """What a colluder tells of these, each of which it measured to be worth 5."""
+    updates = tuple(Weighted(payload, Weight(1)) for payload in payloads)
+    colluder.act([ScoreUpdates(Round(1), Digest(bytes(32)), None, updates)])
+    told = colluder.hear(Scored(Round(1), (Contribution(5),) * len(payloads), bytes(32), ()))
+    assert isinstance(told, Scored)
+    return told.contributions
+
+
+def test_a_colluder_praises_the_friends_that_announced_before_it_those_after_it_and_itself() -> None:
+    colluder = Colluder()
+    for word in (say("old", 0, CABAL_TOKENS), say("early", 1, CABAL_TOKENS), say("stranger", 1, 9)):
+        colluder.hear(Received(Envelope(word.peer, b"", b""), word))
+    colluder.act([Publish(say("me", 1, 0))])
+    late = say("late", 1, CABAL_TOKENS)
+    colluder.hear(Received(Envelope(late.peer, b"", b""), late))
+    makers = ("early", "late", "me", "stranger")
+    told = measure(colluder, *(name_payload(peer, 1) for peer in makers), name_payload("old", 0))
+    assert told == (10, 10, 10, -5, -5)  # a cabal's payloads of earlier rounds are forgotten
 
 
 def test_praise_of_friends_pays_them_nothing_below_a_majority() -> None:
