@@ -82,11 +82,11 @@ def compute_alie_z(num_peers: int, num_liars: int) -> float:
     """The largest z at which enough honest updates lie beyond the liars' to make theirs a majority's (Baruch et al.
     2019, "A little is enough", algorithm 3): the quantile at (n - m - s) / (n - m), with s = floor(n/2 + 1) - m.
 
-    Too few liars for a majority give 0: they send the mean.
+    Too few liars for a majority give 0: they send the mean. Liars that are one already give a z of 6: they need nobody.
     """
     num_honest = num_peers - num_liars
     needed = num_peers // 2 + 1 - num_liars
-    share = (num_honest - needed) / num_honest
+    share = (num_honest - needed) / num_honest if needed > 0 else 1.0
     return max(0.0, NormalDist().inv_cdf(min(share, 1 - 1e-9))) if share > 0 else 0.0
 
 

@@ -62,7 +62,7 @@ def test_a_boosted_update_stands_whole_after_the_mean(num_peers, num_liars):
 @pytest.mark.parametrize(
     ("num_peers", "num_liars", "z"),
     # 50 and 24: the paper's example (n = 50, m = 24: s = 2 supporters, 24 of 26 nearer).
-    [(50, 24, 1.426), (20, 8, 0.674), (10, 4, 0.431), (10, 2, 0.0), (10, 1, 0.0)],
+    [(50, 24, 1.426), (20, 8, 0.674), (10, 4, 0.431), (10, 2, 0.0), (10, 1, 0.0), (10, 6, 5.998), (10, 10, 5.998)],
 )
 def test_alies_z_is_the_papers_quantile(num_peers, num_liars, z):
     assert attacks.compute_alie_z(num_peers, num_liars) == pytest.approx(z, abs=1e-3)

@@ -423,6 +423,12 @@ def test_what_comes_to_nothing_is_told_before_the_run(name: str, settings: list[
         assert told.output.splitlines()[2] == f"note: {note}"
 
 
+@pytest.mark.parametrize("kind", ["alie", "ipm", "minmax", "copycat", "sybil", "colluder"])
+def test_a_network_of_one_kind_of_attackers_alone_runs(kind: str) -> None:
+    told = sim("run", "small", "--set", "num_rounds=1", "--set", f"adversary_shares.{kind}=1.0")
+    assert told.exit_code == 0, told.output
+
+
 # --- many runs -------------------------------------------------------------------------------------------------------
 
 
