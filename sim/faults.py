@@ -96,7 +96,9 @@ CABALS: dict[AdversaryKind, Callable[[int, int], Callable[[Array], Array]]] = {
     "ipm": lambda num_peers, num_liars: partial(attacks.make_ipm, epsilon=IPM_EPSILON),
     "minmax": lambda num_peers, num_liars: attacks.make_min_max,
 }
-"""Kinds that collude: from (num_peers, num_liars) to what they make of their honest updates."""
+"""Kinds that collude: from (num_peers, num_liars) to what they make of their honest updates.
+
+Liars are those of the kind: nobody else is party to it."""
 
 
 def make_learners(kinds: Kinds, honest: Sequence[Learner], seed: int) -> list[Learner]:

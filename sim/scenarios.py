@@ -25,6 +25,7 @@ from p2pfm.config import (
 )
 from p2pfm.errors import ConfigError
 from p2pfm.types import Millis, Wei, compute_digest
+from sim import attacks
 from sim.churn import ChurnModel, validate_churn_model
 from sim.clocks import ClockModel, validate_clock_model
 from sim.network import NetworkModel, validate_network_model
@@ -316,6 +317,16 @@ def _find_idle_kinds(scenario: Scenario) -> list[str]:
     idle = []
     if counts["copycat"] and not counts[None]:
         idle.append("copycat: nobody is honest, so there is nobody to copy, and it does its own work")
+    idle += [
+        f"{kind}: one alone knows of no spread to hide in: it announces its honest update"
+        for kind in ("alie", "minmax")
+        if counts[kind] == 1
+    ]
+    if counts["alie"] > 1 and not attacks.compute_alie_z(scenario.num_peers, counts["alie"]):
+        idle.append(
+            f"alie: with {counts['alie']} of {scenario.num_peers} peers z is 0: they announce the mean of their honest "
+            "updates"
+        )
     return idle
 
 

@@ -404,6 +404,21 @@ def test_a_sweep_again_takes_the_place_of_the_earlier_one(tmp_path: Path) -> Non
             "copycat: nobody is honest, so there is nobody to copy, and it does its own work",
         ),
         (
+            "small",
+            ["adversaries=['alie','alie']"],
+            "alie: with 2 of 8 peers z is 0: they announce the mean of their honest updates",
+        ),
+        (
+            "small",
+            ["adversaries=['minmax']"],
+            "minmax: one alone knows of no spread to hide in: it announces its honest update",
+        ),
+        (
+            "small",
+            ["adversaries=['alie']"],
+            "alie: one alone knows of no spread to hide in: it announces its honest update",
+        ),
+        (
             "partition_heal",
             ["num_rounds=3"],
             "network.partitions[0]: begins at 180000 ms, and the last round ends at 180000 ms",
@@ -421,6 +436,23 @@ def test_what_comes_to_nothing_is_told_before_the_run(name: str, settings: list[
         told = sim(*command, *changes)
         assert told.exit_code == 0, told.output
         assert told.output.splitlines()[2] == f"note: {note}"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "adversaries=['alie','alie','alie']",
+        "adversaries=['minmax','minmax']",
+        "adversaries=['ipm']",
+        "adversaries=['copycat']",
+        "adversary_shares={alie=0.1,copycat=0.9}\nare_attackers_honest=true",
+    ],
+)
+def test_who_can_do_what_it_is_there_for_is_no_note(setting: str) -> None:
+    changes = [word for line in ("num_rounds=1", *setting.splitlines()) for word in ("--set", line)]
+    told = sim("run", "small", *changes)
+    assert told.exit_code == 0, told.output
+    assert "note:" not in told.output
 
 
 @pytest.mark.parametrize("kind", ["alie", "ipm", "minmax", "copycat", "sybil", "colluder"])
