@@ -12,7 +12,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning th
 
 import json
 import logging
-import shutil
 import signal
 import sys
 import tempfile
@@ -421,9 +420,12 @@ def localnet_up(
 
     Example: `p2pfm localnet up --peers 3 --model tiny`
     """
+    from nodes.demo_folder import MARK
     from nodes.localnet import Role, get_preset, localnet
     from nodes.screens import watch_localnet
 
+    if folder is not None and (folder / MARK).exists():  # the next demo there would remove these homes
+        raise OperatorError(f"{folder} is a demo's folder; choose another --out")
     home = folder or Path(tempfile.mkdtemp(prefix="p2pfm-localnet-"))
     honest: Role = "honest"
     with localnet(home, (honest,) * peers, get_preset(model, adapter), out.print, chain=_get_chain(chain)) as net:
@@ -497,9 +499,9 @@ def adapter_serve(
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Option("--out", help="Where homes, logs and pictures go; emptied first.")] = Path(
-        "demo-out"
-    ),
+    folder: Annotated[
+        Path, typer.Option("--out", help="Where homes, logs and pictures go; an earlier demo's are removed.")
+    ] = Path("demo-out"),
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
     chain: Annotated[str, typer.Option(envvar="CHAIN", help="embedded or anvil.")] = "embedded",
 ) -> None:
@@ -507,19 +509,14 @@ def demo(
 
     Example: `p2pfm demo --json demo.json`
     """
+    kind = _get_chain(chain)
     from nodes.demo import run_demo
+    from nodes.demo_folder import claim_demo_folder
 
-    _empty_demo_folder(folder)
-    if not run_demo(folder, out, chain=_get_chain(chain), json_path=json_path):
+    with claim_demo_folder(folder, json_path):
+        holds = run_demo(folder, out, chain=kind, json_path=json_path)
+    if not holds:
         raise typer.Exit(int(Exit.FINDING))
-
-
-def _empty_demo_folder(folder: Path) -> None:
-    """Remove an earlier demonstration, and nothing that is not one."""
-    if folder.exists() and any(folder.iterdir()) and not (folder / "chain.log").exists():
-        raise OperatorError(f"{folder} holds something else than an earlier demo; choose another --out")
-    if folder.exists():
-        shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

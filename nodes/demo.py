@@ -5,6 +5,7 @@ while; two of them are killed, one comes back. Everything shown is read from the
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from nodes.demo_folder import REWARDS_PICTURE, TRAINING_PICTURE
 from nodes.localnet import PRESETS, Localnet, LocalNode, Role, localnet
 from nodes.models import fetch
 from nodes.rewards import Row, claim_newest, read_rewards, rows_to_json, verify_rewards
@@ -69,6 +71,19 @@ class Figures:
     rejoin: dict[str, Any] = field(default_factory=dict)
     rewards: list[dict[str, Any]] = field(default_factory=list)
     checks: dict[str, bool] = field(default_factory=dict)
+
+
+def figures_to_json(figures: Figures) -> str:
+    """JSON as the standard has it: a figure that is no number (a loss that diverged) is null."""
+    return json.dumps(_finite(asdict(figures)), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_rewards(rows: Sequence[Row], roles: Mapping[str, Role]) -> dict[str, bool]:
@@ -444,7 +459,7 @@ def run_demo(
     pictures = _draw(folder, figures, rows, net)
     _print_end(console, figures, rows, net, pictures)
     if json_path is not None:
-        json_path.write_text(json.dumps(asdict(figures), indent=2), encoding="utf-8")
+        json_path.write_text(figures_to_json(figures), encoding="utf-8")
         console.print(f"figures: {json_path}", soft_wrap=True)
     return all(figures.checks.values())
 
@@ -507,7 +522,7 @@ def _describe_round(status: Mapping[str, Any]) -> tuple[str, float]:
 
 def _draw(folder: Path, figures: Figures, rows: Sequence[Row], net: Localnet) -> list[Path]:
     """The two pictures."""
-    rewards, training = folder / "rewards.png", folder / "training.png"
+    rewards, training = folder / REWARDS_PICTURE, folder / TRAINING_PICTURE
     plot_rewards(rows, rewards, {PeerId(node.peer): f"peer {node.index}\n{node.role}" for node in net.nodes})
     plot_training(figures.losses_nats, figures.payload_bytes, figures.sent_bytes, figures.dense_bytes, training)
     return [rewards, training]
