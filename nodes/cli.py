@@ -357,7 +357,7 @@ def chat(
 @testnet_app.command("up")
 def up_testnet(
     folder: Annotated[Path, typer.Option("--out", help="Where network.toml and the data go.")] = Path("net"),
-    port: Annotated[int, typer.Option(help="JSON-RPC port.")] = 8545,
+    port: Annotated[int, typer.Option(min=1, max=65_535, help="JSON-RPC port.")] = 8545,
     peers: Annotated[int, typer.Option(min=1, max=10, help="Deal ChatterBot's topics to so many shards.")] = 3,
     model: Annotated[str, typer.Option(help="demo (SmolLM2), tiny, or toy (no language model).")] = "demo",
     chain: Annotated[str, typer.Option(envvar="CHAIN", help="embedded or anvil.")] = "embedded",

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 from eth_account import Account
 
 from nodes.tied import end_with_stdin, start_tied, stop
@@ -133,6 +135,7 @@ def run_testnet(port: int, is_anvil: bool = False, log: Path | None = None) -> I
 
 
 def _start(command: list[str], port: int, log: Path | None) -> Testnet:
+    _refuse_port_in_use(port)
     output: Any = log.open("ab") if log else subprocess.DEVNULL
     try:
         process = start_tied(command, output, cwd=CONTRACTS.parent)
@@ -141,7 +144,7 @@ def _start(command: list[str], port: int, log: Path | None) -> Testnet:
             output.close()
     testnet = Testnet(f"http://127.0.0.1:{port}", account_keys(), process)
     deadline = time.monotonic() + START_SECONDS_MAX
-    while not _answers(testnet.rpc_url):
+    while not (_answers(testnet.rpc_url) and _listens(process.pid, port)):
         if process.poll() is not None:
             raise OperatorError(f"the testnet ended with {process.returncode}: is port {port} in use?")
         if time.monotonic() > deadline:
@@ -149,6 +152,26 @@ def _start(command: list[str], port: int, log: Path | None) -> Testnet:
             raise OperatorError(f"the testnet on port {port} did not answer within {START_SECONDS_MAX:.0f} s")
         time.sleep(0.05)
     return testnet
+
+
+def _refuse_port_in_use(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the servers do: or a port just left is taken
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise OperatorError(f"port {port} is in use ({error.strerror}); choose another --port") from error
+
+
+def _listens(pid: int, port: int) -> bool:
+    """That process, or one that it started, listens there: another's chain that took the port meanwhile is not ours."""
+    try:
+        process = psutil.Process(pid)
+        family = [process, *process.children(recursive=True)]
+        found = [connection for one in family for connection in one.net_connections("tcp")]
+    except psutil.Error:  # it is ending
+        return False
+    return any(each.status == psutil.CONN_LISTEN and each.laddr.port == port for each in found)
 
 
 def _answers(url: str) -> bool:

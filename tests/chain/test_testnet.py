@@ -1,20 +1,28 @@
 """The embedded chain: same curve arithmetic as py-evm's own, time that follows the clock, clear ends."""
 
+import os
 import socket
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import httpx
 import pytest
 from eth.exceptions import VMError
 from eth.vm.forks.prague.computation import PRAGUE_PRECOMPILES
 from ledger_worlds import KEYS, free_port, rpc
+from typer.testing import CliRunner
 from web3 import HTTPProvider, Web3
 
+from nodes.cli import app
 from nodes.evm import EmbeddedChain, RpcError, fast_precompiles
-from nodes.testnet import start_embedded
+from nodes.testnet import CHAIN_ID, _listens, serve_chain, start_embedded
 from p2pfm.errors import OperatorError
 from p2pfm.settlement import bls
 
+OPERATOR = 2
 ADDRESS = {"pairing": 0x0F, "add": 0x0D, "map": 0x11}
 
 
@@ -156,3 +164,33 @@ def test_a_port_in_use_is_one_clear_line() -> None:
         taken.listen()
         with pytest.raises(OperatorError, match="in use"):
             start_embedded(taken.getsockname()[1])
+
+
+def test_another_chain_on_the_port_does_not_pass_for_ours(tmp_path: Path) -> None:
+    chain = EmbeddedChain(CHAIN_ID, {}, clock=lambda: 1_700_000_000.0, entropy=lambda count: bytes(count))
+    server = serve_chain(chain, "127.0.0.1", free_port())
+    port = server.server_address[1]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(OperatorError, match="in use"):
+            start_embedded(port)
+        done = subprocess.run(
+            [sys.executable, "-m", "nodes.cli", "testnet", "up", "--model", "toy", "--port", str(port),
+             "--out", str(tmp_path / "net")],
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert (done.returncode, "in use" in done.stderr) == (OPERATOR, True), done.stderr
+        # Had the other come between that look and our child's start, it would be told by who listens.
+        with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+            assert not _listens(child.pid, port)
+        assert _listens(os.getpid(), port)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert chain.handle("eth_blockNumber", []) == "0x0"
+
+
+@pytest.mark.parametrize("port", ["0", "65536"])
+def test_a_port_that_none_can_have_is_refused_at_once(port: str) -> None:
+    done = CliRunner().invoke(app, ["testnet", "up", "--port", port], env={"TERM": "dumb", "COLUMNS": "200"})
+    assert (done.exit_code, "Invalid value for '--port'" in done.stderr) == (OPERATOR, True), done.stderr
