@@ -32,12 +32,12 @@ def start_tied(command: Sequence[str], output: Any, **options: Any) -> "subproce
 
 
 def stop(process: "subprocess.Popen[bytes]", wait_s: float = STOP_S) -> None:
-    """End a child, by force if it does not listen."""
+    """End a child of `start_tied`, by force if it does not listen: then with all that it started."""
     process.terminate()
     try:
         process.wait(wait_s)
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # its session's group
         process.wait()
 
 
@@ -48,11 +48,22 @@ def _wait_for_end() -> None:
 
 
 def main() -> None:
-    """Run the command given on the command line."""
-    process = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
-    signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
+    """Run the command given on the command line; its exit code is ours, 128 + N where signal N ended it."""
+    asked = threading.Event()
+    child: list[subprocess.Popen[bytes]] = []
+
+    def end(number: int, frame: object) -> None:
+        asked.set()
+        for process in child:
+            process.terminate()
+
+    signal.signal(signal.SIGTERM, end)  # first: a child that starts while we are told to end would be left behind
+    child.append(subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL))
+    if asked.is_set():
+        child[0].terminate()
     end_with_stdin()
-    sys.exit(process.wait())
+    code = child[0].wait()
+    sys.exit(code if code >= 0 else 128 - code)
 
 
 if __name__ == "__main__":
