@@ -32,9 +32,9 @@ from nodes.explorer.command import explorer
 from nodes.logs import is_json, set_up_logging
 from nodes.rewards.cli import app as rewards_app
 from nodes.stakes import pool_app, stake_app
-from nodes.tied import end_with_stdin
+from nodes.tied import describe_end, end_with_stdin
 from p2pfm import __version__
-from p2pfm.errors import OperatorError, P2PFMError
+from p2pfm.errors import OperatorError, P2PFMError, WorldError
 from sim.cli import app as sim_app
 from sim.report import OTHER_LEDGERS
 from sim.scenarios import Scenario
@@ -386,7 +386,8 @@ def up_testnet(
         ):
             out.print(f"{key:9} {value}", highlight=False, soft_wrap=True)
         out.print("Ctrl-C ends the chain.")
-        testnet.process.wait()
+        code = testnet.process.wait()
+    raise WorldError(f"the chain {describe_end(code)}; its log is {folder / 'chain.log'}")
 
 
 @testnet_app.command("endow")

@@ -6,7 +6,6 @@ Knows how to start, watch, kill and end processes; no protocol. Nothing is left 
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ import msgspec
 from nodes.homes import CONFIG_NAME, create_home, get_free_port, read_config
 from nodes.models import LINEAR, resolve
 from nodes.testnet import Testnet, run_testnet
-from nodes.tied import start_tied, stop
+from nodes.tied import describe_end, start_tied, stop
 from p2pfm.config import (
     WEI_PER_PFM,
     AdapterConfig,
@@ -168,6 +167,8 @@ class LocalNode:
     peer: str
     account: str
     process: "subprocess.Popen[bytes] | None" = None
+    is_killed: bool = False
+    """By `Localnet.kill`: one that ended by itself, if only for want of memory, is an error."""
     last_status: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -194,6 +195,7 @@ class Localnet:
     def start(self, node: LocalNode) -> None:
         """Run `p2pfm node run` for this peer; its output goes to node.log in its folder."""
         assert not node.is_running
+        node.is_killed = False
         with (node.home / "node.log").open("ab") as log:
             node.process = start_tied(
                 [sys.executable, "-m", "nodes.cli", "node", "run", "--config", str(node.home / CONFIG_NAME), "--tied"],
@@ -204,14 +206,15 @@ class Localnet:
     def kill(self, node: LocalNode) -> None:
         """SIGKILL: the process has no chance to say goodbye."""
         assert node.process is not None
+        node.is_killed = True
         node.process.kill()
         node.process.wait()
 
     def get_status(self, node: LocalNode) -> dict[str, Any]:
-        """The node's /status; empty while it cannot be reached. Raises OperatorError if its process ended by itself."""
-        if node.process is not None and node.process.poll() not in (None, -signal.SIGKILL):
-            raise OperatorError(
-                f"node {node.index} ended with code {node.process.returncode}: {self.get_last_line(node)}"
+        """The node's /status; empty while it cannot be reached. Raises WorldError if its process ended by itself."""
+        if node.process is not None and not node.is_killed and node.process.poll() is not None:
+            raise WorldError(
+                f"node {node.index} {describe_end(node.process.returncode)}: {_read_last_line(node.home / 'node.log')}"
             )
         try:
             node.last_status = httpx.get(f"{node.url}/status", timeout=5).json()
@@ -219,15 +222,17 @@ class Localnet:
             return {}
         return node.last_status
 
-    def get_last_line(self, node: LocalNode) -> str:
-        """What a node said last."""
-        lines = (node.home / "node.log").read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "it said nothing"
+    def check_chain(self) -> None:
+        """Raises WorldError if the chain's process has ended."""
+        code = self.testnet.process.poll()
+        if code is not None:
+            raise WorldError(f"the chain {describe_end(code)}: {_read_last_line(self.folder / 'chain.log')}")
 
     def wait_until(self, what: str, is_done: Callable[[], bool], timeout_s: float, poll_s: float = 0.5) -> None:
-        """Wait for a condition. Raises WorldError, naming it, when it takes too long."""
+        """Wait for a condition. Raises WorldError when it takes too long, naming it, or when the chain is gone."""
         deadline = time.monotonic() + timeout_s
         while not is_done():
+            self.check_chain()
             if time.monotonic() > deadline:
                 raise WorldError(
                     f"{what}: not within {timeout_s:.0f} s; the nodes' logs are in {self.folder}/peer-*/node.log"
@@ -337,6 +342,12 @@ def endow(ledger: Web3Ledger, account: str) -> None:
     """Give a newcomer its stake and ether for gas."""
     ledger.send_ether(account, GAS_WEI)
     ledger.transfer(account, Wei(STAKE_PFM * WEI_PER_PFM))
+
+
+def _read_last_line(path: Path) -> str:
+    """What a process said last."""
+    lines = path.read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it said nothing"
 
 
 def _create_nodes(

@@ -41,6 +41,11 @@ def stop(process: "subprocess.Popen[bytes]", wait_s: float = STOP_S) -> None:
         process.wait()
 
 
+def describe_end(code: int) -> str:
+    """A child's exit code in words that follow its name."""
+    return f"ended with code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
+
+
 def _wait_for_end() -> None:
     while os.read(0, 4096):  # not sys.stdin: its lock would be held when the interpreter ends
         pass

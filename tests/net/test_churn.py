@@ -63,7 +63,7 @@ class Churn:
         """Frozen peers that somebody still called connected when they came back."""
 
     def look(self) -> list[dict]:
-        """All present nodes' /status; raises OperatorError when a process has ended by itself."""
+        """All present nodes' /status; raises WorldError when a process has ended by itself."""
         told = [self.net.get_status(node) for node in self.net.nodes if node is not self.away]
         told = [status for status in told if status.get("stage") == "running"]
         for status in told:

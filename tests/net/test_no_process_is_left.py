@@ -11,10 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from nodes.homes import get_free_port
+
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 GONE_S = 20
-INTERRUPTED = 130
+WORLD, INTERRUPTED = 1, 130
 LOSES_ITS_INTERRUPT = """
 import os, signal, sys, time
 from nodes import cli
@@ -41,11 +43,11 @@ def wait_for(is_done: Callable[[], bool], timeout_s: float, what: str) -> None:
         time.sleep(0.1)
 
 
-def start(folder: Path) -> tuple["subprocess.Popen[bytes]", list[psutil.Process]]:
+def start(folder: Path, model: str = "tiny") -> tuple["subprocess.Popen[bytes]", list[psutil.Process]]:
     """`p2pfm localnet up` in a session of its own, and its children once chain and peers are there."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "nodes.cli", "localnet", "up", "--peers", "2", "--model", "tiny", "--out", str(folder)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        [sys.executable, "-m", "nodes.cli", "localnet", "up", "--peers", "2", "--model", model, "--out", str(folder)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     children: list[psutil.Process] = []
 
@@ -74,6 +76,36 @@ def test_nothing_lives_on_after(number: signal.Signals, tmp_path: Path) -> None:
                 child.kill()
     if number == signal.SIGINT:
         assert code == INTERRUPTED
+
+
+@pytest.mark.parametrize(("victim", "named"), [("nodes.testnet", "the chain"), ("peer-1", "node 1")])
+def test_a_death_ends_a_local_network_with_an_error(victim: str, named: str, tmp_path: Path) -> None:
+    process, children = start(tmp_path / "net", "toy")
+    next(child for child in children if victim in " ".join(child.cmdline())).kill()
+    try:
+        _, told = process.communicate(timeout=GONE_S)
+    finally:
+        process.kill()
+    assert process.returncode == WORLD
+    assert f"error: {named} was ended by SIGKILL".encode() in told
+    wait_for(lambda: not any(child.is_running() for child in children), GONE_S, f"left behind: {children}")
+
+
+def test_a_chain_that_dies_is_an_error_of_testnet_up(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nodes.cli", "testnet", "up", "--model", "toy", "--out", str(tmp_path / "net"),
+         "--port", str(get_free_port())],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        wait_for((tmp_path / "net" / "network.toml").exists, 60, "the network was written down")
+        (chain,) = psutil.Process(process.pid).children()
+        chain.kill()
+        _, told = process.communicate(timeout=GONE_S)
+    finally:
+        process.kill()
+    assert process.returncode == WORLD
+    assert b"error: the chain was ended by SIGKILL" in told
 
 
 def test_ctrl_c_within_a_destructor_is_not_lost() -> None:
