@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning th
 
 import json
 import logging
+import shutil
 import signal
 import sys
 import tempfile
@@ -415,7 +416,9 @@ def localnet_up(
     model: Annotated[str, typer.Option(help="demo (SmolLM2), tiny, or toy (no language model).")] = "demo",
     adapter: Annotated[str, typer.Option(help="lora, ffa, fed_sb, ia3 or prompt.")] = "lora",
     chain: Annotated[str, typer.Option(envvar="CHAIN", help="embedded or anvil.")] = "embedded",
-    folder: Annotated[Path | None, typer.Option("--out", help="A new folder; else a temporary one.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="A new folder; else a temporary one, removed unless something fails.")
+    ] = None,
 ) -> None:
     """Run a chain and several honest peers on this machine until Ctrl-C.
 
@@ -425,17 +428,37 @@ def localnet_up(
     from nodes.localnet import Role, get_preset, localnet
     from nodes.screens import watch_localnet
 
+    preset, kind = get_preset(model, adapter), _get_chain(chain)
+    honest: Role = "honest"
     if folder is not None and (folder / MARK).exists():  # the next demo there would remove these homes
         raise OperatorError(f"{folder} is a demo's folder; choose another --out")
-    home = folder or Path(tempfile.mkdtemp(prefix="p2pfm-localnet-"))
-    honest: Role = "honest"
-    with localnet(home, (honest,) * peers, get_preset(model, adapter), out.print, chain=_get_chain(chain)) as net:
+    with _open_folder(folder) as home, localnet(home, (honest,) * peers, preset, out.print, chain=kind) as net:
         for node in net.nodes:
             out.print(f"peer {node.index}: {node.url}  config {node.home / CONFIG_NAME}", soft_wrap=True)
         try:
             watch_localnet(net, out)
         finally:
             out.print("ending the peers and the chain")
+
+
+@contextmanager
+def _open_folder(folder: Path | None) -> Iterator[Path]:
+    """That folder, or a temporary one: it goes at the end, but stays with its logs, and is named, after an error."""
+    if folder is not None:
+        yield folder
+        return
+    home = Path(tempfile.mkdtemp(prefix="p2pfm-localnet-"))
+    is_kept = False
+    try:
+        yield home
+    except Exception:
+        is_kept = any(home.iterdir())
+        if is_kept:
+            err.print(f"keys and logs stay in {home}", highlight=False, soft_wrap=True)
+        raise
+    finally:
+        if not is_kept:
+            shutil.rmtree(home)
 
 
 def _is_anvil(chain: str) -> bool:
