@@ -3,7 +3,7 @@
 Environment, files and time zones end here; everything below takes plain values.
 
 Exit codes: 0 done; 1 the world (network, chain, time) refused; 2 wrong use or something the operator can mend;
-3 a check found something wrong; 130 interrupted.
+3 a check found something wrong; 130 interrupted; 143 told to end (SIGTERM), 129 the terminal is gone (SIGHUP).
 """
 
 import os
@@ -126,10 +126,25 @@ def main() -> None:
 
 def _interrupt_again(lost: "sys.UnraisableHookArgs") -> None:
     """Ctrl-C that falls into a destructor is dropped by Python (urllib3 closes sockets in one): it comes once more."""
-    if isinstance(lost.exc_value, KeyboardInterrupt):
-        threading.Timer(AGAIN_S, os.kill, (os.getpid(), signal.SIGINT)).start()
+    if isinstance(lost.exc_value, KeyboardInterrupt | SystemExit):
+        is_ctrl_c = isinstance(lost.exc_value, KeyboardInterrupt)
+        threading.Timer(AGAIN_S, os.kill, (os.getpid(), signal.SIGINT if is_ctrl_c else signal.SIGTERM)).start()
     else:
         sys.__unraisablehook__(lost)
+
+
+def _end_in_order() -> None:
+    """From now on SIGTERM and SIGHUP end this process as Ctrl-C does: children ended, the cursor shown, files removed.
+
+    A node has its own way (nodes/run.py).
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup asked for that
+            signal.signal(number, _end)
+
+
+def _end(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def _fail(error: Exception, code: Exit) -> None:
@@ -165,6 +180,7 @@ def models_fetch(name: Annotated[str, typer.Argument(help="smollm2-135m or tiny"
 
     Example: `p2pfm models fetch smollm2-135m`
     """
+    _end_in_order()
     from nodes.models import fetch
 
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=err) as progress:
@@ -369,6 +385,7 @@ def up_testnet(
 
     Example: `p2pfm testnet up --out net`
     """
+    _end_in_order()
     from nodes.homes import write_network
     from nodes.localnet import create_network, get_preset
     from nodes.testnet import run_testnet
@@ -424,6 +441,7 @@ def localnet_up(
 
     Example: `p2pfm localnet up --peers 3 --model tiny`
     """
+    _end_in_order()
     from nodes.demo_folder import MARK
     from nodes.localnet import Role, get_preset, localnet
     from nodes.screens import watch_localnet
@@ -533,6 +551,7 @@ def demo(
 
     Example: `p2pfm demo --json demo.json`
     """
+    _end_in_order()
     kind = _get_chain(chain)
     from nodes.demo import run_demo
     from nodes.demo_folder import claim_demo_folder

@@ -1,11 +1,14 @@
 """However a local network ends, nothing that it started lives on."""
 
+import contextlib
 import os
+import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -16,6 +19,7 @@ from nodes.homes import get_free_port
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 GONE_S = 20
+HIDE_CURSOR, SHOW_CURSOR = b"\x1b[?25l", b"\x1b[?25h"
 WORLD, INTERRUPTED = 1, 130
 LOSES_ITS_INTERRUPT = """
 import os, signal, sys, time
@@ -59,7 +63,7 @@ def start(folder: Path, model: str = "tiny") -> tuple["subprocess.Popen[bytes]",
     return process, children
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_nothing_lives_on_after(number: signal.Signals, tmp_path: Path) -> None:
     process, children = start(tmp_path / "net")
     if number == signal.SIGINT:
@@ -74,8 +78,7 @@ def test_nothing_lives_on_after(number: signal.Signals, tmp_path: Path) -> None:
         for child in children:
             if child.is_running():
                 child.kill()
-    if number == signal.SIGINT:
-        assert code == INTERRUPTED
+    assert code == (-number if number == signal.SIGKILL else 128 + number)
 
 
 @pytest.mark.parametrize(("victim", "named"), [("nodes.testnet", "the chain"), ("peer-1", "node 1")])
@@ -89,6 +92,35 @@ def test_a_death_ends_a_local_network_with_an_error(victim: str, named: str, tmp
     assert process.returncode == WORLD
     assert f"error: {named} was ended by SIGKILL".encode() in told
     wait_for(lambda: not any(child.is_running() for child in children), GONE_S, f"left behind: {children}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_local_network_told_to_end_gives_the_terminal_its_cursor_back(number: signal.Signals, tmp_path: Path) -> None:
+    ours, its = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nodes.cli", "localnet", "up", "--peers", "1", "--model", "toy"],
+        stdin=its, stdout=its, stderr=its, start_new_session=True, env={**os.environ, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    os.close(its)
+    told: list[bytes] = []
+    reader = threading.Thread(target=lambda: told.extend(read_all(ours)))
+    reader.start()
+    try:
+        wait_for(lambda: HIDE_CURSOR in b"".join(told), 60, "the table is shown")
+        process.send_signal(number)
+        assert process.wait(GONE_S) == 128 + number
+    finally:
+        process.kill()
+        reader.join(GONE_S)
+        os.close(ours)
+    assert b"".join(told).count(SHOW_CURSOR) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def read_all(terminal: int) -> Iterator[bytes]:
+    with contextlib.suppress(OSError):  # the other side was closed
+        while piece := os.read(terminal, 4096):
+            yield piece
 
 
 def test_a_chain_that_dies_is_an_error_of_testnet_up(tmp_path: Path) -> None:
