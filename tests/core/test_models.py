@@ -1,13 +1,21 @@
 """Models by name: what is used, and what is refused."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 import zipfile
 from hashlib import sha256
 
 import msgspec
+import psutil
 import pytest
 
 from nodes import models
 from p2pfm.errors import OperatorError
+
+WAIT_S = 20
 
 
 @pytest.fixture
@@ -41,6 +49,46 @@ def test_a_cache_made_by_another_recipe_is_not_used(cache):
     write_cached(cache / "smollm2-135m", recipe="of an older version")
     with pytest.raises(OperatorError, match="models fetch"):
         models.resolve("smollm2-135m")
+
+
+def test_what_a_killed_fetch_left_is_removed_by_a_later_one(cache):
+    recipe = sha256(msgspec.json.encode(models.PACKAGES["smollm2-135m"])).hexdigest()
+    write_cached(cache / "smollm2-135m", recipe)
+    for name, age_s in ((".smollm2-135m-old", 2 * models.STALE_S), (".smollm2-135m-runs", 0), (".other-old", 9**9)):
+        (cache / name).mkdir()
+        (cache / name / "wheel").touch()
+        os.utime(cache / name, (time.time() - age_s,) * 2)
+    models.fetch("smollm2-135m")
+    assert sorted(path.name for path in cache.iterdir()) == [".other-old", ".smollm2-135m-runs", "smollm2-135m"]
+
+
+def test_a_fetch_told_to_end_leaves_neither_pip_nor_files(cache, tmp_path):
+    (tmp_path / "pip.py").write_text(
+        "import os, pathlib, time\n"
+        f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
+        "time.sleep(60)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.getcwd()])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nodes.cli", "models", "fetch"],
+        env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+        pip = psutil.Process(int((tmp_path / "pid").read_text()))
+        process.terminate()
+        assert process.wait(WAIT_S) == 128 + signal.SIGTERM
+        wait_for(lambda: not pip.is_running())
+    finally:
+        process.kill()
+    assert list(cache.iterdir()) == []
+
+
+def wait_for(is_done):
+    deadline = time.monotonic() + WAIT_S
+    while not is_done():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_weights_with_another_hash_are_refused(tmp_path):
