@@ -213,7 +213,8 @@ def init(
     --bootstrap /ip4/127.0.0.1/tcp/4001/p2p/12D3...`
     """
     from nodes.homes import CONFIG_NAME, create_home, read_network
-    from p2pfm.config import HttpConfig, NodeConfig, make_transport_limits
+    from nodes.models import LINEAR
+    from p2pfm.config import HttpConfig, NodeConfig, ServingConfig, make_transport_limits
 
     rules = read_network(network)
     config = NodeConfig(
@@ -225,6 +226,7 @@ def init(
         listen=listen,
         bootstrap=tuple(bootstrap or ()),
         http=HttpConfig(port=http_port),
+        serving=ServingConfig(enabled=rules.backbone != LINEAR),
         limits=make_transport_limits(rules),
     )
     password = password_file.read_text(encoding="utf-8").strip() if password_file else None

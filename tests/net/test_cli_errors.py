@@ -6,10 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
+from typer.testing import CliRunner
 
-from nodes.homes import CONFIG_NAME, create_home, get_free_port, write_network
+from nodes.cli import app
+from nodes.homes import CONFIG_NAME, create_home, get_free_port, read_config, write_network
 from nodes.localnet import PRESETS, create_network
+from nodes.models import LINEAR
 from nodes.testnet import Testnet, run_testnet
 from p2pfm.config import ChainConfig, HttpConfig, NetworkConfig, NodeConfig
 from p2pfm.lora.corpus import build_shards
@@ -150,6 +154,17 @@ def test_init_refuses_a_file_that_holds_no_network(tmp_path: Path, network: Netw
     assert done.returncode == OPERATOR
     assert "genesis" in done.stderr
     assert not (tmp_path / "new" / CONFIG_NAME).exists()
+
+
+@pytest.mark.parametrize(("backbone", "serves"), [(LINEAR, False), ("tiny", True)])
+def test_init_makes_a_node_that_can_start(backbone: str, serves: bool, tmp_path: Path, network: NetworkConfig) -> None:
+    """A linear learner generates no text: a node that would serve it is refused."""
+    rules = msgspec.structs.replace(network, backbone=backbone)
+    write_network(tmp_path / "network.toml", rules)
+    options = ["--network", str(tmp_path / "network.toml"), "--data", str(tmp_path), "--rpc", "http://127.0.0.1:1"]
+    done = CliRunner().invoke(app, ["init", str(tmp_path / "new"), *options])
+    assert done.exit_code == 0
+    assert read_config(tmp_path / "new" / CONFIG_NAME).serving.enabled == serves
 
 
 def test_a_chain_of_another_id_is_refused(home: Path, network: NetworkConfig) -> None:
