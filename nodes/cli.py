@@ -10,6 +10,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads slow two processes 10-fold
 
+import errno
 import json
 import logging
 import shutil
@@ -125,12 +126,23 @@ def main() -> None:
 
 
 def _interrupt_again(lost: "sys.UnraisableHookArgs") -> None:
-    """Ctrl-C that falls into a destructor is dropped by Python (urllib3 closes sockets in one): it comes once more."""
-    if isinstance(lost.exc_value, KeyboardInterrupt | SystemExit):
-        is_ctrl_c = isinstance(lost.exc_value, KeyboardInterrupt)
-        threading.Timer(AGAIN_S, os.kill, (os.getpid(), signal.SIGINT if is_ctrl_c else signal.SIGTERM)).start()
+    """A signal within a destructor is dropped by Python (urllib3 closes sockets in one): it comes once more."""
+    if isinstance(lost.exc_value, KeyboardInterrupt):
+        number: int = signal.SIGINT
+    elif isinstance(lost.exc_value, _Ended):
+        number = lost.exc_value.number
     else:
         sys.__unraisablehook__(lost)
+        return
+    threading.Timer(AGAIN_S, os.kill, (os.getpid(), number)).start()
+
+
+class _Ended(SystemExit):
+    """By a signal, with its exit code."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
 
 
 def _end_in_order() -> None:
@@ -144,7 +156,20 @@ def _end_in_order() -> None:
 
 
 def _end(number: int, frame: object) -> None:
-    raise SystemExit(128 + number)
+    for descriptor in (1, 2):
+        if _is_hung_up(descriptor):  # what is still said on the way out would be an error
+            with open(os.devnull, "wb") as nothing:
+                os.dup2(nothing.fileno(), descriptor)
+    raise _Ended(number)
+
+
+def _is_hung_up(descriptor: int) -> bool:
+    """It was a terminal, and that was closed."""
+    try:
+        os.get_terminal_size(descriptor)
+    except OSError as error:
+        return error.errno == errno.EIO
+    return False
 
 
 def _fail(error: Exception, code: Exit) -> None:

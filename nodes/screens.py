@@ -131,12 +131,15 @@ def make_network_table(nodes: Sequence[tuple[str, str, Mapping[str, Any]]]) -> T
 
 def watch_localnet(net: Localnet, console: Console) -> None:
     """Redraw the nodes' table until interrupted. Raises WorldError when the chain or a node has ended."""
-    with Live(console=console, refresh_per_second=2) as live:
-        while True:
-            net.check_chain()
-            statuses = [(f"peer {node.index}", node.role, net.get_status(node)) for node in net.nodes]
-            live.update(make_network_table(statuses))
-            time.sleep(1)
+    try:
+        with Live(console=console, refresh_per_second=2) as live:
+            while True:
+                net.check_chain()
+                statuses = [(f"peer {node.index}", node.role, net.get_status(node)) for node in net.nodes]
+                live.update(make_network_table(statuses))
+                time.sleep(1)
+    finally:
+        console.show_cursor()  # what interrupts Live as it starts leaves it hidden
 
 
 def plot_training(
