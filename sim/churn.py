@@ -1,7 +1,8 @@
 """Who goes down when, for how long, and what is left of its disk. Knows no peer and no protocol.
 
 A host has times at which it would be up (a trace, the hours of its day, late arrival), and on top of them it crashes or
-leaves. `Churn` makes of these one list of departures a host that never overlap: who is back, is up.
+leaves. `Churn` plans what befalls the hosts that are up, and says when one that went is back. Who is up is known to the
+driver: a crash strikes at an action, and nobody can plan when that is.
 """
 
 import csv
@@ -69,7 +70,7 @@ class ChurnModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     crash: float = 0.0
     """Share of the peers that are killed in each round, each at a random action."""
     down_ms: tuple[int, int] = (2_000, 40_000)
-    """How long a crashed peer stays away: least and greatest [ms]."""
+    """How long a crashed peer stays away from the moment at which it is killed: least and greatest [ms]."""
     lost_disk: float = 0.0
     """Share of the crashes that destroy the disk: the peer begins anew from genesis, with its old keys."""
     leave: float = 0.0
@@ -95,12 +96,12 @@ class ChurnModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Departure(msgspec.Struct, frozen=True):
-    """A host goes down."""
+    """A host goes down, unless it is down."""
 
     index: int
     when_ms: Millis
-    back_ms: Millis | None
-    """When it is started again, or a moment after it went if that is later; None: never."""
+    down_ms: Millis | None
+    """How long it is away at least, from when it has gone; None: for good."""
     num_actions: int | None
     """Killed after so many further actions; None: at once, between two steps."""
     loses_disk: bool
@@ -216,8 +217,6 @@ class Churn:
             self._arrivals_ms[index] = self._rng.randint(*model.late_ms)
         self._mornings_ms = self._draw_mornings(utc_hours)
         self._sessions = self._get_sessions()
-        self._back_ms: dict[int, int] = {}
-        """When hosts that went are back, after genesis."""
 
     def is_up_at_start(self, index: int) -> bool:
         """Whether a host is there at genesis."""
@@ -231,32 +230,31 @@ class Churn:
     def plan(self, start_ms: Millis, end_ms: Millis) -> list[Departure]:
         """All that go from `start_ms` on and before `end_ms`, in order of time; rounds are planned one after the other.
 
-        None of them is down already, and each is told when it comes back: nothing else has to be planned.
+        Of those that are down by then nothing happens.
         """
         start, end = start_ms - self._genesis_ms, end_ms - self._genesis_ms
         # Those that are down by their own schedule come first in a millisecond: whoever sleeps cannot crash.
         going = [(when, 0, index) for index in self._sleepers() for when in self._evenings(index, start, end)]
         going += [(self._rng.randrange(start, end), 1, index) for index in self._draw_hosts(self._model.crash)]
         going += [(self._rng.randrange(start, end), 2, index) for index in self._draw_hosts(self._model.leave)]
-        departures = (self._plan(when, rank, index) for when, rank, index in sorted(going))
-        return [departure for departure in departures if departure]
+        return [self._plan(Millis(self._genesis_ms + when), rank, index) for when, rank, index in sorted(going)]
 
-    def _plan(self, when: int, rank: int, index: int) -> Departure | None:
+    def _plan(self, when_ms: Millis, rank: int, index: int) -> Departure:
         model, rng = self._model, self._rng
-        down_ms, num_actions, loses_disk = 1, None, False
+        if rank == 0:
+            return Departure(index, when_ms, Millis(0), None, False, "schedule")
         if rank == 1:
-            down_ms, num_actions = rng.randint(*model.down_ms), rng.randint(0, NUM_ACTIONS_MAX)
-            loses_disk = rng.random() < model.lost_disk
-        elif rank == 2:
-            down_ms = rng.randint(*model.away_ms) or FOREVER_MS
-        is_awake = rank == 0 or self._next_up(index, when) == when
-        if when < self._back_ms.get(index, 0) or not is_awake:
+            down_ms, num_actions = Millis(rng.randint(*model.down_ms)), rng.randint(0, NUM_ACTIONS_MAX)
+            return Departure(index, when_ms, down_ms, num_actions, rng.random() < model.lost_disk, "crash")
+        away_ms = Millis(rng.randint(*model.away_ms)) or None
+        return Departure(index, when_ms, away_ms, None, False, "leave")
+
+    def get_back_ms(self, departure: Departure, gone_ms: Millis) -> Millis | None:
+        """When a host that went at `gone_ms` is started again: a moment later at least; None: never."""
+        if departure.down_ms is None:
             return None
-        back = self._next_up(index, when + max(1, down_ms)) if down_ms < FOREVER_MS else None
-        self._back_ms[index] = FOREVER_MS if back is None else back
-        reason: tuple[Literal["schedule", "crash", "leave"], ...] = ("schedule", "crash", "leave")
-        back_ms = None if back is None else Millis(self._genesis_ms + back)
-        return Departure(index, Millis(self._genesis_ms + when), back_ms, num_actions, loses_disk, reason[rank])
+        back = self._next_up(departure.index, gone_ms - self._genesis_ms + max(1, departure.down_ms))
+        return None if back is None else Millis(self._genesis_ms + back)
 
     def _draw_hosts(self, share: float) -> list[int]:
         return self._rng.sample(range(self._num_hosts), int(share * self._num_hosts + 0.5))

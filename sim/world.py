@@ -286,9 +286,11 @@ class World:
         host = self.hosts[departure.index]
         if host.peer is None:
             return
-        host.departure, host.actions_left = departure, departure.num_actions
-        if departure.num_actions is None:
-            self._kill(host)
+        if host.departure is None:
+            host.departure, host.actions_left = departure, departure.num_actions
+            if departure.num_actions is not None:
+                return
+        self._kill(host)  # also by a crash that still waits for its action: its peer would be gone before
 
     def _kill(self, host: Host) -> None:
         departure, host.departure = host.departure, None
@@ -300,8 +302,9 @@ class World:
         if departure.loses_disk:
             self._wipe(host)
         self._notice(host)
-        if departure.back_ms is not None:
-            self.schedule.at(max(departure.back_ms, self.schedule.now_ms + 1), partial(self._start, host))
+        back_ms = self.churn.get_back_ms(departure, self.schedule.now_ms)
+        if back_ms is not None:
+            self.schedule.at(back_ms, partial(self._start, host))
 
     def _wipe(self, host: Host) -> None:
         """A new disk: it takes part from the next round on, since it cannot know what it has signed in this one."""

@@ -33,6 +33,18 @@ def plan_rounds(churn: Churn, num_rounds: int) -> list[Departure]:
     return [gone for start in starts for gone in churn.plan(Millis(start), Millis(start + ROUND_MS))]
 
 
+def follow_rounds(churn: Churn, num_hosts: int, num_rounds: int) -> list[tuple[Departure, Millis | None]]:
+    """Who goes, and when it is back, where every crash strikes at once."""
+    back = {index: churn.first_up_ms(index) for index in range(num_hosts)}
+    gone = []
+    for departure in plan_rounds(churn, num_rounds):
+        since_ms = back[departure.index]
+        if since_ms is not None and since_ms <= departure.when_ms:
+            back[departure.index] = churn.get_back_ms(departure, departure.when_ms)
+            gone.append((departure, back[departure.index]))
+    return gone
+
+
 def make_churn(model: ChurnModel, num_hosts: int, seed: object = 1, utc_hours: tuple[int, ...] = ()) -> Churn:
     validate_churn_model(model)
     return Churn(model, num_hosts, GENESIS_MS, Random(str(seed)), utc_hours)
@@ -69,18 +81,33 @@ models = st.builds(
 
 @settings(max_examples=60, deadline=None)
 @given(models, st.integers(1, 12), st.integers(0, 1 << 32))
-def test_whoever_departs_was_up_and_comes_back_later(model: ChurnModel, num_hosts: int, seed: int) -> None:
+def test_whoever_goes_by_its_schedule_was_up_and_all_come_back_later(
+    model: ChurnModel, num_hosts: int, seed: int
+) -> None:
+    model = msgspec.structs.replace(model, crash=0.0, leave=0.0)
     churn = make_churn(model, num_hosts, seed)
-    back = {index: churn.first_up_ms(index) for index in range(num_hosts)}
-    assert all(churn.is_up_at_start(index) == (back[index] == GENESIS_MS) for index in back)
-    last_ms = GENESIS_MS
-    for gone in plan_rounds(churn, 6):
-        since_ms = back[gone.index]
-        assert since_ms is not None
-        assert since_ms <= gone.when_ms
-        assert last_ms <= gone.when_ms
-        assert gone.back_ms is None or gone.back_ms > gone.when_ms
-        back[gone.index], last_ms = gone.back_ms, gone.when_ms
+    assert all(churn.is_up_at_start(index) == (churn.first_up_ms(index) == GENESIS_MS) for index in range(num_hosts))
+    planned, followed = plan_rounds(churn, 6), follow_rounds(make_churn(model, num_hosts, seed), num_hosts, 6)
+    assert [gone for gone, _ in followed] == planned
+    moments = [gone.when_ms for gone in planned]
+    assert moments == sorted(moments)
+    assert all(back_ms is None or back_ms > gone.when_ms for gone, back_ms in followed)
+
+
+@settings(max_examples=60, deadline=None)
+@given(models, st.integers(0, 1 << 32), st.integers(0, 100_000))
+def test_time_away_counts_from_when_a_host_has_gone(model: ChurnModel, seed: int, late_ms: int) -> None:
+    churn = make_churn(model, 6, seed)
+    for gone in plan_rounds(churn, 3):
+        gone_ms = Millis(gone.when_ms + late_ms)
+        back_ms = churn.get_back_ms(gone, gone_ms)
+        if gone.down_ms is None:
+            assert back_ms is None
+        elif back_ms is not None:
+            assert back_ms > gone_ms
+            assert back_ms - gone_ms >= gone.down_ms
+            if not (model.diurnal or model.trace):
+                assert back_ms == max(gone_ms + max(1, gone.down_ms), churn.first_up_ms(gone.index) or 0)
 
 
 @settings(max_examples=20, deadline=None)
@@ -96,15 +123,14 @@ def test_a_round_crashes_its_share_and_a_share_of_those_loses_the_disk() -> None
     assert len({departure.index for departure in gone}) == len(gone) == 300
     assert 50 <= sum(departure.loses_disk for departure in gone) <= 100
     assert {departure.num_actions for departure in gone} == {0, 1, 2, 3, 4, 5}
-    assert all(1_000 <= departure.back_ms - departure.when_ms <= 2_000 for departure in gone if departure.back_ms)
+    assert all(1_000 <= departure.down_ms <= 2_000 for departure in gone if departure.down_ms is not None)
 
 
 def test_leavers_are_gone_for_good_unless_away_for_a_time() -> None:
     for away_ms, are_back in (((0, 0), False), ((5_000, 6_000), True)):
-        gone = plan_rounds(make_churn(ChurnModel(leave=0.2, away_ms=away_ms), 100), 3)
-        assert {departure.back_ms is not None for departure in gone} == {are_back}
-        assert {(departure.num_actions, departure.loses_disk) for departure in gone} == {(None, False)}
-        assert are_back or len({departure.index for departure in gone}) == len(gone)
+        gone = follow_rounds(make_churn(ChurnModel(leave=0.2, away_ms=away_ms), 100), 100, 3)
+        assert {back_ms is not None for _, back_ms in gone} == {are_back}
+        assert {(departure.num_actions, departure.loses_disk) for departure, _ in gone} == {(None, False)}
 
 
 def test_late_joiners_come_within_their_time() -> None:
@@ -119,12 +145,12 @@ def test_a_sleeper_is_up_in_its_local_hours_only() -> None:
     day = Diurnal(share=1.0, day_ms=24 * hour_ms, from_hour=8, num_hours=14, spread_hours=0)
     hours = (-6, 1, 9, 0)
     churn = make_churn(ChurnModel(diurnal=day), len(hours), utc_hours=hours)
-    departures = plan_rounds(churn, 3 * 24 * hour_ms // ROUND_MS)
+    departures = follow_rounds(churn, len(hours), 3 * 24 * hour_ms // ROUND_MS)
     for index, hour in enumerate(hours):
-        mine = [gone for gone in departures if gone.index == index]
+        mine = [(gone.when_ms, back_ms or 0) for gone, back_ms in departures if gone.index == index]
         assert len(mine) == 3  # nights
-        assert {(gone.when_ms - GENESIS_MS) // hour_ms % 24 for gone in mine} == {(22 - hour) % 24}
-        assert {((gone.back_ms or 0) - GENESIS_MS) // hour_ms % 24 for gone in mine} == {(8 - hour) % 24}
+        assert {(when_ms - GENESIS_MS) // hour_ms % 24 for when_ms, _ in mine} == {(22 - hour) % 24}
+        assert {(back_ms - GENESIS_MS) // hour_ms % 24 for _, back_ms in mine} == {(8 - hour) % 24}
         is_day = 8 <= hour % 24 < 22
         assert churn.is_up_at_start(index) == is_day
 
@@ -132,8 +158,8 @@ def test_a_sleeper_is_up_in_its_local_hours_only() -> None:
 def test_a_trace_is_followed_and_repeats_for_further_peers() -> None:
     rows = (UpTime(0, 0, 10_000), UpTime(0, 30_000, 50_000), UpTime(1, 5_000, 6_000))
     churn = make_churn(ChurnModel(trace=rows, trace_repeats=True), 4)
-    gone = plan_rounds(churn, 2)
-    of_first = [(departure.when_ms - GENESIS_MS, departure.back_ms) for departure in gone if departure.index == 2]
+    gone = follow_rounds(churn, 4, 2)
+    of_first = [(departure.when_ms - GENESIS_MS, back_ms) for departure, back_ms in gone if departure.index == 2]
     assert of_first == [(10_000, GENESIS_MS + 30_000), (50_000, None)]
     assert [churn.first_up_ms(index) for index in range(4)] == [GENESIS_MS, GENESIS_MS + 5_000] * 2
     assert make_churn(ChurnModel(trace=rows), 4).plan(GENESIS_MS, Millis(GENESIS_MS + ROUND_MS))[-1].index < 2
@@ -143,9 +169,10 @@ def test_a_crash_in_the_evening_lasts_until_the_morning() -> None:
     churn = make_churn(
         ChurnModel(crash=1.0, down_ms=(9_999, 9_999), trace=(UpTime(0, 0, 100), UpTime(0, 50_000, 90_000))), 1
     )
-    (crash,) = (gone for gone in plan_rounds(churn, 1) if gone.reason == "crash" or gone.when_ms == GENESIS_MS + 100)
-    assert crash.back_ms is not None
-    assert crash.back_ms >= GENESIS_MS + 50_000
+    crash = next(gone for gone in plan_rounds(churn, 1) if gone.reason == "crash")
+    assert churn.get_back_ms(crash, Millis(GENESIS_MS + 99)) == GENESIS_MS + 50_000
+    assert churn.get_back_ms(crash, Millis(GENESIS_MS + 45_000)) == GENESIS_MS + 54_999
+    assert churn.get_back_ms(crash, Millis(GENESIS_MS + 80_100)) is None  # the trace is over
 
 
 def test_the_trace_that_ships_is_what_its_law_draws() -> None:

@@ -16,7 +16,7 @@ from sim.host import Host
 from sim.learners.convex import Problem
 from sim.network import Gossip, LinkClass, NetworkModel, Partition
 from sim.replay import replay
-from sim.scenarios import AdversaryKind, ClockModel, Outage, PhaseConfig, Scenario
+from sim.scenarios import AdversaryKind, ClockModel, LearnerModel, Outage, PhaseConfig, Scenario
 from sim.world import World
 
 
@@ -134,6 +134,52 @@ def test_who_follows_a_trace_is_down_between_its_sessions() -> None:
     assert [host.life for host in world.hosts[:3]] == [2, 1, 1]
     assert len(certified(world)) >= 3
     assert len(bases(world)) == 1
+
+
+@pytest.mark.parametrize("shard_size", [128, 8])
+def test_a_crashed_peer_is_away_as_long_as_asked_from_the_moment_of_the_kill(shard_size: int) -> None:
+    """In shards a peer may wait for a minute until the action at which it is killed."""
+    asked_ms, every_ms = 5_000, 100
+    scenario = Scenario(
+        seed=2,
+        num_peers=24,
+        num_rounds=6,
+        shard_size=shard_size,
+        churn=ChurnModel(crash=0.25, down_ms=(asked_ms, asked_ms)),
+        learner=LearnerModel("digests"),
+    )
+    world = World(scenario)
+    down_since: dict[int, int] = {}
+    away_ms = []
+
+    def look(now_ms: int) -> None:
+        for host in world.hosts:
+            if host.peer is None:
+                down_since.setdefault(host.index, now_ms)
+            elif host.index in down_since:
+                away_ms.append(now_ms - down_since.pop(host.index))
+        world.schedule.after(every_ms, lambda: look(now_ms + every_ms))
+
+    world.schedule.at(world.config.genesis_ms, lambda: look(0))
+    world.run()
+    assert len(away_ms) >= 20
+    assert all(abs(away - asked_ms) <= every_ms for away in away_ms)
+
+
+def test_a_crash_that_still_waits_for_an_action_keeps_nobody_up_beyond_its_session() -> None:
+    sessions = [(0, 45_000), (60_000, 105_000), (130_000, 170_000), (200_000, 235_000)]
+    trace = tuple(UpTime(peer, *session) for peer in range(24) for session in sessions)
+    churn = ChurnModel(crash=1.0, down_ms=(20_000, 20_000), trace=trace)
+    world = World(Scenario(num_peers=24, num_rounds=4, shard_size=8, churn=churn, learner=LearnerModel("digests")))
+    num_up: list[int] = []
+    for moment in range(1, 240_000, 500):
+        if not any(begin <= moment < end for begin, end in sessions):
+            world.schedule.at(
+                world.config.genesis_ms + moment,
+                lambda: num_up.append(sum(host.peer is not None for host in world.hosts)),
+            )
+    world.run()
+    assert set(num_up) == {0}
 
 
 def test_restarted_peers_end_on_the_same_base() -> None:
