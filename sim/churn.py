@@ -8,7 +8,9 @@ driver: a crash strikes at an action, and nobody can plan when that is.
 import csv
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from itertools import pairwise
+from math import floor
 from pathlib import Path
 from random import Random
 from typing import Literal, NamedTuple
@@ -68,7 +70,8 @@ class ChurnModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a scenario says of its machines' comings and goings."""
 
     crash: float = 0.0
-    """Share of the peers that are killed in each round, each at a random action."""
+    """Share of the peers that are killed in each round, each at a random action. Of this share and all others: what it
+    comes to beside whole peers is the chance of one more."""
     down_ms: tuple[int, int] = (2_000, 40_000)
     """How long a crashed peer stays away from the moment at which it is killed: least and greatest [ms]."""
     lost_disk: float = 0.0
@@ -257,7 +260,16 @@ class Churn:
         return None if back is None else Millis(self._genesis_ms + back)
 
     def _draw_hosts(self, share: float) -> list[int]:
-        return self._rng.sample(range(self._num_hosts), int(share * self._num_hosts + 0.5))
+        return self._draw_some(range(self._num_hosts), share)
+
+    def _draw_some(self, hosts: Sequence[int], share: float) -> list[int]:
+        """So many of the hosts as their share, or one more: what is left of it is the chance of that one, so that over
+        many rounds a share of less than a host comes to its number, too."""
+        exact = Fraction(str(share)) * len(hosts)  # as it was written: whole numbers stay whole
+        num_drawn = floor(exact)
+        if exact > num_drawn and self._rng.random() < exact - num_drawn:
+            num_drawn += 1
+        return self._rng.sample(hosts, num_drawn)
 
     # --- when a host would be up, in ms after genesis
 
@@ -284,7 +296,7 @@ class Churn:
         num_followers = self._num_hosts if rows and self._model.trace_repeats else min(num_traced, self._num_hosts)
         followers: Sequence[int] = range(num_followers)
         if self._model.trace_share < 1:
-            followers = sorted(self._rng.sample(followers, int(self._model.trace_share * num_followers + 0.5)))
+            followers = sorted(self._draw_some(followers, self._model.trace_share))
         return {index: rows.get(index % num_traced, []) for index in followers}
 
     def _sleepers(self) -> list[int]:

@@ -126,6 +126,23 @@ def test_a_round_crashes_its_share_and_a_share_of_those_loses_the_disk() -> None
     assert all(1_000 <= departure.down_ms <= 2_000 for departure in gone if departure.down_ms is not None)
 
 
+@pytest.mark.parametrize("share", [0.001, 0.004, 0.005, 0.012, 0.025])
+def test_a_share_of_less_than_a_peer_comes_to_its_number_over_many_rounds(share: float) -> None:
+    num_rounds, num_hosts = 2_000, 100
+    churn = make_churn(ChurnModel(crash=share), num_hosts)
+    expected = num_rounds * num_hosts * share
+    assert len(plan_rounds(churn, num_rounds)) == pytest.approx(expected, abs=4 * num_rounds**0.5 / 2)
+
+
+@given(st.integers(0, 1_000), st.integers(0, 100))
+def test_a_share_that_is_a_whole_number_of_peers_is_that_number(num_hosts: int, percent: int) -> None:
+    churn = make_churn(ChurnModel(crash=percent / 100), num_hosts)
+    for number in range(3):
+        start_ms = Millis(GENESIS_MS + number * ROUND_MS)
+        low, rest = divmod(percent * num_hosts, 100)
+        assert len(churn.plan(start_ms, Millis(start_ms + ROUND_MS))) in {low, low + bool(rest)}
+
+
 def test_leavers_are_gone_for_good_unless_away_for_a_time() -> None:
     for away_ms, are_back in (((0, 0), False), ((5_000, 6_000), True)):
         gone = follow_rounds(make_churn(ChurnModel(leave=0.2, away_ms=away_ms), 100), 100, 3)
