@@ -249,7 +249,7 @@ class Churn:
         if rank == 1:
             down_ms, num_actions = Millis(rng.randint(*model.down_ms)), rng.randint(0, NUM_ACTIONS_MAX)
             return Departure(index, when_ms, down_ms, num_actions, rng.random() < model.lost_disk, "crash")
-        away_ms = Millis(rng.randint(*model.away_ms)) or None
+        away_ms = Millis(rng.randint(*model.away_ms)) if any(model.away_ms) else None
         return Departure(index, when_ms, away_ms, None, False, "leave")
 
     def get_back_ms(self, departure: Departure, gone_ms: Millis) -> Millis | None:

@@ -150,6 +150,12 @@ def test_leavers_are_gone_for_good_unless_away_for_a_time() -> None:
         assert {(departure.num_actions, departure.loses_disk) for departure, _ in gone} == {(None, False)}
 
 
+def test_only_an_away_ms_of_nothing_is_for_good() -> None:
+    gone = plan_rounds(make_churn(ChurnModel(leave=0.5, away_ms=(0, 1)), 100), 3)
+    assert len(gone) == 150
+    assert all(departure.down_ms is not None for departure in gone)
+
+
 def test_late_joiners_come_within_their_time() -> None:
     churn = make_churn(ChurnModel(late=0.4, late_ms=(10_000, 20_000)), 100)
     late = [index for index in range(100) if not churn.is_up_at_start(index)]
