@@ -37,6 +37,9 @@ En-Najjary, Biersack: "Analyzing Peer Behavior in KAD", Eurecom RR-07-205, 2007;
 KAD_DOWN = (413.6765, 0.47648)
 """The same of the time between sessions (mean 906 min)."""
 
+JUMPS_MAX = 1_000
+"""Whoever is not up after so many sessions and mornings, for these never meet, is never up."""
+
 WARM_UP_MS = 30 * 86_400_000
 """Thirty mean pauses and more: nothing is left of how a trace began."""
 
@@ -86,14 +89,15 @@ class ChurnModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """When those come: least and greatest time after genesis [ms]."""
     diurnal: Diurnal | None = None
     trace: tuple[UpTime, ...] = ()
-    """When peers are up, up to the last one that is named; further peers always are, unless the trace repeats."""
+    """When peers are up, up to the last one that is named; further peers always are, unless the trace repeats. After
+    their last session they are gone for good, unless the trace repeats."""
     trace_file: str = ""
     """Instead of `trace`: a CSV file with a header and the columns peer, up_from_ms, up_to_ms; "residential" is the one
     that ships with the simulator. `load_trace` reads it."""
     trace_share: float = 1.0
     """Of the peers that would follow the trace, so many do, drawn from the seed; the others are always up."""
     trace_repeats: bool = False
-    """Further peers follow the trace from its first peer again."""
+    """Further peers follow the trace from its first peer again, and when its last session ends it begins again."""
     trace_speedup: int = 1
     """So many hours of the trace pass in one of the run."""
 
@@ -199,6 +203,11 @@ def draw_trace(num_peers: int, length_ms: int, rng: Random) -> tuple[UpTime, ...
     return tuple(rows)
 
 
+def compute_trace_end(model: ChurnModel) -> int:
+    """When the last session of its trace ends, after genesis, as fast as the run goes through it [ms]; 0: none."""
+    return max((row.up_to_ms for row in model.trace), default=0) // model.trace_speedup
+
+
 class Churn:
     """One world's comings and goings: who is down when, drawn round by round."""
 
@@ -220,6 +229,8 @@ class Churn:
             self._arrivals_ms[index] = self._rng.randint(*model.late_ms)
         self._mornings_ms = self._draw_mornings(utc_hours)
         self._sessions = self._get_sessions()
+        self._turn_ms = (compute_trace_end(model) if model.trace_repeats else 0) or FOREVER_MS
+        """How long the trace is until it begins again."""
 
     def is_up_at_start(self, index: int) -> bool:
         """Whether a host is there at genesis."""
@@ -291,7 +302,9 @@ class Churn:
         speedup = self._model.trace_speedup
         rows: dict[int, list[UpTime]] = {}
         for peer, from_ms, to_ms in sorted(self._model.trace):
-            rows.setdefault(peer, []).append(UpTime(peer, from_ms // speedup, to_ms // speedup))
+            mine, row = rows.setdefault(peer, []), UpTime(peer, from_ms // speedup, to_ms // speedup)
+            if row.up_from_ms < row.up_to_ms:  # not a session that the run is too fast for
+                mine.append(row)
         num_traced = max(rows, default=-1) + 1
         num_followers = self._num_hosts if rows and self._model.trace_repeats else min(num_traced, self._num_hosts)
         followers: Sequence[int] = range(num_followers)
@@ -306,20 +319,28 @@ class Churn:
     def _next_up(self, index: int, at: int) -> int | None:
         """The first moment from `at` on at which a host would be up."""
         at = max(at, self._arrivals_ms.get(index, 0))
-        while True:
+        for _ in range(JUMPS_MAX):
             begin = self._next_in_session(index, at)
             if begin is None:
                 return None
             at = self._next_in_day(index, begin)
             if at == begin:
                 return at
+        return None
+
+    def _is_up(self, index: int, at: int) -> bool:
+        is_there = at >= self._arrivals_ms.get(index, 0)
+        return is_there and self._next_in_session(index, at) == self._next_in_day(index, at) == at
 
     def _next_in_session(self, index: int, at: int) -> int | None:
         rows = self._sessions.get(index)
         if rows is None:
             return at
-        row = bisect_right(rows, at, key=lambda row: row.up_to_ms)
-        return None if row == len(rows) else max(at, rows[row].up_from_ms)
+        turn_ms = at // self._turn_ms * self._turn_ms
+        row = bisect_right(rows, at - turn_ms, key=lambda row: row.up_to_ms)
+        if row < len(rows):
+            return max(at, turn_ms + rows[row].up_from_ms)
+        return turn_ms + self._turn_ms + rows[0].up_from_ms if rows and self._model.trace_repeats else None
 
     def _next_in_day(self, index: int, at: int) -> int:
         day, morning = self._model.diurnal, self._mornings_ms.get(index)
@@ -334,10 +355,12 @@ class Churn:
 
     def _evenings(self, index: int, start: int, end: int) -> Iterator[int]:
         """The moments in [start, end) at which a host goes by its schedule."""
-        ends = {row.up_to_ms for row in self._sessions.get(index, ()) if start <= row.up_to_ms < end}
+        turns_ms = range(max(0, start - 1) // self._turn_ms * self._turn_ms, end, self._turn_ms)
+        rows = self._sessions.get(index, ())
+        ends = {turn_ms + row.up_to_ms for turn_ms in turns_ms for row in rows if start <= turn_ms + row.up_to_ms < end}
         day, morning = self._model.diurnal, self._mornings_ms.get(index)
         if day is not None and morning is not None:
             first = (morning + self._stay_ms()) % day.day_ms
             ends |= set(range(start + (first - start) % day.day_ms, end, day.day_ms))
         # It goes if it was there until now and is not any more.
-        yield from (when for when in sorted(ends) if self._next_up(index, when - 1) == when - 1)
+        yield from (when for when in sorted(ends) if self._is_up(index, when - 1) and not self._is_up(index, when))

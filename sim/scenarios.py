@@ -26,7 +26,7 @@ from p2pfm.config import (
 from p2pfm.errors import ConfigError
 from p2pfm.types import Millis, Wei, compute_digest
 from sim import attacks
-from sim.churn import ChurnModel, validate_churn_model
+from sim.churn import ChurnModel, compute_trace_end, validate_churn_model
 from sim.clocks import ClockModel, validate_clock_model
 from sim.network import NetworkModel, validate_network_model
 
@@ -294,7 +294,7 @@ def _make_exact(share: float) -> Fraction:
 
 
 def find_idle(scenario: Scenario) -> list[str]:
-    """What a scenario says that comes to nothing in a run of its size, for people."""
+    """What a scenario says that comes to nothing in a run of its size, or ends within it, for people."""
     counts = compute_counts(scenario)
     missing = [kind for kind, share in scenario.adversary_shares.items() if share > 0 and not counts[kind]]
     idle = [f"adversary_shares: of {scenario.num_peers} peers none is {', '.join(missing)}"] if missing else []
@@ -306,7 +306,7 @@ def find_idle(scenario: Scenario) -> list[str]:
         for key, start_ms in starts_ms.items()
         if start_ms >= length_ms
     ]
-    return idle + _find_idle_kinds(scenario)
+    return idle + _find_idle_kinds(scenario) + _find_end_of_trace(scenario, length_ms)
 
 
 def _find_idle_kinds(scenario: Scenario) -> list[str]:
@@ -328,6 +328,17 @@ def _find_idle_kinds(scenario: Scenario) -> list[str]:
             "updates"
         )
     return idle
+
+
+def _find_end_of_trace(scenario: Scenario, length_ms: int) -> list[str]:
+    end_ms = compute_trace_end(scenario.churn)
+    if scenario.churn.trace_repeats or not 0 < end_ms < length_ms:
+        return []
+    number = end_ms * scenario.num_rounds // length_ms
+    return [
+        f"churn.trace: ends at {end_ms} ms, in round {number}, and whoever follows it is gone from then on: "
+        "trace_repeats = true begins it again"
+    ]
 
 
 def compute_kinds(scenario: Scenario) -> tuple[AdversaryKind | None, ...]:

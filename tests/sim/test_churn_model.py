@@ -178,14 +178,56 @@ def test_a_sleeper_is_up_in_its_local_hours_only() -> None:
         assert churn.is_up_at_start(index) == is_day
 
 
-def test_a_trace_is_followed_and_repeats_for_further_peers() -> None:
+def test_a_trace_is_followed_by_the_peers_that_it_names_until_it_is_over() -> None:
     rows = (UpTime(0, 0, 10_000), UpTime(0, 30_000, 50_000), UpTime(1, 5_000, 6_000))
-    churn = make_churn(ChurnModel(trace=rows, trace_repeats=True), 4)
-    gone = follow_rounds(churn, 4, 2)
-    of_first = [(departure.when_ms - GENESIS_MS, back_ms) for departure, back_ms in gone if departure.index == 2]
-    assert of_first == [(10_000, GENESIS_MS + 30_000), (50_000, None)]
-    assert [churn.first_up_ms(index) for index in range(4)] == [GENESIS_MS, GENESIS_MS + 5_000] * 2
-    assert make_churn(ChurnModel(trace=rows), 4).plan(GENESIS_MS, Millis(GENESIS_MS + ROUND_MS))[-1].index < 2
+    gone = follow_rounds(make_churn(ChurnModel(trace=rows), 4), 4, 3)
+    assert [(departure.index, departure.when_ms - GENESIS_MS, back_ms) for departure, back_ms in gone] == [
+        (1, 6_000, None),
+        (0, 10_000, GENESIS_MS + 30_000),
+        (0, 50_000, None),
+    ]
+
+
+def test_a_trace_that_repeats_begins_again_when_it_is_over_and_with_its_first_peer_for_further_peers() -> None:
+    rows = (UpTime(0, 0, 10_000), UpTime(0, 30_000, 50_000), UpTime(1, 5_000, 6_000), UpTime(3, 7_000, 8_000))
+    churn = make_churn(ChurnModel(trace=rows, trace_repeats=True), 7)
+    sessions: dict[int, list[tuple[int, int | None]]] = {index: [] for index in range(7)}
+    up_ms = {index: churn.first_up_ms(index) for index in sessions}
+    for gone, back_ms in follow_rounds(churn, 7, 2):
+        sessions[gone.index].append(((up_ms[gone.index] or 0) - GENESIS_MS, gone.when_ms - GENESIS_MS))
+        up_ms[gone.index] = back_ms
+    # The last one and the first one of the next turn are one.
+    assert sessions[0] == sessions[4] == [(0, 10_000), (30_000, 60_000), (80_000, 110_000)]
+    assert sessions[1] == sessions[5] == [(5_000, 6_000), (55_000, 56_000), (105_000, 106_000)]
+    assert (up_ms[2], up_ms[6]) == (None, None)  # no session is theirs
+    assert sessions[3] == [(7_000, 8_000), (57_000, 58_000), (107_000, 108_000)]
+
+
+def test_the_trace_that_ships_holds_its_availability_over_days() -> None:
+    model = load_trace(ChurnModel(trace_file="residential", trace_repeats=True, trace_speedup=24), RESIDENTIAL.parent)
+    churn, num_hosts = make_churn(model, 64), 64
+    up_ms = {index: churn.first_up_ms(index) for index in range(num_hosts)}
+    num_days, day_ms = 3, 3_600_000
+    up_by_day = [0] * num_days
+    for gone, back_ms in follow_rounds(churn, num_hosts, num_days * day_ms // ROUND_MS):
+        up_by_day[(gone.when_ms - GENESIS_MS - 1) // day_ms] += gone.when_ms - (up_ms[gone.index] or 0)
+        up_ms[gone.index] = back_ms
+    assert all(0.1 < up / num_hosts / day_ms < 0.35 for up in up_by_day)
+
+
+def test_who_is_never_up_by_trace_and_day_together_is_gone_for_good() -> None:
+    day = Diurnal(share=1.0, day_ms=24_000, from_hour=0, num_hours=6, spread_hours=0)
+    rows = (UpTime(0, 12_000, 20_000), UpTime(1, 2_000, 24_000))
+    churn = make_churn(ChurnModel(trace=rows, trace_repeats=True, diurnal=day), 2, utc_hours=(0, 0))
+    assert [churn.first_up_ms(index) for index in range(2)] == [None, GENESIS_MS + 2_000]
+
+
+def test_a_session_of_no_time_at_the_speed_of_the_run_is_none() -> None:
+    rows = (UpTime(0, 50, 55), UpTime(0, 1_000, 2_000))
+    churn = make_churn(ChurnModel(trace=rows, trace_speedup=10), 1)
+    assert churn.first_up_ms(0) == GENESIS_MS + 100
+    never = make_churn(ChurnModel(trace=rows, trace_speedup=10_000, trace_repeats=True), 1)
+    assert never.first_up_ms(0) is None
 
 
 def test_a_crash_in_the_evening_lasts_until_the_morning() -> None:

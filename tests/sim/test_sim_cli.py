@@ -428,6 +428,12 @@ def test_a_sweep_again_takes_the_place_of_the_earlier_one(tmp_path: Path) -> Non
             ["outages=[{start_ms=60000, end_ms=60001}]"],
             "outages[0]: begins at 60000 ms, and the last round ends at 60000 ms",
         ),
+        (
+            "small",
+            ["num_rounds=3", "churn.trace_file=residential", "churn.trace_speedup=1000"],
+            "churn.trace: ends at 86400 ms, in round 1, and whoever follows it is gone from then on: "
+            "trace_repeats = true begins it again",
+        ),
     ],
 )
 def test_what_comes_to_nothing_is_told_before_the_run(name: str, settings: list[str], note: str) -> None:
