@@ -241,6 +241,12 @@ def deal_classes(shares: Sequence[float], num_hosts: int, rng: Random) -> Ints:
     return np.array(classes, np.int64)
 
 
+def deal_nats(model: NetworkModel, num_hosts: int, rng: Random) -> Ints:
+    """What each host is behind, by its number: (num_hosts,)."""
+    shares = (model.behind_nat, model.symmetric_nat, 1 - model.behind_nat - model.symmetric_nat)
+    return np.array([PUNCHABLE, SYMMETRIC, OPEN])[deal_classes(shares, num_hosts, rng)]
+
+
 def deal_sides(part: Partition, regions: Regions, region_of: Ints, rng: Random) -> NDArray[np.int8]:
     """(num_hosts,): which sides of a partition each host is on, 1 or 2 or both (3)."""
     num_hosts = len(region_of)
@@ -270,8 +276,7 @@ class Network:
         self._links = links = model.links or (LinkClass(1.0, model.bytes_per_ms, model.bytes_per_ms),)
         self._region_of = deal_classes(self._regions.shares, num_hosts, self._rng)
         self._link_of = deal_classes([link.share for link in links], num_hosts, self._rng)
-        nats = (model.behind_nat, model.symmetric_nat, 1 - model.behind_nat - model.symmetric_nat)
-        self._nat_of = np.array([PUNCHABLE, SYMMETRIC, OPEN])[deal_classes(nats, num_hosts, self._rng)]
+        self._nat_of = deal_nats(model, num_hosts, self._rng)
         self._sides = [deal_sides(part, self._regions, self._region_of, self._rng) for part in model.partitions]
 
         latency = np.array(self._regions.latency_ms, np.int64)

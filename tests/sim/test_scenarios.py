@@ -1,6 +1,7 @@
 """Who is what in a scenario: shares are counts, and the seed says who they are."""
 
 from collections import Counter
+from typing import Any
 
 import msgspec
 import pytest
@@ -8,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pfm.errors import ConfigError
-from sim.library import load_scenario
+from sim.churn import ChurnModel, UpTime
+from sim.library import list_names, load_scenario
+from sim.network import LinkClass, NetworkModel
 from sim.scenarios import (
     STAKE,
     LearnerModel,
@@ -16,6 +19,7 @@ from sim.scenarios import (
     compute_counts,
     compute_kinds,
     compute_stakes,
+    find_idle,
     validate_scenario,
 )
 
@@ -97,3 +101,55 @@ def test_a_skipper_needs_a_proof_to_skip() -> None:
             validate_scenario(Scenario(**fields))  # type: ignore[arg-type]
         validate_scenario(Scenario(**fields, work_steps=1))  # type: ignore[arg-type]
         validate_scenario(Scenario(**fields, learner=LearnerModel("digests")))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"churn": ChurnModel(late=0.3)}, "churn.late: late_ms is 0, so those who are late are there at genesis"),
+        ({"churn": ChurnModel(lost_disk=0.5)}, "churn.lost_disk: nobody crashes"),
+        ({"churn": ChurnModel(down_ms=(5, 9))}, "churn.down_ms: nobody crashes"),
+        ({"churn": ChurnModel(away_ms=(5, 9))}, "churn.away_ms: nobody leaves"),
+        ({"churn": ChurnModel(late_ms=(5, 9))}, "churn.late_ms: nobody is late"),
+        ({"churn": ChurnModel(trace_share=0.5)}, "churn.trace_share: there is no trace"),
+        ({"churn": ChurnModel(trace_speedup=2)}, "churn.trace_speedup: there is no trace"),
+        ({"churn": ChurnModel(trace_repeats=True)}, "churn.trace_repeats: there is no trace"),
+        ({"network": NetworkModel(behind_nat=0.05)}, "network.behind_nat: of 8 peers none is behind one"),
+        ({"network": NetworkModel(symmetric_nat=0.05)}, "network.symmetric_nat: of 8 peers none is behind one"),
+        ({"network": NetworkModel(punched=0.5)}, "network.punched: no two peers are behind NATs that could be punched"),
+        (
+            {"network": NetworkModel(symmetric_nat=0.5, punched=0.5)},
+            "network.punched: no two peers are behind NATs that could be punched",
+        ),
+        (
+            {"network": NetworkModel(latency_ms=(5, 9), regions="world")},
+            "network.latency_ms: regions say how far peers are apart",
+        ),
+        (
+            {"network": NetworkModel(bytes_per_ms=9, links=(LinkClass(1.0, 5, 5),))},
+            "network.bytes_per_ms: links say how fast they are",
+        ),
+    ],
+)
+def test_a_key_without_what_it_goes_with_is_told(fields: dict[str, Any], said: str) -> None:
+    assert find_idle(Scenario(**fields)) == [said]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"churn": ChurnModel(late=0.3, late_ms=(0, 9), crash=0.1, lost_disk=0.5, down_ms=(5, 9))},
+        {"churn": ChurnModel(leave=0.1, away_ms=(5, 9))},
+        {"churn": ChurnModel(trace=(UpTime(0, 0, 10**9),), trace_share=0.5, trace_speedup=2, trace_repeats=True)},
+        {"network": NetworkModel(behind_nat=0.125, symmetric_nat=0.125, punched=0.5)},
+        {"network": NetworkModel(latency_ms=(5, 9), bytes_per_ms=9)},
+    ],
+)
+def test_a_key_with_what_it_goes_with_is_no_news(fields: dict[str, Any]) -> None:
+    assert find_idle(Scenario(**fields)) == []
+
+
+@pytest.mark.parametrize("name", list_names())
+def test_no_shipped_scenario_says_what_comes_to_nothing(name: str) -> None:
+    assert find_idle(load_scenario(name)) == []
