@@ -126,7 +126,7 @@ class NetworkModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Bandwidth of a transfer between two peers, whatever else they send: 100 Mbit/s [bytes/ms]. Unused where there
     are `links`."""
     quantum_ms: int = 10
-    """Receivers of a broadcast are gathered in steps of this [ms]."""
+    """Receivers of a broadcast are gathered in steps of this [ms]: to the nearest, and never before the first."""
     partitions: tuple[Partition, ...] = ()
     regions: Literal["none", "world"] | Regions = "none"
     """"world" is `WORLD`."""
@@ -424,7 +424,8 @@ class Network:
             latency_ms = self._draw_straight(source, target, now_ms)
             if latency_ms is not None:
                 delay_ms = latency_ms + num_bytes // rates[self._cables[target]]
-                reached.setdefault(-(-delay_ms // self.quantum_ms) * self.quantum_ms, []).append(target)
+                step = max(1, (delay_ms + self.quantum_ms // 2) // self.quantum_ms)
+                reached.setdefault(step * self.quantum_ms, []).append(target)
         return sorted(reached.items())
 
     def _cut(
@@ -556,10 +557,13 @@ class Network:
 
 
 def gather(hosts: Ints, delays: Ints, quantum_ms: int) -> list[tuple[int, list[int]]]:
-    """Who is reached when [ms], delays rounded up to whole quanta, in order of time and then as given."""
+    """Who is reached when [ms], delays rounded to whole quanta, one at least, in order of time and then as given.
+
+    Rounded up, broadcasts within a region would take half as long again as their links.
+    """
     if len(hosts) == 0:
         return []
-    steps = -(-delays // quantum_ms)
+    steps = np.maximum((delays + quantum_ms // 2) // quantum_ms, 1)
     if steps.max() < 1 << 16:
         steps = steps.astype(np.uint16)  # numpy sorts these by radix, five times as fast
     order = np.argsort(steps, kind="stable")
