@@ -242,7 +242,7 @@ def test_no_number_is_cut_on_a_screen_of_80_columns() -> None:
 
 def test_a_narrow_screen_shows_fewer_figures_and_cuts_none() -> None:
     _, report = troubled()
-    for width in (30, 45, 60, 76):
+    for width in (30, 45, 60, 72):
         shown = show(report, width)
         assert all(kind.kind in shown for kind in compute_kinds_report(report))
         assert all(f"{item.loss_nats:.4f}" in shown for item in report.rounds if item.loss_nats and width > 40)
