@@ -11,6 +11,9 @@ from sim.page.plots import format_value
 from sim.recorder import HONEST
 from sim.report import SimReport, compute_end_ginis, compute_harm, compute_kinds_report
 
+CAPTION = "mean ± standard error over seeds; (1 of 3): the other runs have no such figure"
+"""What stands below a table of spreads."""
+
 
 class Spread(msgspec.Struct, frozen=True):
     """A figure over several runs."""
@@ -20,6 +23,8 @@ class Spread(msgspec.Struct, frozen=True):
     """Standard error of the mean; None: of one run nothing is known."""
     num: int
     """Runs that have the figure."""
+    num_runs: int
+    """All runs: of those that are missing the mean tells nothing."""
 
 
 class Line(msgspec.Struct, frozen=True):
@@ -48,13 +53,17 @@ def compute_figures(report: SimReport) -> dict[str, float]:
     backdoors = [item.backdoor for item in rounds if item.backdoor is not None]
     if backdoors:
         figures["backdoor at the end, share"] = backdoors[-1]
+    num_updates = [item.num_updates for item in rounds if item.is_certified]
+    if num_updates:
+        figures["updates a certified round"] = fmean(num_updates)
     figures |= {
-        "updates a certified round": fmean([item.num_updates for item in rounds if item.is_certified] or [0]),
         "availability, share": fmean(item.availability for item in rounds),
         "sent a peer and round, kB": fmean(item.sent.mean_bytes for item in rounds) / 1000,
         "received a peer and round, kB": fmean(item.received.mean_bytes for item in rounds) / 1000,
     }
-    figures["Gini"], figures["Gini, honest"] = compute_end_ginis(report)
+    for name, gini in zip(("Gini", "Gini, honest"), compute_end_ginis(report), strict=True):
+        if gini is not None:
+            figures[name] = gini
     for kind in kinds:
         if kind.kind == HONEST:
             figures["reward, honest, PFM"] = kind.reward_pfm
@@ -64,7 +73,9 @@ def compute_figures(report: SimReport) -> dict[str, float]:
             figures[f"together, {kind.kind}, PFM"] = kind.together_pfm
     harm = compute_harm(report)
     if harm is not None:
-        figures |= {"harm: pay of an honest peer, PFM": harm.pay_pfm, "harm: void rounds": harm.num_void}
+        figures["harm: void rounds"] = harm.num_void
+        if harm.pay_pfm is not None:
+            figures["harm: pay of an honest peer, PFM"] = harm.pay_pfm
         if harm.loss_nats is not None:
             figures["harm: loss, nats"] = harm.loss_nats
     figures["stakes slashed"] = sum(peer.slashed_pfm > 0 for peer in report.peers)
@@ -78,7 +89,7 @@ def compute_figures(report: SimReport) -> dict[str, float]:
 def compute_spreads(runs: Sequence[Mapping[str, float]]) -> dict[str, Spread]:
     """Mean and standard error of every figure over the runs that have it."""
     names = dict.fromkeys(name for run in runs for name in run)
-    return {name: _spread([run[name] for run in runs if name in run]) for name in names}
+    return {name: _spread([run[name] for run in runs if name in run], len(runs)) for name in names}
 
 
 def compare(left: Sequence[SimReport], right: Sequence[SimReport]) -> list[Line]:
@@ -94,7 +105,7 @@ def compare(left: Sequence[SimReport], right: Sequence[SimReport]) -> list[Line]
 
 def render_comparison(lines: Sequence[Line], left: str, right: str) -> Table:
     """For the screen: mean ± standard error of both sides."""
-    table = Table(title="Compared", title_justify="left", caption="mean ± standard error over seeds")
+    table = Table(title="Compared", title_justify="left", caption=CAPTION)
     table.add_column("figure")
     for name in (left, right, "ratio"):
         table.add_column(name, justify="right")
@@ -109,9 +120,10 @@ def format_spread(spread: Spread | None) -> str:
     if spread is None:
         return "–"
     error = "" if spread.error is None else f" ± {format_value(spread.error)}"
-    return f"{format_value(spread.mean)}{error}"
+    part = "" if spread.num == spread.num_runs else f" ({spread.num} of {spread.num_runs})"
+    return f"{format_value(spread.mean)}{error}{part}"
 
 
-def _spread(values: Sequence[float]) -> Spread:
+def _spread(values: Sequence[float], num_runs: int) -> Spread:
     error = stdev(values) / sqrt(len(values)) if len(values) > 1 else None
-    return Spread(fmean(values), error, len(values))
+    return Spread(fmean(values), error, len(values), num_runs)

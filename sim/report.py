@@ -104,8 +104,9 @@ class Harm(msgspec.Struct, frozen=True):
     """Held-out loss at the end that is theirs; None: not measured on either side."""
     num_void: int
     """Rounds that were certified without them."""
-    pay_pfm: float
-    """What a peer that is honest in both lost, a mean: below 0 where attackers earn nothing, for the rest share it."""
+    pay_pfm: float | None
+    """What a peer that is honest in both lost, a mean: below 0 where attackers earn nothing, for the rest share it.
+    None: nobody is honest in both."""
 
 
 class SimReport(msgspec.Struct, frozen=True):
@@ -234,13 +235,14 @@ def compute_harm(report: SimReport) -> Harm | None:
     pairs = zip(report.peers, report.beside.rewards_pfm, strict=True)
     lost = [without_pfm - peer.reward_pfm for peer, without_pfm in pairs if peer.kind == HONEST]
     num_void = report.beside.num_certified - sum(item.is_certified for item in report.rounds)
-    return Harm(loss, num_void, fmean(lost) if lost else 0.0)
+    return Harm(loss, num_void, fmean(lost) if lost else None)
 
 
 def describe_harm(harm: Harm) -> str:
     """For people."""
     loss = "not measured" if harm.loss_nats is None else f"{harm.loss_nats:+.4f} nats"
-    return f"loss {loss}, void rounds {harm.num_void:+d}, an honest peer's pay {-harm.pay_pfm:+.3g} PFM"
+    pay = "not measured" if harm.pay_pfm is None else f"{-harm.pay_pfm:+.3g} PFM"
+    return f"loss {loss}, void rounds {harm.num_void:+d}, an honest peer's pay {pay}"
 
 
 def _make_round(world: World, recorder: Recorder, record: Record) -> RoundReport:
@@ -306,10 +308,15 @@ def _compute_gain_error(kind: str, num_peers: int, num_honest: int, spread_pfm: 
     return None if spread_pfm is None else spread_pfm * sqrt(1 / num_peers + 1 / num_honest)
 
 
-def compute_end_ginis(report: SimReport) -> tuple[float, float]:
-    """Gini of all peers' rewards, and of the honest ones', by the newest root: it may come after the last round."""
-    amounts = np.array([peer.reward_pfm for peer in report.peers])
-    return compute_gini(amounts), compute_gini(amounts[[peer.kind == HONEST for peer in report.peers]])
+def compute_end_ginis(report: SimReport) -> tuple[float | None, float | None]:
+    """Gini of all peers' rewards, and of the honest ones', by the newest root: it may come after the last round.
+
+    None: none of them was paid, and no pay is not equal pay.
+    """
+    everyone = np.array([peer.reward_pfm for peer in report.peers])
+    honest = np.array([peer.reward_pfm for peer in report.peers if peer.kind == HONEST])
+    ginis = [compute_gini(amounts) if amounts.any() else None for amounts in (everyone, honest)]
+    return ginis[0], ginis[1]
 
 
 def describe_gain(kind: KindReport) -> str:

@@ -139,13 +139,14 @@ def _make_facts(report: SimReport) -> list[tuple[str, str]]:
         above = "" if least is None else f" · {losses[-1] - least:.4f} above the least possible"
         facts.append(("Loss at the end", f"{losses[-1]:.4f} nats{above}"))
     if rounds:
+        all_gini, honest_gini = compute_end_ginis(report)
         facts += [
             (
                 "Availability",
                 f"{fmean(item.availability for item in rounds):.1%} · {report.num_departures:,} departures",
             ),
             ("Sent by a peer", f"{format_value(fmean(item.sent.mean_bytes for item in rounds) / 1000)} kB a round"),
-            ("Gini at the end", "{:.3f} · honest only {:.3f}".format(*compute_end_ginis(report))),
+            ("Gini at the end", f"{_format_gini(all_gini)} · honest only {_format_gini(honest_gini)}"),
         ]
     harm = compute_harm(report)
     if harm is not None:
@@ -160,6 +161,11 @@ def _make_facts(report: SimReport) -> list[tuple[str, str]]:
         ("Seed", f"{scenario.seed}"),
         ("Trace", report.trace[:16]),
     ]
+
+
+def _format_gini(gini: float | None) -> str:
+    """For people."""
+    return "nobody was paid" if gini is None else f"{gini:.3f}"
 
 
 def _render_banner(report: SimReport) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from p2pfm.config import WEI_PER_PFM
 from p2pfm.errors import ConfigError, OperatorError
@@ -19,7 +19,7 @@ from p2pfm.protocol.phases import compute_round_start
 from p2pfm.settlement.ledger import Slashed
 from p2pfm.types import NANO, Millis, Round
 from sim.churn import ChurnModel, UpTime
-from sim.compare import compare, compute_figures, compute_spreads, format_spread
+from sim.compare import compare, compute_figures, compute_spreads, format_spread, render_comparison
 from sim.network import NetworkModel
 from sim.page import FOLDER, make_plots, render_page
 from sim.page.plots import Plot, Series, compute_ticks, format_value, render_plot
@@ -46,6 +46,7 @@ from sim.scenarios import (
     compute_stakes,
     make_network,
 )
+from sim.sweeps import render_sweep
 from sim.tables import make_round_rows, validate_format, write_table
 from sim.world import World
 
@@ -63,8 +64,12 @@ def troubled() -> tuple[World, SimReport]:
 
 
 def show(report: SimReport, width: int = 80) -> str:
+    return show_any(render(report), width)
+
+
+def show_any(what: RenderableType, width: int = 200) -> str:
     screen = Console(file=StringIO(), width=width)
-    screen.print(render(report))
+    screen.print(what)
     return screen.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -318,7 +323,37 @@ def test_the_standard_error_of_known_figures() -> None:
     assert (spread["a"].mean, spread["a"].num) == (2.0, 2)
     assert spread["a"].error == pytest.approx(sqrt(2) / sqrt(2))
     assert spread["b"].error is None
-    assert format_spread(spread["b"]) == "5"
+    assert (spread["b"].num, spread["b"].num_runs) == (1, 2)
+    assert format_spread(spread["b"]) == "5 (1 of 2)"
+    assert format_spread(spread["a"]) == "2 ± 1"
+
+
+def test_figures_that_a_run_does_not_have_are_left_out_of_means_and_told() -> None:
+    good = run_scenario(Scenario(num_peers=3, num_rounds=1))
+    void = run_scenario(Scenario(num_peers=3, num_rounds=1, network=NetworkModel(loss=1.0)))
+    names = ("loss at the end, nats", "updates a certified round", "Gini", "Gini, honest")
+    assert not set(names) & set(compute_figures(void))
+    assert set(names) <= set(compute_figures(good))
+    runs, other = [("both", good), ("both", void), ("good", good)], [good]
+    swept, compared = (
+        show_any(shown) for shown in (render_sweep(runs), render_comparison(compare([good, void], other), "a", "b"))
+    )
+    for text in (swept, compared):
+        for name in names:
+            both, whole = re.split(r" *│ *", next(line for line in text.splitlines() if f"│ {name} " in line))[2:4]
+            assert both == f"{whole} (1 of 2)"
+        assert "(2 of" not in text
+    assert "nobody was paid · honest only nobody was paid" in render_page(void)
+
+
+def test_honest_pay_that_nobody_draws_is_no_harm_of_nought() -> None:
+    liars = Scenario(num_peers=3, num_rounds=1, adversaries=("liar",) * 3)
+    report = set_beside(run_scenario(liars), run_scenario(make_honest(liars)))
+    harm = compute_harm(report)
+    assert harm is not None
+    assert harm.pay_pfm is None
+    assert "harm: pay of an honest peer, PFM" not in compute_figures(report)
+    assert describe_harm(harm).endswith("an honest peer's pay not measured")
 
 
 def test_a_run_compared_with_itself_is_alike() -> None:
