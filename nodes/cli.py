@@ -29,6 +29,7 @@ import httpx
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from nodes.explorer.command import explorer
 from nodes.logs import is_json, set_up_logging
@@ -176,7 +177,7 @@ def _fail(error: Exception, code: Exit) -> None:
     if is_json():
         log.critical("%s", error)
     else:
-        err.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+        err.print("[red]error:[/]", Text(str(error)), highlight=False, soft_wrap=True)
     raise SystemExit(int(code))
 
 

@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from p2pfm.errors import ConfigError, OperatorError
 from p2pfm.types import PeerId, Round
@@ -144,7 +145,7 @@ def run(
                     screen.print(render(report))
                 if out is not None:
                     page = save_report(report, out, format)
-                    screen.print(f"results in {out}, to be looked at: {page}", highlight=False, soft_wrap=True)
+                    _say(screen, f"results in {out}, to be looked at: {page}")
     if not report.is_complete:
         _fail(screen, "interrupted: the report is of the rounds so far", EXIT_INTERRUPTED)
     if without is not None and not without.is_complete:
@@ -162,7 +163,7 @@ def list_scenarios(json: Json = False) -> None:
     for name in ("name", "peers", "rounds", "learner", "what it asks"):
         table.add_column(name, justify="right" if name in ("peers", "rounds") else "left")
     for name, item in shipped.items():
-        table.add_row(name, f"{item.num_peers:,}", str(item.num_rounds), item.learner.kind, item.title)
+        table.add_row(name, f"{item.num_peers:,}", str(item.num_rounds), item.learner.kind, Text(item.title))
     Console().print(table)
 
 
@@ -201,9 +202,9 @@ def sweep(
                 screen.print(render_sweep(runs))
             if runs and out is not None:
                 save_sweep(runs, out, format)
-                screen.print(f"results in {out}", highlight=False)
+                _say(screen, f"results in {out}")
             if len(done) < len(plan):
-                screen.print(f"interrupted after {len(done)} of {len(plan)} runs", style="red", highlight=False)
+                _say(screen, f"interrupted after {len(done)} of {len(plan)} runs", "red")
     if len(done) < len(plan):
         raise typer.Exit(EXIT_INTERRUPTED)
 
@@ -228,7 +229,7 @@ def compare(
         for name, folder in zip((left, right), folders, strict=True):
             sides.append(load_reports(folder) if folder else _plan_side(name, seeds or SEEDS))
             what = f"{len(sides[-1])} run(s) saved in the folder {folder}" if folder else "a scenario, to be run"
-            screen.print(f"{name}: {what}", style="dim", highlight=False, markup=False, soft_wrap=True)
+            _say(screen, f"{name}: {what}", "dim")
         lines = compare_reports(*(_run_side(side, engine, screen) for side in sides))
     if json:
         _write_json(lines)
@@ -252,7 +253,7 @@ def report(
     if json:
         _write_json(reports)
     for page in pages:
-        screen.print(str(page), highlight=False, soft_wrap=True)
+        _say(screen, str(page))
     if is_open:
         typer.launch(pages[0].resolve().as_uri())
 
@@ -272,7 +273,7 @@ def hunt(
     if again:
         _run_again(again, screen, json)
         return
-    screen.print(f"seed {seed}", highlight=False)
+    _say(screen, f"seed {seed}")
     columns = (TextColumn("{task.fields[what]}"), BarColumn(), TimeRemainingColumn())
     with (
         _refusals(screen),
@@ -283,18 +284,16 @@ def hunt(
 
         def on_run(number: int, scenario: Scenario, failure: Failure | None) -> None:
             if failure is not None:
-                screen.print(
-                    f"run {number} of {scenario.num_peers} peers: {failure.text}", highlight=False, markup=False
-                )
+                _say(screen, f"run {number} of {scenario.num_peers} peers: {failure.text}")
             progress.update(task, completed=time.monotonic() - started_s, what=f"{number} runs")
 
         found = run_hunt(minutes, seed, on_run, folder=out)
     if json:
         _write_json(found)
     for finding in found:
-        screen.print(f"{finding.failure.kind}: {finding.command}", highlight=False, markup=False, soft_wrap=True)
-        screen.print(f"    or: p2pfm sim hunt --again {shlex.quote(finding.path)}", highlight=False, soft_wrap=True)
-    screen.print(f"{len(found)} findings" if found else "nothing found", highlight=False)
+        _say(screen, f"{finding.failure.kind}: {finding.command}")
+        _say(screen, f"    or: p2pfm sim hunt --again {shlex.quote(finding.path)}")
+    _say(screen, f"{len(found)} findings" if found else "nothing found")
     if found:
         raise typer.Exit(EXIT_VIOLATED)
 
@@ -313,7 +312,7 @@ def replay(
     if json:
         _write_json(reports)
     for item in reports:
-        screen.print(_describe(item), highlight=False)
+        _say(screen, _describe(item))
     if any(item.difference for item in reports):
         raise typer.Exit(EXIT_VIOLATED)
 
@@ -326,20 +325,20 @@ def _run_again(source: str, screen: Console, json: bool) -> None:
     with _refusals(screen):
         scenario = load_scenario(source)
         validate_scenario(scenario)
-        screen.print(f"seed {scenario.seed}", highlight=False)
+        _say(screen, f"seed {scenario.seed}")
         failure = find_failure(scenario, is_repeated=True)
     if json:
         _write_json(failure)
     if failure is not None:
         _fail(screen, failure.text, EXIT_VIOLATED)
-    screen.print("nothing is wrong with it (any more)", highlight=False)
+    _say(screen, "nothing is wrong with it (any more)")
 
 
 def _simulate(scenario: Scenario, screen: Console, engine: Engine, kept: EventLogs) -> SimReport:
     """Run it with a bar; interrupted: the report so far. The event logs are put into `kept`, however the run ends."""
-    screen.print(f"seed {scenario.seed}", highlight=False)
+    _say(screen, f"seed {scenario.seed}")
     estimate = validate_memory(scenario, get_free_bytes())
-    screen.print(describe(estimate), highlight=False, style="dim")
+    _say(screen, describe(estimate), "dim")
     _note_idle([scenario], screen)
     with (
         telling_breakdowns(scenario),
@@ -409,8 +408,8 @@ def _parse_settings(settings: Sequence[str] | None) -> dict[str, Any]:
 def _sweep(scenarios: Sequence[Scenario], engine: Engine, screen: Console, done: dict[int, SimReport]) -> None:
     """Put every report at its number into `done` as its run ends; interrupted: of those that have ended."""
     total_s = sum(compute_estimate(scenario).cpu_s for scenario in scenarios)
-    screen.print(f"seeds {', '.join(map(str, sorted({item.seed for item in scenarios})))}", highlight=False)
-    screen.print(f"{len(scenarios)} runs, about {total_s:.0f} s of CPU time", highlight=False, style="dim")
+    _say(screen, f"seeds {', '.join(map(str, sorted({item.seed for item in scenarios})))}")
+    _say(screen, f"{len(scenarios)} runs, about {total_s:.0f} s of CPU time", "dim")
     _note_idle(scenarios, screen)
     columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
@@ -453,7 +452,7 @@ def _run_side(side: list[SimReport] | list[Scenario], engine: Engine, screen: Co
 
 def _note_idle(scenarios: Iterable[Scenario], screen: Console) -> None:
     for line in dict.fromkeys(line for scenario in scenarios for line in find_idle(scenario)):
-        screen.print(f"note: {line}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+        _say(screen, f"note: {line}", "yellow")
 
 
 @contextmanager
@@ -468,7 +467,7 @@ def _refusals(screen: Console) -> Iterator[None]:
     except Violation as error:
         if isinstance(error, Breakdown):  # where it came from is what its finder needs
             lines = traceback.format_exception(error.__cause__ or error)
-            screen.print("".join(lines), style="dim", highlight=False, markup=False, soft_wrap=True)
+            _say(screen, "".join(lines), "dim")
         _fail(screen, str(error), EXIT_VIOLATED)
     except KeyboardInterrupt:
         _fail(screen, "interrupted", EXIT_INTERRUPTED)
@@ -492,6 +491,11 @@ def _describe(report: ReplayReport) -> str:
     )
 
 
+def _say(screen: Console, text: str, style: str = "") -> None:
+    """As it is: brackets and colons in people's names and paths are no markup, and no line is broken."""
+    screen.print(Text(text, style), soft_wrap=True)
+
+
 def _fail(screen: Console, text: str, code: int) -> NoReturn:
-    screen.print(text, style="red", highlight=False, markup=False, soft_wrap=True)
+    _say(screen, text, "red")
     raise typer.Exit(code)

@@ -6,6 +6,7 @@ from statistics import fmean, stdev
 
 import msgspec
 from rich.table import Table
+from rich.text import Text
 
 from sim.page.plots import format_value
 from sim.recorder import HONEST
@@ -108,10 +109,10 @@ def render_comparison(lines: Sequence[Line], left: str, right: str) -> Table:
     table = Table(title="Compared", title_justify="left", caption=CAPTION)
     table.add_column("figure")
     for name in (left, right, "ratio"):
-        table.add_column(name, justify="right")
+        table.add_column(Text(name), justify="right")
     for line in lines:
         ratio = "" if line.ratio is None else format_value(line.ratio)
-        table.add_row(line.figure, format_spread(line.left), format_spread(line.right), ratio)
+        table.add_row(Text(line.figure), format_spread(line.left), format_spread(line.right), ratio)
     return table
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from p2pfm.errors import ConfigError, OperatorError
 from sim.compare import CAPTION, compute_figures, compute_spreads, format_spread
@@ -124,7 +125,7 @@ def render_sweep(runs: Sequence[tuple[str, SimReport]]) -> Table:
     labels = list(dict.fromkeys(label for label, _ in runs))
     spreads = [compute_spreads([compute_figures(item) for name, item in runs if name == label]) for label in labels]
     for label in labels:
-        table.add_column(label, justify="right")
+        table.add_column(Text(label), justify="right")
     for figure in dict.fromkeys(name for one in spreads for name in one):
-        table.add_row(figure, *(format_spread(one.get(figure)) for one in spreads))
+        table.add_row(Text(figure), *(format_spread(one.get(figure)) for one in spreads))
     return table

@@ -601,6 +601,30 @@ def test_runs_that_could_not_be_told_apart_are_refused(
     assert not Path("swept").exists()
 
 
+def test_brackets_in_names_are_no_markup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = "a[/b] [red]c :smile:"
+    told = sim("run", "small", *TINY, "--out", out, "--logs", "logs[/]")
+    assert (told.exit_code, told.output.splitlines()[-1]) == (
+        0,
+        f"results in {out}, to be looked at: {out}/report.html",
+    )
+    told = sim("report", out)
+    assert (told.exit_code, told.output) == (0, f"{out}/report.html\n")
+    label = "small title=[/x] :smile: num_peers=3 num_rounds=1"
+    told = sim("sweep", "small", "--set", "title='[/x] :smile:'", *TINY, "--seeds", 1, "--out", "swept[/]")
+    assert (told.exit_code, told.output.splitlines()[-1]) == (0, "results in swept[/]")
+    assert "title=[/x] :smile:" in told.output  # the rest of the label stands on the next line
+    saved = f"swept[/]/{label.replace('/', '_')}"
+    told = sim("compare", saved, out)
+    assert told.exit_code == 0, told.output
+    assert told.output.startswith(f"{saved}: 1 run(s) saved in the folder {saved}\n")
+    assert ":smile:" in told.output.partition("Compared")[2]
+    assert sim("replay", "logs[/]").exit_code == 0
+    told = sim("replay", "nothing[/]")
+    assert (told.exit_code, "nothing[/]" in told.output) == (2, True)
+
+
 def test_the_list_names_every_scenario_with_its_question() -> None:
     told = sim("list", "--json")
     assert {name: item["title"] for name, item in json.loads(told.stdout).items()} == {
