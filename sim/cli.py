@@ -39,7 +39,7 @@ from sim.replay import ReplayReport, replay_path
 from sim.report import SimReport, make_honest, make_report, open_world, render, set_beside
 from sim.results import REPORT, load_report, load_reports, save_report, validate_folder
 from sim.scenarios import Scenario, find_idle, validate_scenario
-from sim.sweeps import make_rows, parse_choices, parse_seeds, plan_sweep, render_sweep, save_sweep
+from sim.sweeps import make_rows, parse_choices, parse_seeds, plan_sweep, render_sweep, save_sweep, validate_folders
 from sim.tables import TableFormat, validate_format
 from sim.world import World
 
@@ -188,9 +188,9 @@ def sweep(
     screen = Console(stderr=json)
     with _refusals(screen):
         validate_format(format)
-        if out is not None:
-            validate_folder(out)
         plan = plan_sweep(sources, parse_seeds(seeds), parse_choices(settings))
+        if out is not None:
+            validate_folders(plan, out)
         done: dict[int, SimReport] = {}
         try:
             _sweep([item for _, item in plan], engine, screen, done)

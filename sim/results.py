@@ -3,7 +3,9 @@
 import itertools
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import get_args
 
 import msgspec
@@ -21,18 +23,28 @@ TABLES = ("rounds", "peers")
 
 
 def validate_folder(folder: Path) -> None:
-    """Refuse, before a run, a folder that could not be made or written; nothing is made here.
+    """Refuse, before a run, a folder that could not be made or written; what is made to find out is removed again.
 
     Raises:
         OperatorError: names what stands in the way.
     """
-    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
-    if not nearest.is_dir():
-        raise OperatorError(f"{folder}: expected a folder for results, and {nearest} is none: choose another")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise OperatorError(
-            f"{folder}: expected a folder to write to, and {nearest} may not be written: choose another"
-        )
+    try:
+        _try_folder(folder)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in its name
+        raise OperatorError(f"{folder}: expected a folder to write to, got {error}: choose another") from error
+
+
+def _try_folder(folder: Path) -> None:
+    path = folder.absolute()
+    missing = list(itertools.takewhile(lambda parent: not os.path.lexists(parent), (path, *path.parents)))
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=path, prefix="p2pfm-probe-"):  # a longer name than those of the results
+            pass
+    finally:
+        for made in missing:
+            with suppress(OSError):  # it was not made, or something is in it
+                made.rmdir()
 
 
 def save_report(report: SimReport, folder: Path, format: TableFormat = "csv") -> Path:

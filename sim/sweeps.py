@@ -5,7 +5,8 @@ Knows scenarios and reports; no world.
 
 import itertools
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from sim.compare import CAPTION, compute_figures, compute_spreads, format_spread
 from sim.estimate import get_free_bytes, validate_memory
 from sim.library import change_scenario, load_scenario
 from sim.report import SimReport
-from sim.results import REPORT, remove_other_formats, remove_report, save_report
+from sim.results import REPORT, remove_other_formats, remove_report, save_report, validate_folder
 from sim.scenarios import Scenario
 from sim.tables import Row, TableFormat, write_table
 
@@ -86,26 +87,54 @@ def _make_label(source: str) -> str:
     return "scenario" if source.lstrip().startswith("{") else Path(source).stem
 
 
+def _make_folder(folder: Path, label: str, scenario: Scenario) -> Path:
+    return folder / _make_folder_name(label) / f"seed-{scenario.seed}"
+
+
 def _make_folder_name(label: str) -> str:
     return label.replace("/", "_")
+
+
+def validate_folders(plan: Sequence[tuple[str, Scenario]], folder: Path) -> None:
+    """Refuse, before a sweep, a folder in which its runs could not be saved: their names come of people's values.
+
+    Raises: OperatorError.
+    """
+    for label, scenario in dict(plan).items():  # one a label: seeds differ by a few letters
+        validate_folder(_make_folder(folder, label, scenario))
 
 
 def save_sweep(runs: Sequence[tuple[str, SimReport]], folder: Path, format: TableFormat) -> None:
     """Write every run's results and the table, in place of an earlier sweep's: `compare` would pool its seeds.
 
-    Raises: OperatorError.
+    Raises: OperatorError: of the first that cannot be written, when all others are.
     """
-    try:
+    faults: list[OperatorError] = []
+    with _collecting(faults, folder):
         if any(folder.glob(f"*/seed-*/{REPORT}")):
             remove_other_formats(folder, ("sweep",), format)
-        for label in dict.fromkeys(label for label, _ in runs):
+    for label in dict.fromkeys(label for label, _ in runs):
+        with _collecting(faults, folder):
             for old in (folder / _make_folder_name(label)).glob("seed-*"):
                 remove_report(old)
-        for label, item in runs:
-            save_report(item, folder / _make_folder_name(label) / f"seed-{item.scenario.seed}", format)
+    for label, item in runs:
+        with _collecting(faults, folder):
+            save_report(item, _make_folder(folder, label, item.scenario), format)
+    with _collecting(faults, folder):
         write_table(make_rows(runs), folder / "sweep", format)
+    if faults:
+        raise faults[0]
+
+
+@contextmanager
+def _collecting(faults: list[OperatorError], folder: Path) -> Iterator[None]:
+    """What cannot be written is no reason to lose the rest."""
+    try:
+        yield
+    except OperatorError as error:
+        faults.append(error)
     except OSError as error:
-        raise OperatorError(f"{folder}: cannot be written: {error}") from error
+        faults.append(OperatorError(f"{folder}: cannot be written: {error}"))
 
 
 def make_rows(runs: Sequence[tuple[str, SimReport]]) -> list[Row]:

@@ -36,14 +36,18 @@ from sim.library import (
 )
 from sim.network import Gossip
 from sim.report import SimReport, run_scenario
-from sim.results import load_report
+from sim.results import load_report, save_report
 from sim.scenarios import LearnerModel, Scenario, validate_scenario
+from sim.tables import TableFormat
 from sim.world import World
 
 PROMISED = {
     *("small", "honest_1000", "churn_2000", "attackers_40", "partition_heal", "free_riders", "sybils"),
     *("digests_10000", "lora_50", "sybils_whole"),
 }
+
+
+TINY = ("--set", "num_peers=3", "--set", "num_rounds=1")
 
 
 def sim(*arguments: object) -> Result:
@@ -162,10 +166,44 @@ def test_results_that_cannot_be_written_are_told_before_the_run(tmp_path: Path) 
     for command in (("run", "small"), ("sweep", "small"), ("hunt", "--minutes", 0)):
         told = sim(*command, "--out", tmp_path / "taken" / "here")
         assert told.exit_code == 2
-        assert "expected a folder for results" in told.output
+        assert "expected a folder to write to" in told.output
         assert "seed 1" not in told.output or command[0] == "hunt"
     told = sim("run", "small", "--logs", tmp_path / "taken")
-    assert (told.exit_code, "expected a folder for results" in told.output) == (2, True)
+    assert (told.exit_code, "expected a folder to write to" in told.output) == (2, True)
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "new/" + "a" * 300, "/proc/p2pfm", "/".join(["a" * 200] * 30)])
+def test_a_folder_that_cannot_be_made_is_told_before_the_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in (("run", "small", "--out"), ("run", "small", "--logs"), ("sweep", "small", "--out")):
+        told = sim(*command, name)
+        assert (told.exit_code, told.output.count("expected a folder to write to")) == (2, 1), told.output
+        assert "CPU time" not in told.output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("title", ["'" + "x" * 260 + "'", r'"a\u0000b"'])
+def test_a_run_of_a_sweep_whose_folder_cannot_be_made_is_told_before_all_runs(title: str, tmp_path: Path) -> None:
+    told = sim("sweep", "small", *TINY, "--set", f"title={title},'b'", "--seeds", 1, "--out", tmp_path / "out")
+    assert (told.exit_code, told.output.count("expected a folder to write to")) == (2, 1), told.output
+    assert "CPU time" not in told.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_cannot_be_saved_loses_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(report: SimReport, folder: Path, format: TableFormat) -> Path:
+        if folder.name == "seed-1":
+            raise OperatorError("a planted fault")
+        return save_report(report, folder, format)
+
+    monkeypatch.setattr("sim.sweeps.save_report", save)
+    told = sim("sweep", "small", *TINY, "--seeds", "1-3", "--out", tmp_path)
+    assert (told.exit_code, told.output.splitlines()[-1]) == (2, "a planted fault")
+    assert {path.parent.name for path in tmp_path.glob("*/*/report.json")} == {"seed-2", "seed-3"}
+    with (tmp_path / "sweep.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 3
 
 
 def test_a_mistaken_name_is_answered_with_the_nearest() -> None:
@@ -347,9 +385,6 @@ def test_logs_that_cannot_be_written_lose_no_report(tmp_path: Path) -> None:
     assert "1 of 1 rounds certified" in told.output
     assert "the event logs cannot be written" in told.output.splitlines()[-1]
     assert load_report(tmp_path / "out").is_complete
-
-
-TINY = ("--set", "num_peers=3", "--set", "num_rounds=1")
 
 
 def test_logs_of_an_earlier_run_are_no_further_life(tmp_path: Path) -> None:
