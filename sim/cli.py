@@ -1,11 +1,12 @@
 """`p2pfm sim`: run simulated networks, sweep, compare and report on them, or replay a node's event log.
 
 The door for people; knows no rule. Exit codes, as everywhere in p2pfm: 0 done; 2 a scenario or file that cannot work; 3
-an invariant was violated, code of ours broke down, or a replay differs; 130 interrupted: what was done until then is
-reported.
+an invariant was violated, code of ours broke down, or a replay differs; 130 interrupted, by Ctrl-C or SIGTERM: what was
+done until then is reported.
 """
 
 import shlex
+import signal
 import sys
 import time
 import traceback
@@ -459,7 +460,8 @@ def _note_idle(scenarios: Iterable[Scenario], screen: Console) -> None:
 def _refusals(screen: Console) -> Iterator[None]:
     """What goes wrong inside becomes a sentence and an exit code."""
     try:
-        yield
+        with _ending_in_order():
+            yield
     except OperatorError as error:
         _fail(screen, str(error), EXIT_UNUSABLE)
     except MemoryError:
@@ -471,6 +473,21 @@ def _refusals(screen: Console) -> Iterator[None]:
         _fail(screen, str(error), EXIT_VIOLATED)
     except KeyboardInterrupt:
         _fail(screen, "interrupted", EXIT_INTERRUPTED)
+
+
+@contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """SIGTERM, by which batch queues end a job, does what Ctrl-C does; once, so that nothing cuts the saving short."""
+
+    def interrupt(_: int, __: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _write_json(value: object) -> None:

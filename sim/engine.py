@@ -5,11 +5,12 @@ Knows scenarios and reports; no world.
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, parent_process
 from typing import Literal
 
 from p2pfm.errors import ConfigError, WorldError
@@ -76,7 +77,7 @@ def compute_num_workers(scenarios: Sequence[Scenario]) -> int:
 def _run_in_processes(scenarios: Sequence[Scenario], num_workers: int, on_done: OnDone) -> None:
     # Spawned: a fork would copy this process's threads' locks, torch's among them.
     before = set(active_children())
-    pool = ProcessPoolExecutor(num_workers, get_context("spawn"), _ignore_interrupts)
+    pool = ProcessPoolExecutor(num_workers, get_context("spawn"), _follow_parent)
     try:
         running: dict[Future[SimReport], int] = {pool.submit(run_scenario, s): i for i, s in enumerate(scenarios)}
         for future in as_completed(running):
@@ -85,15 +86,24 @@ def _run_in_processes(scenarios: Sequence[Scenario], num_workers: int, on_done: 
                 on_done(index, future.result())
     except BaseException:
         for process in set(active_children()) - before:
-            process.terminate()
+            process.kill()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _ignore_interrupts() -> None:
-    """Ctrl-C is for the process that a person started: it ends the others."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _follow_parent() -> None:
+    """Ctrl-C and SIGTERM are for the process that was started: it ends the others, and they end if it was killed."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None, "this is a child"
+    parent.join()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextmanager

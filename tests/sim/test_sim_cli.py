@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shlex
 import signal
@@ -13,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import msgspec
+import psutil
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -357,18 +359,22 @@ def test_a_world_that_cannot_be_made_is_told_the_same_way(monkeypatch: pytest.Mo
     assert "seed 7, outside of all steps, peers none: IndexError in fail" in told.output
 
 
-def test_an_interrupted_run_reports_on_its_rounds_so_far(tmp_path: Path) -> None:
+CODE = "import sys; from sim.cli import app; app(sys.argv[1:])"
+"""The command line as a process."""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_reports_on_its_rounds_so_far(number: signal.Signals, tmp_path: Path) -> None:
     arguments = ["run", "small", "--peers", "3", "--rounds", "100000", "--out", str(tmp_path)]
-    code = "import sys; from sim.cli import app; app(sys.argv[1:])"
     # A shell without job control lets its background jobs ignore an interrupt, and what they start, too.
     listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    command = [sys.executable, "-c", code, *arguments]
+    command = [sys.executable, "-c", CODE, *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=listen) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "seed 1\n"
         assert process.stdout.readline().startswith("about ")
         time.sleep(2)  # into the run, as far as it comes: how far does not matter
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         said = process.stdout.read()
     assert process.returncode == 130, said
     assert "interrupted" in said
@@ -550,6 +556,56 @@ def test_whatever_ends_a_sweep_keeps_the_runs_before_it(
     assert f"interrupted after {num_done} of 3 runs" in told.output
     assert len(list((tmp_path / "out").glob("*/seed-*/report.json"))) == num_done
     assert (tmp_path / "out" / "sweep.csv").exists() == (num_done > 0)
+
+
+def wait_for(what: Callable[[], bool], limit_s: float = 60) -> None:
+    ends_s = time.monotonic() + limit_s
+    while not what():
+        assert time.monotonic() < ends_s
+        time.sleep(0.1)
+
+
+TWO_WORKERS = f"""
+import sim.cli, sim.engine
+def run_sweep(scenarios, engine, on_done):
+    run(scenarios, engine, lambda *done: (on_done(*done), print("one is done", flush=True)))
+run, sim.cli.run_sweep = sim.cli.run_sweep, run_sweep
+sim.engine.compute_num_workers = lambda scenarios: 2
+{CODE}
+"""
+"""A process that says when the first of its runs has ended."""
+
+
+def is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_sweep_that_is_ended_keeps_what_was_run_and_leaves_no_process(number: signal.Signals, tmp_path: Path) -> None:
+    settings = ("--set", "num_peers=3", "--set", "num_rounds=1,100000", "--seeds", "1", "--out", str(tmp_path))
+    command = [sys.executable, "-c", TWO_WORKERS, "sweep", "small", *settings]
+    workers: list[psutil.Process] = []
+    with (
+        (tmp_path / "said").open("w") as said,
+        subprocess.Popen(command, stdout=said, start_new_session=True) as process,
+    ):
+        try:
+            wait_for(lambda: "one is done" in (tmp_path / "said").read_text())
+            workers = psutil.Process(process.pid).children()
+            if number == signal.SIGTERM:  # a batch queue asks all of them
+                os.killpg(process.pid, number)
+            else:
+                process.kill()
+            process.wait(20)
+            wait_for(lambda: not any(is_alive(worker) for worker in workers), 10)
+        finally:
+            for left in [process, *filter(is_alive, workers)]:
+                left.kill()
+    if number == signal.SIGTERM:
+        text = (tmp_path / "said").read_text()
+        assert process.returncode == 130, text
+        assert "interrupted after 1 of 2 runs" in text
+        assert [path.parent.name for path in tmp_path.glob("*/*/report.json")] == ["seed-1"]
 
 
 def test_runs_are_compared_with_means_errors_and_ratios(swept: tuple[Path, list[dict[str, float]]]) -> None:
