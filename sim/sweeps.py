@@ -4,9 +4,11 @@ Knows scenarios and reports; no world.
 """
 
 import itertools
+import re
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,22 @@ from sim.results import REPORT, remove_other_formats, remove_report, save_report
 from sim.scenarios import Scenario
 from sim.tables import Row, TableFormat, write_table
 
+RUNS_MAX = 10_000
+"""Of one sweep: what each came to is held in memory until the last has ended, with many peers megabytes each."""
+
 
 def parse_seeds(text: str) -> list[int]:
     """As in 1-8 or 1,5,9. Raises: ConfigError."""
     seeds: list[int] = []
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not first.isdecimal() or (last and not last.isdecimal()) or int(last or first) < int(first):
+        found = re.fullmatch(r"(\d{1,19})(?:-(\d{1,19}))?", part)  # more digits than a seed's are none
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if last < first:
             raise ConfigError(f"--seeds: expected numbers and ranges such as 1-8 or 1,5,9; got {text!r}")
-        seeds += range(int(first), int(last or first) + 1)
+        num = len(seeds) + last - first + 1
+        if num > RUNS_MAX:  # before they are there: a range may be of any length
+            raise ConfigError(f"--seeds: expected {RUNS_MAX:,} at most, got {num:,}: take fewer, or several sweeps")
+        seeds += range(first, last + 1)
     if len(set(seeds)) < len(seeds):  # the same run twice would pass for two, and lessen the errors
         raise ConfigError(f"--seeds: expected each seed once, got {text!r}")
     return seeds
@@ -62,6 +71,12 @@ def plan_sweep(
     """
     if "seed" in choices:
         raise ConfigError("--set seed: expected a sweep's seeds in --seeds, as in --seeds 1-8")
+    num_runs = len(sources) * len(seeds) * prod(map(len, choices.values()))
+    if num_runs > RUNS_MAX:
+        raise ConfigError(
+            f"expected {RUNS_MAX:,} runs at most, got {num_runs:,}, of every scenario with every seed and all "
+            "combinations of values: leave some out, or make several sweeps"
+        )
     plan = []
     taken: dict[str, str] = {}
     for source in sources:

@@ -651,6 +651,7 @@ def test_a_scenario_is_run_to_be_compared(swept: tuple[Path, list[dict[str, floa
     [
         ["sweep", "small", "--seeds", "3-1"],
         ["sweep", "small", "--seeds", "x"],
+        ["sweep", "small", "--seeds", "9" * 5_000],
         ["sweep", "small", "--set", "num_peers"],
         ["sweep", "small", "--set", "num_peer=3"],
         ["run", "small", "--set", "num_peers=3,4"],
@@ -664,6 +665,21 @@ def test_mistakes_are_told_before_anything_runs(arguments: list[str]) -> None:
     told = sim(*arguments)
     assert told.exit_code == 2
     assert "rounds certified" not in told.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--seeds", "1-99999999"], "--seeds: expected 10,000 at most, got 99,999,999"),
+        (["--seeds", "1-9999,20000-20002"], "--seeds: expected 10,000 at most, got 10,002"),
+        (["--seeds", "1-5001", "--set", "num_peers=3,4"], "expected 10,000 runs at most, got 10,002"),
+    ],
+)
+def test_a_number_of_runs_beyond_reason_is_refused_at_once(arguments: list[str], said: str) -> None:
+    started_s = time.monotonic()
+    told = sim("sweep", "small", *arguments)
+    assert (told.exit_code, said in told.output) == (2, True), told.output
+    assert time.monotonic() - started_s < 5
 
 
 @pytest.mark.parametrize(
