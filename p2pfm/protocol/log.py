@@ -17,6 +17,8 @@ from p2pfm.types import Digest, Millis, PeerId, compute_digest
 FORMAT = 1
 LENGTH_BYTES = 4  # big endian
 RECORD_BYTES_MAX = 64 * 1024 * 1024  # a length above this is damage, not a record
+DAMAGE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What decoding says of bytes that were not written here."""
 
 
 class LogHeader(msgspec.Struct, frozen=True, array_like=True):
@@ -69,7 +71,7 @@ def read_log(data: bytes) -> tuple[LogHeader, Iterator[LogRecord]]:
         header = _header.decode(next(frames))
     except StopIteration:
         raise OperatorError("the event log is empty: expected a header record") from None
-    except (msgspec.ValidationError, msgspec.DecodeError) as error:
+    except DAMAGE as error:
         raise OperatorError(f"not an event log of this version: {error}") from error
     if header.format != FORMAT:
         raise OperatorError(f"an event log of format {header.format}, expected {FORMAT}")
@@ -80,7 +82,7 @@ def _records(frames: Iterator[bytes]) -> Iterator[LogRecord]:
     for position, frame in enumerate(frames):
         try:
             yield _record.decode(frame)
-        except (msgspec.ValidationError, msgspec.DecodeError) as error:
+        except DAMAGE as error:
             raise OperatorError(f"record {position} of the event log is damaged: {error}") from error
 
 
