@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -19,6 +19,9 @@ from sim.tables import TableFormat, make_peer_rows, make_round_rows, write_table
 REPORT = "report.json"
 PAGE = "report.html"
 SCENARIO = "scenario.toml"
+NUMBER_MAX = 1e30
+"""No figure of a run comes near it, and sums and squares of such ones are still numbers."""
+
 TABLES = ("rounds", "peers")
 
 
@@ -95,15 +98,48 @@ def load_report(folder: Path) -> SimReport:
     """The report that was saved in a folder.
 
     Raises:
-        OperatorError: none there, or not one of this version.
+        OperatorError: none there, not one of this version, or a damaged one.
     """
     path = folder / REPORT
     try:
-        return msgspec.json.decode(path.read_bytes(), type=SimReport)
+        report = msgspec.json.decode(path.read_bytes(), type=SimReport)
     except OSError as error:
         raise OperatorError(f"no results in {folder}: expected a folder that `sim run --out` wrote: {error}") from error
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise OperatorError(f"{path}: not a report of this version of p2pfm: {error}") from error
+    fault = _find_fault(report)
+    if fault:
+        raise OperatorError(f"{path}: the report is damaged: {fault}: run its scenario again")
+    return report
+
+
+def _find_fault(report: SimReport) -> str:
+    """What no run comes to, though it decodes; empty: nothing."""
+    num_peers, num_rounds = len(report.peers), len(report.rounds)
+    if num_peers != report.scenario.num_peers or not num_peers:
+        return f"expected its scenario's {report.scenario.num_peers} peers, at least one, got {num_peers}"
+    rounds = [int(item.round) for item in report.rounds]
+    if rounds != list(range(num_rounds)):
+        return f"expected rounds 0, 1, 2 and so on, got {rounds[:8]}"
+    kinds = {peer.kind for peer in report.peers}
+    for item in report.rounds:
+        if item.rewards_pfm.keys() != kinds:
+            got = ", ".join(sorted(item.rewards_pfm)) or "none"
+            return f"round {item.round}: expected rewards of {', '.join(sorted(kinds))}, got {got}"
+    if report.beside is not None:
+        nums = len(report.beside.losses_nats), len(report.beside.rewards_pfm)
+        if nums != (num_rounds, num_peers):
+            return f"beside: expected {num_rounds} losses and {num_peers} rewards, got {nums[0]} and {nums[1]}"
+    beyond = next((number for number in _walk_numbers(msgspec.to_builtins(report)) if abs(number) > NUMBER_MAX), None)
+    return "" if beyond is None else f"expected numbers up to {NUMBER_MAX:g}, got {beyond:g}"
+
+
+def _walk_numbers(value: object) -> Iterator[float]:
+    if isinstance(value, int | float):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _walk_numbers(item)
 
 
 def load_reports(folder: Path) -> list[SimReport]:

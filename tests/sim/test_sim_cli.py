@@ -290,6 +290,44 @@ def test_results_of_another_version_are_refused(tmp_path: Path) -> None:
     assert sim("report", tmp_path / "nowhere").exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("peers", [], "expected its scenario's 8 peers, at least one, got 0"),
+        ("scenario.num_peers", 0, "expected its scenario's 0 peers"),
+        ("rounds.1.round", -5, "expected rounds 0, 1, 2 and so on, got [0, -5, 2"),
+        ("rounds.2.rewards_pfm", {"honest": 1.0, "zero": 1.0}, "round 2: expected rewards of honest, got honest, zero"),
+        ("rounds.0.rewards_pfm", {}, "round 0: expected rewards of honest, got none"),
+        ("rounds.0.sent.mean_bytes", 1e308, "expected numbers up to 1e+30, got 1e+308"),
+        (
+            "beside",
+            {"losses_nats": [0.1], "num_certified": 1, "rewards_pfm": [1.0] * 8},
+            "beside: expected 6 losses and 8 rewards, got 1 and 8",
+        ),
+    ],
+)
+def test_a_damaged_report_that_decodes_is_refused(
+    path: str, value: object, said: str, small: tuple[Path, Result], tmp_path: Path
+) -> None:
+    report = json.loads((small[0] / "report.json").read_text())
+    *outer, last = path.split(".")
+    inner = report
+    for key in outer:
+        inner = inner[int(key) if key.isdecimal() else key]
+    inner[last] = value
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    for command in (["report", tmp_path], ["compare", tmp_path, small[0]]):
+        told = sim(*command)
+        assert told.exit_code == 2, told.output
+        assert f"report.json: the report is damaged: {said}" in told.output.splitlines()[-1]
+
+
+def test_a_report_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_bytes(b'{"trace": "\x9a"}')
+    told = sim("report", tmp_path)
+    assert (told.exit_code, "not a report of this version" in told.output) == (2, True)
+
+
 def test_options_change_the_scenario(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text("num_peers = 5\nnum_rounds = 3\n[churn]\ncrash = 0.1\n")
@@ -411,6 +449,20 @@ def test_the_logs_of_a_run_replay_as_a_folder_or_one_by_one(tmp_path: Path) -> N
         assert sim("replay", tmp_path / one).output.startswith("peer-00001: ")
     (tmp_path / "none").mkdir()
     assert "no event log" in sim("replay", tmp_path / "none").output
+
+
+@pytest.mark.parametrize(
+    ("word", "said"), [(b"linear", "not an event log of this version"), (b"peer-00002", "is damaged")]
+)
+def test_a_log_with_a_byte_that_is_no_text_is_refused(word: bytes, said: str, tmp_path: Path) -> None:
+    assert sim("run", "small", *TINY, "--logs", tmp_path).exit_code == 0
+    log = tmp_path / "peer-00001" / "events" / "000000.events"
+    data = bytearray(log.read_bytes())
+    data[data.rindex(word)] = 0x9A
+    log.write_bytes(data)
+    told = sim("replay", log)
+    assert told.exit_code == 2, told.output
+    assert said in told.output
 
 
 def test_tables_of_an_earlier_run_do_not_lie_beside_a_new_one(tmp_path: Path) -> None:
