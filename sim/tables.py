@@ -11,6 +11,9 @@ from sim.report import SimReport
 
 Value = str | int | float | bool | None
 Row = Mapping[str, Value]
+INTEGERS: dict[str, type[Value]] = {"gas": int}
+"""Columns that a run may leave empty and that hold no floats in others."""
+
 TableFormat = Literal["csv", "parquet"]
 
 
@@ -72,6 +75,15 @@ def validate_format(format: TableFormat) -> None:
         raise OperatorError("--format parquet needs pyarrow, which is an extra: pip install 'p2pfm[sim]', or take csv")
 
 
+def find_types(rows: Sequence[Row]) -> dict[str, type[Value]]:
+    """Of each column: what its values are; where a run has none, what they are in others, so that files go together."""
+    types: dict[str, type[Value]] = {}
+    for name in rows[0]:
+        values = (row[name] for row in rows)
+        types[name] = next((type(value) for value in values if value is not None), INTEGERS.get(name, float))
+    return types
+
+
 def write_table(rows: Sequence[Row], path: Path, format: TableFormat = "csv") -> Path:
     """Rows of equal keys to `path` with the format's ending; returns the file's path.
 
@@ -84,7 +96,9 @@ def write_table(rows: Sequence[Row], path: Path, format: TableFormat = "csv") ->
         import pyarrow  # an extra: most do without
         import pyarrow.parquet
 
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([dict(row) for row in rows]), path)
+        names = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64(), bool: pyarrow.bool_()}
+        schema = pyarrow.schema([(name, names[type]) for name, type in find_types(rows).items()])
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([dict(row) for row in rows], schema), path)
         return path
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])

@@ -373,6 +373,22 @@ def test_parquet_holds_what_csv_holds(tmp_path: Path) -> None:
         assert len(list(csv.DictReader(file))) == len(read)
 
 
+def test_parquet_files_of_different_runs_go_together(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow: pip install 'p2pfm[sim]'")
+    arrow = pytest.importorskip("pyarrow")
+    void = run_scenario(Scenario(num_peers=3, num_rounds=1, network=NetworkModel(loss=1.0)))
+    good = run_scenario(Scenario(num_peers=3, num_rounds=1))
+    full = [msgspec.structs.replace(item, backdoor=0.5, gas=7) for item in good.rounds]
+    full_report = set_beside(msgspec.structs.replace(good, rounds=tuple(full)), good)
+    first, *others = [
+        parquet.read_table(write_table(make_round_rows(report), tmp_path / f"{number}", "parquet"))
+        for number, report in enumerate((void, good, full_report))
+    ]
+    assert not any(arrow.types.is_null(kind) for kind in first.schema.types)
+    for other in others:
+        assert arrow.concat_tables([first, other]).num_rows == 2
+
+
 def test_parquet_without_pyarrow_is_refused_with_the_extra_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sim.tables.find_spec", lambda name: None)
     with pytest.raises(OperatorError, match=r"pip install 'p2pfm\[sim\]'"):
