@@ -452,14 +452,18 @@ def test_the_logs_of_a_run_replay_as_a_folder_or_one_by_one(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("word", "said"), [(b"linear", "not an event log of this version"), (b"peer-00002", "is damaged")]
+    ("word", "to", "said"),
+    [
+        (b"linear", b"\x9ainear", "not an event log of this version"),
+        (b"peer-00002", b"\x9aeer-00002", "is damaged"),
+        (b"0xfefe", b"0yfefe", "header is damaged"),
+    ],
 )
-def test_a_log_with_a_byte_that_is_no_text_is_refused(word: bytes, said: str, tmp_path: Path) -> None:
+def test_a_log_with_a_flipped_byte_is_refused(word: bytes, to: bytes, said: str, tmp_path: Path) -> None:
     assert sim("run", "small", *TINY, "--logs", tmp_path).exit_code == 0
     log = tmp_path / "peer-00001" / "events" / "000000.events"
-    data = bytearray(log.read_bytes())
-    data[data.rindex(word)] = 0x9A
-    log.write_bytes(data)
+    before, _, after = log.read_bytes().rpartition(word)
+    log.write_bytes(before + to + after)
     told = sim("replay", log)
     assert told.exit_code == 2, told.output
     assert said in told.output
