@@ -12,7 +12,7 @@ import psutil
 
 from p2pfm.errors import ConfigError
 from p2pfm.protocol.shards import FOLLOWED_MAX
-from sim.scenarios import LearnerModel, Scenario, make_network
+from sim.scenarios import LearnerModel, Scenario, compute_kinds, make_network
 
 MEMORY_SHARE_MAX = 0.9
 """Of the free memory, what a run may take; the rest is for the report and for whoever else is here."""
@@ -48,6 +48,16 @@ on one core (Python 3.11, torch 2.13) in 2026-11. Lora was measured up to 96 pee
 EVM_PEER_S, EVM_ROUND_S = 0.25, 0.1
 """CPU time of a real EVM for a peer's joining and claims, and for a round: 5 to 40 peers, 2 and 6 rounds."""
 
+LOG_PAIR_BYTES, LOG_PAIR_S = 6.2e3, 1.7e-5
+"""What an event log holds, and the CPU time of writing it, for whom its peer hears of, a round: 20 to 100 peers."""
+
+FLOOD_S, FLOOD_FAR_S = 1.2e-3, 1.2e-4
+"""CPU time of what a spammer says in a minute, for each peer of its shard, and for each of another: of 24 to 600 peers
+5 to 20 spammers."""
+
+FLOOD_LOG_BYTES, FLOOD_LOG_S = 1.0e6, 2.4e-3
+"""What that is in the event log of any peer, and the CPU time of writing it."""
+
 
 class Estimate(msgspec.Struct, frozen=True):
     """What a scenario will take, within a factor of about two."""
@@ -62,12 +72,18 @@ def compute_estimate(scenario: Scenario) -> Estimate:
     cost = COSTS.get(f"{learner.kind} {learner.codec}", COSTS[learner.kind])
     chain_s = EVM_PEER_S * num_peers + EVM_ROUND_S * scenario.num_rounds if scenario.ledger == "evm" else 0.0
     num_pairs = compute_pairs(num_peers, scenario.shard_size, make_network(scenario).scoring.committee_size)
+    num_heard, num_far = compute_floods(scenario)
+    logged_share = sum(index < num_peers for index in scenario.keep_logs) / num_peers
+    log_bytes = logged_share * (LOG_PAIR_BYTES * num_pairs + FLOOD_LOG_BYTES * (num_heard + num_far))
+    log_s = logged_share * (LOG_PAIR_S * num_pairs + FLOOD_LOG_S * (num_heard + num_far))
+    flood_s = FLOOD_S * num_heard + FLOOD_FAR_S * num_far
+    round_s = cost.peer_s * num_peers + cost.pair_s * num_pairs + flood_s + log_s
     return Estimate(
         memory_bytes=cost.base_bytes
         + cost.peer_bytes * num_peers
         + cost.pair_bytes * num_pairs
-        + cost.round_bytes * num_peers * scenario.num_rounds,
-        cpu_s=(cost.peer_s * num_peers + cost.pair_s * num_pairs) * scenario.num_rounds + chain_s,
+        + (cost.round_bytes * num_peers + log_bytes) * scenario.num_rounds,
+        cpu_s=round_s * scenario.num_rounds + chain_s,
     )
 
 
@@ -82,6 +98,15 @@ def compute_pairs(num_peers: int, shard_size: int, committee_size: int) -> int:
     num_seats = num_shards * min(committee_size, members)
     num_followers = num_peers if num_shards <= FOLLOWED_MAX else num_seats
     return num_seats * members + num_followers * num_shards
+
+
+def compute_floods(scenario: Scenario) -> tuple[float, float]:
+    """Pairs of a spammer and a hearer, of its own shard and of others, times the minutes of a round."""
+    num_spammers = compute_kinds(scenario).count("spammer")
+    num_shards = -(-scenario.num_peers // scenario.shard_size)
+    members = scenario.num_peers / num_shards
+    minutes = sum(msgspec.structs.astuple(scenario.phases)) / 60_000
+    return num_spammers * members * minutes, num_spammers * (scenario.num_peers - members) * minutes
 
 
 def validate_memory(scenario: Scenario, free_bytes: float) -> Estimate:

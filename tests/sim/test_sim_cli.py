@@ -232,6 +232,41 @@ def test_the_estimate_is_near_to_what_a_run_takes(num_peers: int, shard_size: in
     assert 1 / 4 < run_scenario(scenario).cpu_s / compute_estimate(scenario).cpu_s < 4
 
 
+@pytest.mark.parametrize(("num_spammers", "shard_size"), [(8, 128), (8, 16)])
+def test_the_estimate_counts_floods(num_spammers: int, shard_size: int) -> None:
+    scenario = Scenario(
+        num_peers=48,
+        shard_size=shard_size,
+        num_rounds=2,
+        learner=LearnerModel(kind="digests"),
+        adversaries=("spammer",) * num_spammers,
+    )
+    taken_s, told_s = run_scenario(scenario).cpu_s, compute_estimate(scenario).cpu_s
+    assert 1 / 3 < taken_s / told_s < 3
+    quiet = msgspec.structs.replace(scenario, are_attackers_honest=True)
+    assert compute_estimate(quiet).cpu_s < told_s / 3
+
+
+@pytest.mark.parametrize(("num_spammers", "shard_size"), [(0, 128), (2, 128), (2, 8)])
+def test_the_estimate_counts_the_event_logs_that_are_kept(num_spammers: int, shard_size: int) -> None:
+    scenario = Scenario(
+        num_peers=24,
+        shard_size=shard_size,
+        num_rounds=2,
+        learner=LearnerModel(kind="digests"),
+        keep_logs=tuple(range(12)),
+        adversaries=("spammer",) * num_spammers,
+    )
+    world = World(scenario)
+    world.run()
+    kept_bytes = sum(len(log) for host in world.hosts for log in host.logs)
+    without = msgspec.structs.replace(scenario, keep_logs=())
+    told_bytes = compute_estimate(scenario).memory_bytes - compute_estimate(without).memory_bytes
+    assert 1 / 2 < kept_bytes / told_bytes < 2
+    with pytest.raises(ConfigError, match=r"at most [\d,]+ peers fit"):
+        validate_memory(scenario, compute_estimate(without).memory_bytes)
+
+
 def test_the_estimate_counts_the_seats_of_a_committee_that_was_not_named() -> None:
     scenario = Scenario(num_peers=256, shard_size=64)
     assert compute_estimate(scenario) == compute_estimate(msgspec.structs.replace(scenario, committee_size=9))
