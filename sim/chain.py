@@ -208,16 +208,16 @@ class Chain:
         self._reach()
         committee = self.ledger.get_committee(evidence.first.epoch)
         absent = tuple(sorted(index for index in committee if index != evidence.member))
-        first, second = (
-            make_submission(Certificate(proposal, absent, signature))
-            for proposal, signature in (
-                (evidence.first, evidence.first_signature),
-                (evidence.second, evidence.second_signature),
-            )
-        )
         try:
+            first, second = (
+                make_submission(Certificate(proposal, absent, signature))
+                for proposal, signature in (
+                    (evidence.first, evidence.first_signature),
+                    (evidence.second, evidence.second_signature),
+                )
+            )
             self.ledger.prove_equivocation(self.accounts[accuser], first, second)
-        except Reverted:
+        except (ValueError, Reverted):  # of leaves that do not make their root the contract cannot be told
             return False
         return True
 

@@ -32,6 +32,7 @@ from sim.engine import Engine, run_sweep
 from sim.estimate import compute_estimate, describe, get_free_bytes, validate_memory
 from sim.hunt import Failure, find_failure
 from sim.hunt import hunt as run_hunt
+from sim.idle import find_idle
 from sim.library import change_scenario, list_names, load_scenario
 from sim.progress import RunProgress
 from sim.ray_engine import spread
@@ -39,7 +40,7 @@ from sim.recorder import Recorder
 from sim.replay import ReplayReport, replay_path
 from sim.report import SimReport, make_honest, make_report, open_world, render, set_beside
 from sim.results import REPORT, load_report, load_reports, save_report, validate_folder
-from sim.scenarios import Scenario, find_idle, validate_scenario
+from sim.scenarios import Scenario, validate_scenario
 from sim.sweeps import make_rows, parse_choices, parse_seeds, plan_sweep, render_sweep, save_sweep, validate_folders
 from sim.tables import TableFormat, validate_format
 from sim.world import World
