@@ -1,7 +1,5 @@
 """Runs one node in this process: from its configuration to models, ledger and `runtime.node.Node`."""
 
-import logging
-import signal
 import socket
 import sqlite3
 from collections.abc import Sequence
@@ -13,6 +11,7 @@ import trio
 from prometheus_client import disable_created_metrics
 
 from nodes.adversaries import Overpayer, corrupt
+from nodes.ending import cancel_on_signal
 from nodes.models import LINEAR
 from p2pfm.config import HttpConfig, NodeConfig
 from p2pfm.errors import OperatorError
@@ -24,11 +23,9 @@ from p2pfm.runtime.web3_ledger import open_ledger
 
 E = TypeVar("E", bound=Exception)
 
-log = logging.getLogger(__name__)
-
 
 def run_node(config: NodeConfig, keys: Keys) -> None:
-    """Run until SIGINT or SIGTERM.
+    """Run until SIGINT or SIGTERM (`ending`).
 
     Raises:
         OperatorError: the first thing that an operator must mend, as one clear line.
@@ -69,19 +66,12 @@ def _refuse_port_in_use(http: HttpConfig) -> None:
 async def _run_until_told(node: Node) -> None:
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_cancel_on_signal, nursery.cancel_scope)
+            nursery.start_soon(cancel_on_signal, nursery.cancel_scope)
             await node.run()
     except* OperatorError as group:
         raise _first(group) from None
     except* (OSError, sqlite3.Error) as group:  # what must be durable cannot be: better to stop than to sign twice
         raise OperatorError(f"the disk or the system refused: {_first(group)}; is there space in the home?") from None
-
-
-async def _cancel_on_signal(scope: trio.CancelScope) -> None:
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async for number in signals:
-            log.info("ending on %s", signal.Signals(number).name)
-            scope.cancel()
 
 
 def _first(group: BaseExceptionGroup[E]) -> E:

@@ -1,7 +1,6 @@
 """From files and addresses to a running page."""
 
 import ipaddress
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import cast
 import trio
 from starlette.applications import Starlette
 
+from nodes.ending import cancel_on_signal
 from nodes.explorer.app import Board, make_app
 from nodes.explorer.source import Place, Source
 from nodes.homes import read_config, read_network
@@ -84,20 +84,13 @@ async def _run(board: Board, host: str, port: int, host_names: Sequence[str]) ->
     app = cast(Starlette, make_app(board, host_names))
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_cancel_on_signal, nursery.cancel_scope)
+            nursery.start_soon(cancel_on_signal, nursery.cancel_scope)
             bound = await nursery.start(serve_http, app, host, port)
             nursery.start_soon(board.run)
             sys.stdout.write(f"explorer  http://{_in_url(host)}:{bound}/   (Ctrl-C ends it)\n")
             sys.stdout.flush()
     except* OperatorError:
         raise OperatorError(f"cannot listen on {host}:{port}: choose another --port or --host") from None
-
-
-async def _cancel_on_signal(scope: trio.CancelScope) -> None:
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async for _ in signals:
-            scope.cancel()
-            return
 
 
 def _in_url(host: str) -> str:
