@@ -23,6 +23,7 @@ from p2pfm.config import WEI_PER_PFM, NodeConfig
 from p2pfm.errors import ChainError, ConfigError, OperatorError, P2PFMError
 from p2pfm.lora.samples import read_samples
 from p2pfm.runtime.clock import describe_offset
+from p2pfm.runtime.endpoints import name_endpoint
 from p2pfm.runtime.network.peer_book import PRIVATE, get_scope, parse_address
 from p2pfm.runtime.node import validate_rules
 from p2pfm.runtime.web3_ledger import READ_ONLY_KEY, Web3Ledger, open_ledger
@@ -137,16 +138,17 @@ def _check_model(config: NodeConfig) -> Check:
 
 
 def _check_chain(config: NodeConfig, ledger: Web3Ledger) -> Check:
+    place = name_endpoint(config.rpc)
     try:
         validate_rules(config.network, ledger.get_params())
         head, roster = ledger.get_head(), ledger.get_roster()
     except ChainError as error:
-        return Check("chain", "fail", str(error), f"`rpc` is {config.rpc}; `p2pfm testnet up` starts a local chain")
+        return Check("chain", "fail", str(error), f"`rpc` is {place}; `p2pfm testnet up` starts a local chain")
     except OperatorError as error:
         return Check("chain", "fail", str(error), "the TOML and the contract belong to different networks")
     newest = f"round {head.round} settled" if head else "no round settled yet"
     count = sum(member.active for member in roster.members)
-    return Check("chain", "ok", f"{config.rpc}: {newest}, {count} active members, restart {roster.nonce}")
+    return Check("chain", "ok", f"{place}: {newest}, {count} active members, restart {roster.nonce}")
 
 
 def _check_clock(config: NodeConfig, ledger: Web3Ledger) -> Check:

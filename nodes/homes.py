@@ -16,6 +16,7 @@ import tomli_w
 
 from p2pfm.config import NetworkConfig, NodeConfig, parse_node_config
 from p2pfm.errors import ConfigError, OperatorError
+from p2pfm.runtime.files import write_durably
 from p2pfm.runtime.keys import Keys, create_keys, load_keys
 
 CONFIG_NAME = "node.toml"
@@ -54,9 +55,12 @@ def write_secret(path: Path, text: str) -> None:
 
 
 def write_config(path: Path, config: NodeConfig) -> None:
-    """The configuration as TOML, all keys spelled out but those of `limits`."""
+    """The configuration as TOML, all keys spelled out but those of `limits`.
+
+    For its owner only: the chain's endpoint may hold a key.
+    """
     values: dict[str, Any] = msgspec.to_builtins(config)
-    path.write_text(tomli_w.dumps(values), encoding="utf-8")
+    write_durably(path, tomli_w.dumps(values).encode())
 
 
 def read_config(path: Path) -> NodeConfig:

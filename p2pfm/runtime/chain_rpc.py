@@ -31,6 +31,7 @@ from web3.exceptions import (
 from web3.types import RPCEndpoint
 
 from p2pfm.errors import ChainError, Reverted
+from p2pfm.runtime.endpoints import hide_endpoint, name_endpoint
 
 REQUEST_SECONDS_MAX = 20.0
 PATIENCE_S = 120.0
@@ -48,6 +49,8 @@ SENT_MAX = 256
 """Signed transactions kept, to send them again when the chain forgets blocks that held them."""
 REFUSALS = {*range(400, 429)} - {408}
 """HTTP status codes of a request that is refused for what it asks; others may pass when tried again."""
+GARBLED = (ValueError, TypeError, AttributeError, KeyError)
+"""What web3 makes of an answer that is none."""
 GAS_MARGIN = 1.25
 """Over the estimate: the state may have moved by the time the transaction runs."""
 TIP_WEI = 1
@@ -95,6 +98,7 @@ class Rpc:
             exception_retry_configuration=None,
         )
         self._url = url
+        self._name = name_endpoint(url)
         self._web3 = Web3(provider)
         self._chain_id = chain_id
         self._signer = Account.from_key(private_key)
@@ -116,7 +120,7 @@ class Rpc:
         """The chain id. Raises: ChainError when it is not the expected one."""
         found = int(self._guard(lambda: self._web3.eth.chain_id))
         if self._chain_id not in (None, found):
-            raise ChainError(f"expected chain id {self._chain_id} at {self._url}, got {found}; check `rpc`")
+            raise ChainError(f"expected chain id {self._chain_id} at {self._name}, got {found}; check `rpc`")
         self._chain_id = found
         return found
 
@@ -286,23 +290,31 @@ class Rpc:
                     raise
                 time.sleep(POLL_S)
 
+    def _tell(self, error: Exception) -> str:
+        """What went wrong, without the endpoint's key: others read it in /status, logs and on the explorer's page."""
+        return hide_endpoint(
+            f"{type(error).__name__}: {error}" if isinstance(error, GARBLED) else str(error), self._url
+        )
+
     def _guard(self, action: Callable[[], T]) -> T:
         try:
             return action()
         except ContractLogicError as error:
             raise _reverted(error) from error
         except BadFunctionCallOutput as error:
-            raise NoContract(f"no contract answers at {self._url}: has the chain begun anew?") from error
+            raise NoContract(f"no contract answers at {self._name}: has the chain begun anew?") from error
         except RequestException as error:
             if isinstance(error, HTTPError) and error.response is not None and error.response.status_code in REFUSALS:
-                raise ChainError(f"the chain at {self._url} refused: {error}") from error
+                raise ChainError(f"the chain at {self._name} refused: {self._tell(error)}") from error
             raise Unreachable(
-                f"no answer from the chain at {self._url} ({type(error).__name__}); is it running?"
+                f"no answer from the chain at {self._name} ({type(error).__name__}); is it running?"
             ) from error
         except Web3Exception as error:
-            raise ChainError(f"the chain at {self._url} refused: {error}") from error
-        except (ValueError, TypeError, AttributeError, KeyError) as error:  # what web3 makes of an answer that is none
-            raise ChainError(f"no JSON-RPC endpoint answers at {self._url} ({error!r:.80}); check `rpc`") from error
+            raise ChainError(f"the chain at {self._name} refused: {self._tell(error)}") from error
+        except GARBLED as error:
+            raise ChainError(
+                f"no JSON-RPC endpoint answers at {self._name} ({self._tell(error):.80}); check `rpc`"
+            ) from error
 
 
 def read_artifact(contract: str) -> Mapping[str, Any]:

@@ -43,6 +43,7 @@ from p2pfm.runtime.backend import Backend
 from p2pfm.runtime.clock import ClockReport, compute_offset_max, now_ms
 from p2pfm.runtime.door import Door
 from p2pfm.runtime.effects import Effects
+from p2pfm.runtime.endpoints import name_endpoint
 from p2pfm.runtime.envelopes import seal
 from p2pfm.runtime.event_log import EventLogWriter
 from p2pfm.runtime.gateway import Gateway
@@ -298,7 +299,7 @@ class Node:
         except ChainError as error:
             if self._store.load_durable() is None:
                 raise OperatorError(
-                    f"chain: {error}. Check `rpc` in the node's TOML (now {self.config.rpc}); "
+                    f"chain: {error}. Check `rpc` in the node's TOML (now {name_endpoint(self.config.rpc)}); "
                     "`p2pfm testnet up` starts a local one"
                 ) from error
             log.warning("chain: %s; going on with what is known", error)

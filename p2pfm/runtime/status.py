@@ -14,6 +14,7 @@ from p2pfm.protocol.membership import get_member
 from p2pfm.protocol.peer import Peer
 from p2pfm.protocol.phases import Level, Phase, compute_position, get_durations
 from p2pfm.protocol.place import NO_SHARD
+from p2pfm.runtime.endpoints import name_endpoint
 from p2pfm.settlement.rewards import NOTHING, from_wire
 from p2pfm.types import NANO, Millis, Round
 
@@ -131,7 +132,7 @@ def _chain_status(node: "Node") -> dict[str, Any]:
     return {
         "chain_id": chain.chain_id,
         "federation": chain.federation,
-        "rpc": node.config.rpc,
+        "rpc": name_endpoint(node.config.rpc),
         "error": settler.chain_error,
         "member": member.index if member else None,
         "members": len(settler.roster.members) if settler.roster else 0,
