@@ -17,6 +17,7 @@ from typing import Any, Literal
 import httpx
 import msgspec
 
+from nodes.homes import KEYS_NAME
 from nodes.models import LINEAR, resolve
 from nodes.stakes import describe_pool, describe_stake
 from p2pfm.config import WEI_PER_PFM, NodeConfig
@@ -83,7 +84,7 @@ def examine(config: NodeConfig, account: str) -> Iterator[Check]:
 
 def _check_home(config: NodeConfig) -> Check:
     home = Path(config.home)
-    keys = home / "keys"
+    keys = home / KEYS_NAME
     if not keys.is_dir():
         return Check("keys", "fail", f"no keys in {keys}", "`p2pfm init` makes a node's folder")
     for path in sorted(keys.iterdir()):

@@ -6,7 +6,9 @@ Knows files and the command line's environment; nothing of the network.
 import contextlib
 import os
 import secrets
+import shutil
 import socket
+import tempfile
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,11 @@ import tomli_w
 
 from p2pfm.config import NetworkConfig, NodeConfig, parse_node_config
 from p2pfm.errors import ConfigError, OperatorError
-from p2pfm.runtime.files import write_durably
+from p2pfm.runtime.files import PRIVATE_FOLDER, sync_folder, write_durably
 from p2pfm.runtime.keys import Keys, create_keys, load_keys
 
 CONFIG_NAME = "node.toml"
+KEYS_NAME = "keys"
 PASSWORD_NAME = "password"
 PASSWORD_VARIABLE = "P2PFM_PASSWORD"
 PORTS = range(20_000, 32_000)
@@ -29,29 +32,44 @@ PORTS = range(20_000, 32_000)
 def create_home(config: NodeConfig, home: Path, password: str | None, *, is_light: bool = False) -> Keys:
     """Make keys and node.toml in `home`, to which the paths in `config` are relative.
 
-    Without a password a random one is made and kept beside the keys (0600).
+    Without a password a random one is made and kept beside the keys (0600). Interrupted or on a full disk, nothing is
+    left that a second try would stumble over: all is made in a hidden folder, and moved when it is whole.
 
     Raises:
-        OperatorError: the folder holds a node already.
+        OperatorError: the folder holds a node already, or cannot be written.
     """
     path = home / CONFIG_NAME
     if path.exists():
         raise OperatorError(
             f"{home} holds a node already; choose another folder, or run `p2pfm node run --config {path}`"
         )
-    home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if password is None:
-        password = secrets.token_urlsafe(24)
-        write_secret(home / PASSWORD_NAME, password)
-    keys = create_keys(home / "keys", password, light=is_light)
-    write_config(path, config)
+    held = [name for name in (KEYS_NAME, PASSWORD_NAME) if (home / name).exists()]
+    if held:
+        raise OperatorError(
+            f"{home} holds {' and '.join(held)} of a node without its {CONFIG_NAME}: restore that file from your "
+            "backup; choose another folder; or, if nothing was ever staked with these keys, remove them"
+        )
+    is_new = not home.exists()
+    home.parent.mkdir(parents=True, exist_ok=True, mode=PRIVATE_FOLDER)
+    # A folder that exists may be a volume of its own, so what comes into it is made within it.
+    made = Path(tempfile.mkdtemp(prefix=".init-", dir=home.parent if is_new else home))
+    try:
+        if password is None:
+            password = secrets.token_urlsafe(24)
+            write_durably(made / PASSWORD_NAME, password.encode())
+        keys = create_keys(made / KEYS_NAME, password, light=is_light)
+        write_config(made / CONFIG_NAME, config)
+        if is_new:
+            made.rename(home)
+            sync_folder(home.parent)
+        else:
+            for name in (PASSWORD_NAME, KEYS_NAME, CONFIG_NAME):
+                if (made / name).exists():
+                    (made / name).rename(home / name)
+            sync_folder(home)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
     return keys
-
-
-def write_secret(path: Path, text: str) -> None:
-    """Write a file that only its owner can read, from its first byte on."""
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-        file.write(text)
 
 
 def write_config(path: Path, config: NodeConfig) -> None:
@@ -124,7 +142,7 @@ def open_keys(config: NodeConfig, password_file: Path | None) -> Keys:
         password = beside.read_text(encoding="utf-8").strip()
     else:
         raise OperatorError(f"no password for {home}: set {PASSWORD_VARIABLE} or give --password-file")
-    return load_keys(home / "keys", password)
+    return load_keys(home / KEYS_NAME, password)
 
 
 def get_free_port() -> int:
