@@ -334,13 +334,14 @@ def node_doctor(
     from nodes.homes import open_keys, read_config
 
     config = read_config(config_file)
+    account, problem = "", None
     try:
         account = open_keys(config, password_file).account_address
-    except OperatorError:
-        account = ""
+    except OperatorError as error:
+        problem = error
     colours = {"ok": "green", "warn": "yellow", "fail": "red"}
     checks = []
-    for check in examine(config, account):
+    for check in examine(config, account, problem):
         checks.append(check)
         if not as_json:
             line = f"[{colours[check.verdict]}]{check.verdict:4}[/] {check.name:13}"

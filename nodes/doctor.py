@@ -17,7 +17,7 @@ from typing import Any, Literal
 import httpx
 import msgspec
 
-from nodes.homes import KEYS_NAME
+from nodes.homes import KEYS_NAME, NoPassword
 from nodes.models import LINEAR, resolve
 from nodes.stakes import describe_pool, describe_stake
 from p2pfm.config import WEI_PER_PFM, NodeConfig
@@ -53,11 +53,12 @@ class Check(msgspec.Struct, frozen=True):
     """What to do about it; empty when nothing is wrong."""
 
 
-def examine(config: NodeConfig, account: str) -> Iterator[Check]:
-    """All checks, in the order in which a node needs things. `account`: its Ethereum address, "" when not known."""
+def examine(config: NodeConfig, account: str, problem: OperatorError | None = None) -> Iterator[Check]:
+    """All checks, in the order in which a node needs things. `account`: its Ethereum address, "" when not known;
+    `problem`: why its keys could not be opened."""
     ledger = open_ledger(config, READ_ONLY_KEY)
     checks: dict[str, Callable[[], Check]] = {
-        "keys": lambda: _check_home(config),
+        "keys": lambda: _check_home(config, problem),
         "disk": lambda: _check_disk(config),
         "data": lambda: _check_data(config),
         "probe": lambda: _check_probe(config),
@@ -82,7 +83,7 @@ def examine(config: NodeConfig, account: str) -> Iterator[Check]:
 # --- this machine -----------------------------------------------------------------------------------------------------
 
 
-def _check_home(config: NodeConfig) -> Check:
+def _check_home(config: NodeConfig, problem: OperatorError | None) -> Check:
     home = Path(config.home)
     keys = home / KEYS_NAME
     if not keys.is_dir():
@@ -92,6 +93,10 @@ def _check_home(config: NodeConfig) -> Check:
             return Check("keys", "fail", f"{path} can be read by others", f"chmod 600 {path}")
     if not os.access(home, os.W_OK):
         return Check("keys", "fail", f"{home} cannot be written", "run as its owner")
+    if isinstance(problem, NoPassword):
+        return Check("keys", "warn", str(problem), "without it nobody can tell whether the keys are whole")
+    if problem is not None:
+        return Check("keys", "fail", str(problem), "`p2pfm node run` would say the same: mend what the line says")
     return Check("keys", "ok", f"{keys}, readable by their owner only")
 
 

@@ -11,15 +11,15 @@ import socket
 import tempfile
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import tomli_w
 
 from p2pfm.config import NetworkConfig, NodeConfig, parse_node_config
 from p2pfm.errors import ConfigError, OperatorError
-from p2pfm.runtime.files import PRIVATE_FOLDER, sync_folder, write_durably
-from p2pfm.runtime.keys import Keys, create_keys, load_keys
+from p2pfm.runtime.files import PRIVATE_FOLDER, refuse_shared, sync_folder, write_durably
+from p2pfm.runtime.keys import Keys, WrongPassword, create_keys, load_keys
 
 CONFIG_NAME = "node.toml"
 KEYS_NAME = "keys"
@@ -27,6 +27,17 @@ PASSWORD_NAME = "password"
 PASSWORD_VARIABLE = "P2PFM_PASSWORD"
 PORTS = range(20_000, 32_000)
 """Below those that systems give to outgoing connections: one of these would be gone before its server binds it."""
+
+
+class Password(NamedTuple):
+    """And where it came from, for messages."""
+
+    text: str
+    source: str
+
+
+class NoPassword(OperatorError):
+    """Nobody gave one, so nobody knows whether the keys are good."""
 
 
 def create_home(config: NodeConfig, home: Path, password: str | None, *, is_light: bool = False) -> Keys:
@@ -126,23 +137,52 @@ def read_network(path: Path) -> NetworkConfig:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def open_keys(config: NodeConfig, password_file: Path | None) -> Keys:
-    """The node's keys; password from a file, $P2PFM_PASSWORD, or the file that `init` left beside them.
+def find_password(password_file: Path | None) -> Password | None:
+    """From a file, else from $P2PFM_PASSWORD; None: neither is there. Space around it is no part of it.
 
     Raises:
-        OperatorError: no password, or a wrong one.
+        OperatorError: empty, or a file that cannot be read, or that others can.
+    """
+    if password_file is not None:
+        return _read_password(password_file)
+    if PASSWORD_VARIABLE not in os.environ:
+        return None
+    return _as_password(os.environ[PASSWORD_VARIABLE], f"${PASSWORD_VARIABLE}")
+
+
+def open_keys(config: NodeConfig, password_file: Path | None) -> Keys:
+    """The node's keys; password as `find_password` has it, or from the file that `init` left beside them.
+
+    Raises:
+        NoPassword: there is none.
+        OperatorError: a wrong one, or keys that cannot be used.
     """
     home = Path(config.home)
-    beside = home / PASSWORD_NAME
-    if password_file is not None:
-        password = password_file.read_text(encoding="utf-8").strip()
-    elif PASSWORD_VARIABLE in os.environ:
-        password = os.environ[PASSWORD_VARIABLE]
-    elif beside.exists():
-        password = beside.read_text(encoding="utf-8").strip()
-    else:
-        raise OperatorError(f"no password for {home}: set {PASSWORD_VARIABLE} or give --password-file")
-    return load_keys(home / KEYS_NAME, password)
+    password = find_password(password_file)
+    if password is None and (home / PASSWORD_NAME).exists():
+        password = _read_password(home / PASSWORD_NAME)
+    if password is None:
+        raise NoPassword(f"no password for {home}: set {PASSWORD_VARIABLE} or give --password-file")
+    try:
+        return load_keys(home / KEYS_NAME, password.text)
+    except WrongPassword as error:
+        raise OperatorError(f"{error}: tried the one from {password.source}") from error
+
+
+def _read_password(path: Path) -> Password:
+    try:
+        refuse_shared(path)
+        return _as_password(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise OperatorError(f"cannot read the password in {path}: {error.strerror}") from error
+    except UnicodeDecodeError:  # its text would show what stands in the file
+        raise OperatorError(f"{path}: expected a password in UTF-8, got other bytes") from None
+
+
+def _as_password(text: str, source: str) -> Password:
+    if not text.strip():
+        raise OperatorError(f"{source}: expected a password, got nothing; `openssl rand -base64 24` makes one")
+    return Password(text.strip(), source)
 
 
 def get_free_port() -> int:

@@ -2,7 +2,6 @@
 
 import hmac
 import re
-import stat
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -11,7 +10,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from p2pfm.errors import OperatorError
-from p2pfm.runtime.files import PRIVATE_FILE
+from p2pfm.runtime.files import refuse_shared
 from p2pfm.runtime.http_replies import CLIENT, make_error
 from p2pfm.runtime.openai_wire import ApiError
 
@@ -54,9 +53,7 @@ def read_api_keys(file: str) -> ApiKeys:
         return ApiKeys({})
     path = Path(file)
     try:
-        mode = stat.S_IMODE(path.stat().st_mode)
-        if mode & ~PRIVATE_FILE:
-            raise OperatorError(f"{path} can be used by others (mode {mode:o}); run: chmod 600 {path}")
+        refuse_shared(path)
         if path.stat().st_size > KEYS_BYTES_MAX:
             raise OperatorError(f"{path}: expected at most {KEYS_BYTES_MAX} bytes; is http.api_keys_file this file?")
         lines = path.read_text(encoding="ascii").splitlines()

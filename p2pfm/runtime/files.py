@@ -3,6 +3,7 @@ contents.
 """
 
 import os
+import stat
 from pathlib import Path
 
 from p2pfm.errors import OperatorError
@@ -17,6 +18,14 @@ def make_private_folder(folder: Path) -> None:
         folder.mkdir(mode=PRIVATE_FOLDER, parents=True, exist_ok=True)
     except OSError as error:
         raise OperatorError(f"cannot create {folder}: {error.strerror}") from error
+
+
+def refuse_shared(path: Path) -> None:
+    """A file that holds a secret is its owner's alone. Raises: OperatorError if others can use it, OSError."""
+    told = path.stat().st_mode
+    mode = stat.S_IMODE(told)
+    if stat.S_ISREG(told) and mode & ~PRIVATE_FILE:  # a pipe has no readers but the two at its ends
+        raise OperatorError(f"{path} can be used by others (mode {mode:o}); run: chmod 600 {path}")
 
 
 def write_durably(path: Path, data: bytes, *, is_new: bool = False) -> None:

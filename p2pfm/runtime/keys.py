@@ -5,7 +5,6 @@ Knows files and formats only; who signs what is others' affair.
 
 import json
 import os
-import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from libp2p.crypto.keys import KeyPair
 from libp2p.peer.id import ID
 
 from p2pfm.errors import OperatorError
-from p2pfm.runtime.files import PRIVATE_FILE, make_private_folder, write_durably
+from p2pfm.runtime.files import make_private_folder, refuse_shared, write_durably
 from p2pfm.settlement import bls
 from p2pfm.types import PeerId
 
@@ -30,6 +29,10 @@ BLS_FILE = "bls.json"
 """The same format around the BLS secret's 32-byte seed."""
 KDF_ROUNDS = 2**18  # scrypt's N as geth uses it: about a second
 KDF_ROUNDS_LIGHT = 2**12  # localnets and tests: milliseconds
+
+
+class WrongPassword(OperatorError):
+    """The keys are encrypted with another one."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ def load_keys(folder: Path, password: str) -> Keys:
     """The keys in `folder`.
 
     Raises:
-        OperatorError: a file is missing, readable by others, damaged, or the password is wrong.
+        OperatorError: a file is missing, readable by others, or damaged.
+        WrongPassword: it is another one.
     """
     seed = _read_private(folder / PEER_FILE)
     if len(seed) != 32:
@@ -111,17 +115,16 @@ def _decrypt(path: Path, password: str) -> bytes:
     try:
         return bytes(eth_keyfile.decode_keyfile_json(json.loads(data), password.encode()))
     except ValueError as error:
-        hint = "wrong password" if "MAC" in str(error) else "damaged; restore it from your backup"
-        raise OperatorError(f"{path}: {hint}") from error
+        if "MAC" in str(error):
+            raise WrongPassword(f"{path}: wrong password") from error
+        raise OperatorError(f"{path}: damaged; restore it from your backup") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise OperatorError(f"{path}: not an Ethereum keystore; restore it from your backup") from error
 
 
 def _read_private(path: Path) -> bytes:
     try:
-        mode = stat.S_IMODE(path.stat().st_mode)
-        if mode & ~PRIVATE_FILE:
-            raise OperatorError(f"{path} can be used by others (mode {mode:o}); run: chmod 600 {path}")
+        refuse_shared(path)
         return path.read_bytes()
     except FileNotFoundError as error:
         raise OperatorError(f"no key file {path}; `p2pfm init` makes one") from error

@@ -126,8 +126,10 @@ def test_no_stake_names_the_account_that_needs_it(home: Path) -> None:
 def test_a_wrong_password_is_told_without_showing_it(home: Path, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong"
     wrong.write_text("not-the-password")
+    wrong.chmod(0o600)
     told = run_node(home, "--password-file", str(wrong))
     assert "wrong password" in told
+    assert str(wrong) in told, "where it came from"
     assert "not-the-password" not in told
 
 

@@ -1,6 +1,9 @@
 """`p2pfm node doctor`: every line on a real home, a real chain and no network yet, and what it says of each mistake."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,3 +83,44 @@ def test_mistakes_on_this_machine_are_named(config: NodeConfig) -> None:
     told = look(msgspec.structs.replace(config, data=config.data + "x", probe=config.data, bootstrap=(nobody,)))
     assert {told[name].verdict for name in ("keys", "data", "probe", "bootstrap")} == {"fail"}, told
     assert told["keys"].step == f"chmod 600 {key}"
+
+
+def consult(config: NodeConfig, *more: str, **environment: str) -> tuple[int, dict[str, dict[str, str]]]:
+    """The command's exit code and what it says, by check."""
+    done = subprocess.run(
+        [sys.executable, "-m", "nodes.cli", "node", "doctor", "--json", "--config",
+         str(Path(config.home) / CONFIG_NAME), *more],
+        capture_output=True, text=True, timeout=60, check=False, env=os.environ | environment,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, {check["name"]: check for check in json.loads(done.stdout)}
+
+
+@pytest.mark.parametrize(("name", "content"), [("bls.json", None), ("account.json", "{}")])
+def test_keys_with_which_a_node_cannot_start_are_a_failure(config: NodeConfig, name: str, content: str | None) -> None:
+    path = Path(config.home) / "keys" / name
+    path.unlink() if content is None else path.write_text(content)
+    code, told = consult(config)
+    assert (code, told["keys"]["verdict"]) == (3, "fail")
+    assert name in told["keys"]["found"]
+
+
+def test_a_password_that_is_not_there_or_wrong_is_told(config: NodeConfig) -> None:
+    assert consult(config, P2PFM_PASSWORD="other")[1]["keys"]["found"].endswith("from $P2PFM_PASSWORD")
+    (Path(config.home) / "password").unlink()
+    told = consult(config)[1]["keys"]
+    assert (told["verdict"], "--password-file" in told["found"]) == ("warn", True)
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "found"),
+    [(b"secret", 0o644, "chmod 600"), (b"\xff\xfe", 0o600, "UTF-8"), (b" \n", 0o600, "got nothing")],
+)
+def test_a_password_file_must_be_private_text(
+    config: NodeConfig, tmp_path: Path, content: bytes, mode: int, found: str
+) -> None:
+    path = tmp_path / "given"
+    path.write_bytes(content)
+    path.chmod(mode)
+    told = consult(config, "--password-file", str(path))[1]["keys"]
+    assert (told["verdict"], found in told["found"], str(path) in told["found"]) == ("fail", True, True)
