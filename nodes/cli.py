@@ -229,7 +229,7 @@ def init(
     listen: Annotated[str, typer.Option(help="libp2p listen address.")] = "/ip4/127.0.0.1/tcp/0",
     http_port: Annotated[int, typer.Option(help="Port of the HTTP side.")] = 8000,
     password_file: Annotated[
-        Path | None, typer.Option(help="Password for the keys; else a random one is kept.")
+        Path | None, typer.Option(help="Password for the keys; else $P2PFM_PASSWORD, else a random one is kept.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -238,7 +238,7 @@ def init(
     Example: `p2pfm init alice --network net/peer-0/node.toml --data alice.jsonl --rpc http://127.0.0.1:8545
     --bootstrap /ip4/127.0.0.1/tcp/4001/p2p/12D3...`
     """
-    from nodes.homes import CONFIG_NAME, create_home, read_network
+    from nodes.homes import CONFIG_NAME, create_home, find_password, read_network, validate_node
     from nodes.models import LINEAR
     from p2pfm.config import HttpConfig, NodeConfig, ServingConfig, make_transport_limits
 
@@ -255,8 +255,9 @@ def init(
         serving=ServingConfig(enabled=rules.backbone != LINEAR),
         limits=make_transport_limits(rules),
     )
-    password = password_file.read_text(encoding="utf-8").strip() if password_file else None
-    keys = create_home(config, home, password)
+    password = find_password(password_file)
+    validate_node(config)
+    keys = create_home(config, home, password.text if password else None)
     told = {"peer": keys.peer, "account": keys.account_address, "config": str(home / CONFIG_NAME)}
     if as_json:
         _print_json(told)

@@ -18,8 +18,11 @@ import tomli_w
 
 from p2pfm.config import NetworkConfig, NodeConfig, parse_node_config
 from p2pfm.errors import ConfigError, OperatorError
+from p2pfm.lora.samples import read_probe, read_samples
+from p2pfm.runtime.endpoints import NO_ENDPOINT, name_endpoint
 from p2pfm.runtime.files import PRIVATE_FOLDER, refuse_shared, sync_folder, write_durably
 from p2pfm.runtime.keys import Keys, WrongPassword, create_keys, load_keys
+from p2pfm.runtime.network.peer_book import parse_address
 
 CONFIG_NAME = "node.toml"
 KEYS_NAME = "keys"
@@ -88,8 +91,32 @@ def write_config(path: Path, config: NodeConfig) -> None:
 
     For its owner only: the chain's endpoint may hold a key.
     """
+    write_durably(path, _format(config).encode())
+
+
+def _format(config: NodeConfig) -> str:
     values: dict[str, Any] = msgspec.to_builtins(config)
-    write_durably(path, tomli_w.dumps(values).encode())
+    return tomli_w.dumps(values)
+
+
+def validate_node(config: NodeConfig) -> None:
+    """Refuse now what `p2pfm node run` would refuse once the keys are made. Paths as they are from here.
+
+    Raises:
+        OperatorError: names the key or the file.
+    """
+    parse_node_config(_format(config))
+    if name_endpoint(config.rpc) == NO_ENDPOINT or not config.rpc.startswith(("http://", "https://")):
+        raise ConfigError(f"rpc: expected http://HOST:PORT of an Ethereum JSON-RPC endpoint, got {config.rpc!r}")
+    if parse_address(config.listen) is None:
+        raise ConfigError(f"listen: expected e.g. /ip4/127.0.0.1/tcp/4001, got {config.listen!r}")
+    for address in config.bootstrap:
+        parsed = parse_address(address)
+        if parsed is None or not parsed.peer:
+            raise ConfigError(f"bootstrap: expected /ip4/HOST/tcp/PORT/p2p/PEER_ID, got {address!r}")
+    read_samples(Path(config.data))
+    if config.probe and read_probe(Path(config.probe)).digest.hex() != config.network.probe:
+        raise OperatorError(f"{config.probe} is not the network's probe set; without --probe a peer gives it")
 
 
 def read_config(path: Path) -> NodeConfig:
@@ -133,7 +160,7 @@ def read_network(path: Path) -> NetworkConfig:
         return msgspec.convert(values.get("network", values), NetworkConfig)
     except OSError as error:
         raise ConfigError(f"{path}: {error}") from error
-    except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+    except (tomllib.TOMLDecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
 
 

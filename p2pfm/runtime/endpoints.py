@@ -5,6 +5,7 @@ from urllib.parse import urlsplit
 SECRET_CHARS_MIN = 4
 """A shorter part of an address is no secret, and stands in too many words to be looked for."""
 HIDDEN = "..."
+NO_ENDPOINT = "an address that is none"
 
 
 def name_endpoint(url: str) -> str:
@@ -13,9 +14,9 @@ def name_endpoint(url: str) -> str:
         parts = urlsplit(url)
         port = parts.port
     except ValueError:
-        return "an address that is none"
+        return NO_ENDPOINT
     if not parts.scheme or not parts.hostname:
-        return "an address that is none"
+        return NO_ENDPOINT
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     return f"{parts.scheme}://{host}" + (f":{port}" if port is not None else "")
 

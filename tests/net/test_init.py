@@ -90,3 +90,52 @@ def test_an_init_that_is_interrupted_at_its_keys_can_be_run_again(tmp_path: Path
     done = run(command)
     assert done.returncode == 0, done.stderr
     assert is_whole(tmp_path / "home")
+
+
+@pytest.mark.parametrize(
+    ("option", "content", "says"),
+    [
+        ("--network", b"\xff\xfe", "utf-8"),
+        ("--password-file", b"\xff\xfe", "UTF-8"),
+        ("--password-file", b" \n", "expected a password"),
+        ("--data", b"", "no samples"),
+        ("--probe", b"{}", "split"),
+        ("--rpc", b"127.0.0.1:8545", "rpc: expected http://"),
+        ("--rpc", b"", "rpc: expected http://"),
+        ("--listen", b"garbage", "listen: expected"),
+        ("--bootstrap", b"/ip4/127.0.0.1/tcp/1", "bootstrap: expected"),
+        ("--http-port", b"70000", "http.port: expected 0 to 65535"),
+    ],
+)
+def test_init_refuses_what_node_run_would_before_it_makes_keys(
+    tmp_path: Path, option: str, content: bytes, says: str
+) -> None:
+    given = tmp_path / "given"
+    given.write_bytes(content)
+    given.chmod(0o600)
+    is_file = option in ("--network", "--password-file", "--data", "--probe")
+    done = run(make_command(tmp_path, option, str(given) if is_file else content.decode()))
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert says in line
+    assert not (tmp_path / "home").exists()
+
+
+def test_init_refuses_a_network_whose_rules_cannot_work(tmp_path: Path) -> None:
+    command = make_command(tmp_path)
+    path = tmp_path / "network.toml"
+    path.write_text(path.read_text().replace("committee_size = 9", "committee_size = 0"))
+    done = run(command)
+    assert (done.returncode, "committee_size: expected 1" in done.stderr) == (2, True)
+    assert not (tmp_path / "home").exists()
+
+
+def test_init_takes_the_password_from_where_node_run_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(make_command(tmp_path), P2PFM_PASSWORD=" secret\n").returncode == 0
+    config = read_config(tmp_path / "home" / CONFIG_NAME)
+    assert not (tmp_path / "home" / homes.PASSWORD_NAME).exists()
+    monkeypatch.setenv(homes.PASSWORD_VARIABLE, "secret")
+    assert open_keys(config, None).peer
+    monkeypatch.setenv(homes.PASSWORD_VARIABLE, "")
+    with pytest.raises(OperatorError, match=r"\$P2PFM_PASSWORD: expected a password"):
+        open_keys(config, None)
