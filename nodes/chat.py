@@ -5,7 +5,6 @@ version, and when a replica or a gateway was replaced. What replicas write canno
 """
 
 import sys
-import unicodedata
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from nodes.gateways import Anew, Gateways, Moved, Piece, Question, Refused
+from nodes.printable import make_printable
 from p2pfm.errors import OperatorError, WorldError
 from p2pfm.types import short
 
@@ -24,9 +24,6 @@ with suppress(ImportError):  # absent on Windows; where it is, `input` edits lin
 
 HISTORY_MESSAGES_MAX = 64
 """Older turns are left out of the next question."""
-
-BIDIRECTIONAL = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-"""Turn around what stands beside them."""
 
 PROMPT = "\001\033[1;36m\002you>\001\033[0m\002 "
 """The numbers tell readline what takes no room."""
@@ -252,17 +249,6 @@ def describe_answer(answer: Answer, url: str, model: str) -> str:
         "num_gateways_failed": answer.num_moves,
     }
     return msgspec.json.encode(told).decode()
-
-
-def make_printable(text: str) -> str:
-    """`text` without what would steer a terminal: control characters (but lines and tabs), and turned directions."""
-    return "".join(
-        "\ufffd" if character in BIDIRECTIONAL or _is_control(character) else character for character in text
-    )
-
-
-def _is_control(character: str) -> bool:
-    return character not in "\n\t" and unicodedata.category(character) == "Cc"
 
 
 def _print_note(console: Console, text: str) -> None:

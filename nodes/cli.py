@@ -28,11 +28,13 @@ from typing import Annotated, Any, Literal
 import httpx
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from nodes.explorer.command import explorer
 from nodes.logs import is_json, set_up_logging
+from nodes.printable import make_printable
 from nodes.rewards.cli import app as rewards_app
 from nodes.stakes import pool_app, stake_app
 from nodes.tied import describe_end, end_with_stdin
@@ -177,8 +179,13 @@ def _fail(error: Exception, code: Exit) -> None:
     if is_json():
         log.critical("%s", error)
     else:
-        err.print("[red]error:[/]", Text(str(error)), highlight=False, soft_wrap=True)
+        err.print("[red]error:[/]", escape(make_printable(str(error))), highlight=False, soft_wrap=True)
     raise SystemExit(int(code))
+
+
+def _say(text: str) -> None:
+    """Text for people as it is: paths, names and what others wrote are no markup."""
+    out.print(make_printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_json(value: Any) -> None:
@@ -263,12 +270,11 @@ def init(
         _print_json(told)
         return
     for key, value in told.items():
-        out.print(f"{key:8} {value}", highlight=False, soft_wrap=True)
-    out.print(
+        _say(f"{key:8} {value}")
+    _say(
         f"\nSend the account its stake ({config.stake_pfm} PFM) and some ether "
         f"(`p2pfm testnet endow {keys.account_address}` on a local testnet), then:\n"
-        f"  p2pfm node run --config {home / CONFIG_NAME}",
-        soft_wrap=True,
+        f"  p2pfm node run --config {home / CONFIG_NAME}"
     )
 
 
@@ -346,9 +352,10 @@ def node_doctor(
         checks.append(check)
         if not as_json:
             line = f"[{colours[check.verdict]}]{check.verdict:4}[/] {check.name:13}"
-            out.print(line, check.found, highlight=False, soft_wrap=True)
+            out.print(line, escape(make_printable(check.found)), highlight=False, soft_wrap=True)
             if check.step:
-                out.print(f"{'':19}{check.step}", style="dim", highlight=False, soft_wrap=True)
+                step = escape(make_printable(check.step))
+                out.print(f"{'':19}{step}", style="dim", highlight=False, soft_wrap=True)
     if as_json:
         _print_json([{f: getattr(check, f) for f in check.__struct_fields__} for check in checks])
     if any(check.verdict == "fail" for check in checks):
@@ -540,7 +547,7 @@ def adapter_export(
         _print_json({"folder": str(folder), "base": base.digest.hex(), "round": base.round})
     else:
         when = "from before the first round" if base.round is None else f"of round {base.round}"
-        out.print(f"{folder}: base {base.digest.hex()[:16]} {when}", highlight=False, soft_wrap=True)
+        _say(f"{folder}: base {base.digest.hex()[:16]} {when}")
 
 
 @adapter_app.command("serve")
@@ -563,7 +570,7 @@ def adapter_serve(
         _print_json({"id": card.id, "model": card.model, "version": card.version, "rank": card.rank})
     else:
         here = f"{card.model} here, " if card.model else ""
-        out.print(f"{here}{card.id} on every node", highlight=False, soft_wrap=True)
+        _say(f"{here}{card.id} on every node")
 
 
 # --- demo ---

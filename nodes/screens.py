@@ -12,64 +12,88 @@ from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from nodes.localnet import Localnet
+from nodes.printable import make_printable
+from p2pfm.errors import OperatorError
 from p2pfm.runtime.clock import describe_offset
 from p2pfm.types import NANO
 
 
-def make_status_table(status: Mapping[str, Any]) -> Table:
-    """One node's /status, the lines an operator looks for first."""
-    table = Table(title=f"node {status['peer']}", show_header=False, title_justify="left")
+def make_status_table(status: Any) -> Table:
+    """One node's /status, the lines an operator looks for first; what the node says is neither markup nor commands.
+
+    Raises:
+        OperatorError: it is not what a node of this version answers.
+    """
+    try:
+        return _make_status_table(status)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise OperatorError(
+            f"expected the /status of a p2pfm node of this version ({error!r:.80}); is the address right?"
+        ) from error
+
+
+def _make_status_table(status: Mapping[str, Any]) -> Table:
+    table = Table(title=_plain(f"node {status['peer']}"), show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
+
+    def add_row(name: str, text: str) -> None:
+        table.add_row(name, _plain(text))
+
     chain, protocol, serving = status["chain"], status.get("protocol", {}), status.get("serving", {})
     seconds = status["phase_ends_in_ms"] / 1000
     level = {None: "", "SHARD": " of the shards", "TOP": " above the shards"}[status.get("level")]
     where = f"{status['round']} · {status['phase']}{level}, {seconds:.0f} s left"
-    table.add_row("stage", status["stage"])
-    table.add_row("network", f"{status['network']['name']} · {status['network']['backbone']}")
-    table.add_row("round", where if status["round"] >= 0 else f"the first begins in {seconds:.0f} s")
-    table.add_row("peers", f"{len(status['peers'])} connected")
+    add_row("stage", status["stage"])
+    add_row("network", f"{status['network']['name']} · {status['network']['backbone']}")
+    add_row("round", where if status["round"] >= 0 else f"the first begins in {seconds:.0f} s")
+    add_row("peers", f"{len(status['peers'])} connected")
     table.add_row("clock", _describe_clock(status["clock"]))
-    table.add_row("listens on", "\n".join(status["addresses"]))
-    table.add_row("reach", "\n".join(_describe(name, way) for name, way in status.get("reach", {}).items()))
-    table.add_row("account", status["account"])
-    table.add_row("member", f"{chain['member']} of {chain['members']}, committee {chain['committee']}")
+    add_row("listens on", "\n".join(status["addresses"]))
+    add_row("reach", "\n".join(_describe(name, way) for name, way in status.get("reach", {}).items()))
+    add_row("account", status["account"])
+    add_row("member", f"{chain['member']} of {chain['members']}, committee {chain['committee']}")
     settled = "no round settled yet" if chain["settled_round"] is None else f"settled round {chain['settled_round']}"
-    table.add_row("chain", f"{chain['rpc']} · {chain['error'] or 'reachable'}, {settled}")
+    add_row("chain", f"{chain['rpc']} · {chain['error'] or 'reachable'}, {settled}")
     if "waits_for" in protocol:
         shard = "" if protocol["shard"] is None else f"shard {protocol['shard']} · "
-        table.add_row("waits for", shard + protocol["waits_for"])
+        add_row("waits for", shard + protocol["waits_for"])
     if "privacy" in status:
-        table.add_row("privacy", _describe_privacy(status["privacy"]))
+        add_row("privacy", _describe_privacy(status["privacy"]))
     if protocol:
         losses = protocol["losses_nats"]
         certified = protocol["certified_round"]
         origin = "the initial adapter" if certified is None else f"certified in round {certified}"
-        table.add_row("base", f"{protocol['base'][:16]} · {origin}")
+        add_row("base", f"{protocol['base'][:16]} · {origin}")
         if losses:
             newest = max(losses, key=int)
             when = "before the first round" if int(newest) < 0 else f"after round {newest}"
-            table.add_row("held-out loss", f"{losses[newest]:.3f} nats a token {when}")
+            add_row("held-out loss", f"{losses[newest]:.3f} nats a token {when}")
         declared = [update for update in protocol["updates"] if "epsilon" in update]
         if declared:
             parts = [f"{u['peer'][-6:]} ε {u['epsilon']:.3g} (δ {u['delta']:.0e})" for u in declared]
-            table.add_row("peers' privacy", f"{', '.join(parts)}; of {len(protocol['updates'])} merged updates")
-        table.add_row(
+            add_row("peers' privacy", f"{', '.join(parts)}; of {len(protocol['updates'])} merged updates")
+        add_row(
             "serves",
             f"{len(serving['versions'])} versions, {serving['sessions']} sessions, {serving['replicas']} replicas",
         )
-        table.add_row("receipts", _describe_receipts(serving["receipts"], status["peer"]))
+        add_row("receipts", _describe_receipts(serving["receipts"], status["peer"]))
         if rewards := status.get("rewards"):
             told = {name: "not known" if wei is None else f"{int(wei) / 1e18:.4f}" for name, wei in rewards.items()}
-            table.add_row(
+            add_row(
                 "allotted",
                 f"{told['allotted_wei']} PFM for learning (drawn: {told['claimed_wei']}), "
                 f"{told['served_wei']} for serving (drawn: {told['claimed_served_wei']})",
             )
-        table.add_row("notes", "\n".join(f"round {n['round']}: {n['text']}" for n in protocol["notes"][-5:]))
+        add_row("notes", "\n".join(f"round {n['round']}: {n['text']}" for n in protocol["notes"][-5:]))
     return table
+
+
+def _plain(text: str, style: str = "") -> Text:
+    return Text(make_printable(text), style)
 
 
 def _describe(name: str, way: Mapping[str, str]) -> str:
@@ -87,13 +111,13 @@ def _describe_receipts(receipts: Mapping[str, Any], peer: str) -> str:
     return f"{now}; of epoch {last} due {receipts['shares'][last].get(peer, 0) / 1e9:.1%} of what it allots"
 
 
-def _describe_clock(clock: Mapping[str, Any]) -> str:
+def _describe_clock(clock: Mapping[str, Any]) -> Text:
     if clock["offset_ms"] is None:
-        return "no peer has told its own yet"
+        return Text("no peer has told its own yet")
     if not clock["is_off"]:
-        return f"right, by {clock['num_peers']} peers' clocks"
+        return _plain(f"right, by {clock['num_peers']} peers' clocks")
     off = f"{describe_offset(clock['offset_ms'])} the median of {clock['num_peers']} peers"
-    return f"[bold red]{off}[/]: set it (NTP), or nobody hears this node"
+    return _plain(off, "bold red").append(": set it (NTP), or nobody hears this node", "not bold default")
 
 
 def _describe_privacy(privacy: Mapping[str, Any]) -> str:
@@ -111,19 +135,19 @@ def make_network_table(nodes: Sequence[tuple[str, str, Mapping[str, Any]]]) -> T
         table.add_column(column)
     for name, role, status in nodes:
         if not status:
-            table.add_row(name, role, "[dim]starting[/]", *[""] * 6)
+            table.add_row(name, role, Text("starting", "dim"), *[""] * 6)
             continue
         protocol, serving = status.get("protocol", {}), status.get("serving", {})
         certified = protocol.get("certified_round")
         table.add_row(
             name,
             role,
-            status["stage"],
+            _plain(status["stage"]),
             str(max(status["round"], 0)) if status["round"] >= 0 else "soon",
-            status["phase"] if status["round"] >= 0 else "",
+            _plain(status["phase"]) if status["round"] >= 0 else "",
             str(len(status["peers"])),
             "" if certified is None else str(certified),
-            protocol.get("base", "")[:8],
+            _plain(protocol.get("base", "")[:8]),
             f"{serving['sessions']} sessions" if serving.get("sessions") else "",
         )
     return table

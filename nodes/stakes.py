@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 stake_app = typer.Typer(no_args_is_help=True, help="What a node has locked on chain, and how it leaves.")
 pool_app = typer.Typer(no_args_is_help=True, help="What sponsors paid in for rewards.")
 
-out = Console()
+out = Console(markup=False)
 
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The node's TOML file.")]
 PasswordFile = Annotated[Path | None, typer.Option(help="File with the keys' password.")]

@@ -123,7 +123,7 @@ def show(
     else:
         out.print(reports.describe_nothing(book), highlight=False)
     if csv is not None:
-        out.print(f"lines: {csv}", highlight=False, soft_wrap=True)
+        out.print(f"lines: {escape(str(csv))}", highlight=False, soft_wrap=True)
     _tell_problems(problems)
 
 
@@ -144,7 +144,7 @@ def plot(
     world = _open(config_file, nodes)
     book = read_book(world.ledger, world.blobs)
     plot_book(book, kind, path)
-    out.print(f"picture: {path}", highlight=False, soft_wrap=True)
+    out.print(f"picture: {escape(str(path))}", highlight=False, soft_wrap=True)
     _tell_problems(_list_problems(book, world.blobs))
 
 

@@ -20,7 +20,8 @@ from doors_world import Doors, open_doors
 from rich.console import Console
 from serving_world import QUESTION, V1, V2, World, make_engine, prompt_of, with_world
 
-from nodes.chat import ChatOptions, make_printable, read_api_key, run_chat
+from nodes.chat import ChatOptions, read_api_key, run_chat
+from nodes.printable import make_printable
 from p2pfm.errors import OperatorError, WorldError
 from p2pfm.runtime.api_keys import ApiKeys
 from p2pfm.runtime.engine import Engine
