@@ -16,6 +16,7 @@ from p2pfm.errors import OperatorError, Reject
 from p2pfm.lora.checkpoint import export_checkpoint
 from p2pfm.lora.delta import decode_tensors
 from p2pfm.lora.layers import adapter_shapes, build_peft, load_backbone
+from p2pfm.runtime.endpoints import make_url
 from p2pfm.runtime.store import DATABASE, Store
 from p2pfm.types import Digest, Round, compute_digest
 
@@ -51,7 +52,7 @@ def export_base(config: NodeConfig, folder: Path) -> Base:
 
 def _ask_node(config: NodeConfig) -> Base | None:
     """What the running node says; None when nothing listens there."""
-    url = f"http://{config.http.host}:{config.http.port}"
+    url = make_url(config.http.host, config.http.port)
     try:
         status: dict[str, Any] = httpx.get(f"{url}/status", timeout=10).raise_for_status().json()
         if status["network"]["id"] != config.network.network_id().hex():

@@ -71,6 +71,8 @@ def run_chat(options: ChatOptions, console: Console, prompt: str | None = None, 
     """
     if is_json and prompt is None:
         raise OperatorError("expected a question with --json: p2pfm chat --json -m 'What is a computer?'")
+    if prompt is None and sys.stdin is None:  # closed by who started us
+        raise OperatorError("standard input is closed, so nothing can be typed; ask once with -m 'What is a computer?'")
     with Gateways(options.urls, options.api_key) as gateways:
         chat = Conversation(gateways, options, options.model or gateways.get_models()[0], console)
         if prompt is None:
@@ -210,7 +212,14 @@ class Conversation:
         self._console.print(Text(make_printable(text), style="dim"), soft_wrap=True)
 
     def _read(self) -> str:
-        return input(PROMPT) if self._console.is_terminal and sys.stdin.isatty() else self._console.input("you> ")
+        """Raises: EOFError; OperatorError, if what is typed is no text."""
+        try:
+            is_typed = self._console.is_terminal and sys.stdin.isatty()
+            typed = input(PROMPT) if is_typed else self._console.input("you> ")
+            typed.encode()  # in a plain locale Python hides other bytes in the text
+        except UnicodeError as error:
+            raise OperatorError("expected text in UTF-8 from standard input, got other bytes") from error
+        return typed
 
 
 def read_answer(gateways: Gateways, question: Question, console: Console, answer: Answer | None = None) -> Answer:

@@ -11,6 +11,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads slow two processes 10-fold
 
 import errno
+import io
 import json
 import logging
 import shutil
@@ -116,6 +117,9 @@ def main() -> None:
     # A shell that runs us in the background starts us with Ctrl-C ignored; what we started must end by it all the same.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.unraisablehook = _interrupt_again
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows another, and all the rest
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         app(standalone_mode=True)
     except OperatorError as error:
@@ -366,16 +370,19 @@ def _get_url(url: str, config_file: Path | None) -> str:
     if config_file is None:
         return url.rstrip("/")
     from nodes.homes import read_config
+    from p2pfm.runtime.endpoints import make_url
 
     http = read_config(config_file).http
-    return f"http://{http.host}:{http.port}"
+    return make_url(http.host, http.port)
 
 
 def _get_status(url: str) -> dict[str, Any]:
     try:
-        status: dict[str, Any] = httpx.get(f"{url}/status", timeout=10).raise_for_status().json()
-    except (httpx.HTTPError, json.JSONDecodeError) as error:
+        status: Any = httpx.get(f"{url}/status", timeout=10).raise_for_status().json()
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:  # ValueError: no JSON, or no UTF-8
         raise OperatorError(f"no node answers at {url}: {error}. Start one: p2pfm node run --config FILE") from error
+    if not isinstance(status, dict):
+        raise OperatorError(f"expected the /status of a p2pfm node at {url}, got other JSON; is the address right?")
     return status
 
 

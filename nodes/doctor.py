@@ -24,7 +24,7 @@ from p2pfm.config import WEI_PER_PFM, NodeConfig
 from p2pfm.errors import ChainError, ConfigError, OperatorError, P2PFMError
 from p2pfm.lora.samples import read_samples
 from p2pfm.runtime.clock import describe_offset
-from p2pfm.runtime.endpoints import name_endpoint
+from p2pfm.runtime.endpoints import make_url, name_endpoint
 from p2pfm.runtime.network.peer_book import PRIVATE, get_scope, parse_address
 from p2pfm.runtime.node import validate_rules
 from p2pfm.runtime.web3_ledger import READ_ONLY_KEY, Web3Ledger, open_ledger
@@ -78,6 +78,9 @@ def examine(config: NodeConfig, account: str, problem: OperatorError | None = No
             yield check()
         except (P2PFMError, OSError) as error:
             yield Check(name, "fail", str(error), "mend what the line says, and look again")
+        except (LookupError, TypeError, ValueError, AttributeError) as error:  # of another program's /status
+            found = f"{_get_url(config)} answers what no node of this version does ({error!r:.80})"
+            yield Check(name, "fail", found, "is `http.port` of another program? Choose another in the TOML")
 
 
 # --- this machine -----------------------------------------------------------------------------------------------------
@@ -284,13 +287,13 @@ def _check_running(config: NodeConfig) -> Check:
 
 
 def _get_url(config: NodeConfig) -> str:
-    return f"http://{config.http.host}:{config.http.port}/status"
+    return make_url(config.http.host, config.http.port) + "/status"
 
 
 def _get_status(config: NodeConfig) -> dict[str, Any]:
     """The running node's; empty when none answers."""
     try:
-        status: dict[str, Any] = httpx.get(_get_url(config), timeout=DIAL_S).json()
-    except (httpx.HTTPError, ValueError):
+        status: Any = httpx.get(_get_url(config), timeout=DIAL_S).json()
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError):
         return {}
-    return status
+    return status if isinstance(status, dict) else {}

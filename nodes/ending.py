@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 
 async def cancel_on_signal(scope: trio.CancelScope) -> None:
     """Cancel `scope` at the first SIGINT or SIGTERM; this process ends within `END_S` then, or at the next signal."""
-    for number in SIGNALS:  # what the receiver puts back when it closes, and to which it hands what came meanwhile
-        signal.signal(number, _end_at_once)
+    for known in SIGNALS:  # what the receiver puts back when it closes, and to which it hands what came meanwhile
+        signal.signal(known, _end_at_once)
     with trio.open_signal_receiver(*SIGNALS) as signals:
         number = await anext(signals)
     log.info("ending on %s", signal.Signals(number).name)

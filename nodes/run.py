@@ -53,13 +53,15 @@ def _make_models(config: NodeConfig, samples: Sequence[Sample]) -> Models:
 
 def _refuse_port_in_use(http: HttpConfig) -> None:
     """Before the models are loaded: an operator should not wait for this."""
-    with socket.socket() as probe:
+    family = socket.AF_INET6 if ":" in http.host else socket.AF_INET
+    with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((http.host, http.port))
         except OSError as error:
             raise OperatorError(
-                f"http.port: cannot listen on {http.host}:{http.port} ({error.strerror}). Choose another in the TOML"
+                f"http.host, http.port: cannot listen on {http.host}:{http.port} ({error.strerror}). "
+                "Choose others in the TOML"
             ) from error
 
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 stake_app = typer.Typer(no_args_is_help=True, help="What a node has locked on chain, and how it leaves.")
 pool_app = typer.Typer(no_args_is_help=True, help="What sponsors paid in for rewards.")
 
+AMOUNT_MAX = 2**128 - 1
+"""The contract's type of a pool [wei]."""
+
 out = Console(markup=False)
 
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The node's TOML file.")]
@@ -100,6 +103,8 @@ def pool_fund(
 
     Example: `p2pfm pool fund 500 --config sponsor/node.toml`
     """
+    if not 0 < amount * WEI_PER_PFM <= AMOUNT_MAX:
+        raise OperatorError(f"amount: expected PFM above 0, at most {AMOUNT_MAX // WEI_PER_PFM}, got {amount:g}")
     ledger = _as_account(config_file, password_file)
     if serving and not ledger.get_params().serving_per_epoch:
         raise OperatorError("this network has no pool for serving (network.chain.serving_pool): nothing was sent")

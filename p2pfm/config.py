@@ -413,6 +413,9 @@ def parse_node_config(text: str) -> NodeConfig:
         raise ConfigError(f"expected TOML, but {error}") from error
     except msgspec.ValidationError as error:
         raise ConfigError(f"{error}. See `p2pfm init --help` for the keys a node's TOML has") from error
+    for key, text in (("home", config.home), ("data", config.data), ("probe", config.probe)):
+        if "\0" in text:
+            raise ConfigError(f"{key}: expected a path, got {text!r}")
     validate_network(config.network)
     validate_privacy(config.privacy)
     _validate_http(config.http)
@@ -488,6 +491,13 @@ def _validate_http(http: HttpConfig) -> None:
     for key, value, low, high in checks:
         if not low <= value <= high:
             raise ConfigError(f"http.{key}: expected {low:g} to {high:g}, got {value:g}")
+    if not re.fullmatch(r"[A-Za-z0-9._:-]+", http.host):
+        raise ConfigError(
+            f"http.host: expected an address or a name of this machine, such as 127.0.0.1, ::1, or 0.0.0.0 for all; "
+            f"got {http.host!r}"
+        )
+    if "\0" in http.api_keys_file:
+        raise ConfigError(f"http.api_keys_file: expected a path, got {http.api_keys_file!r}")
     for origin in http.origins:
         if origin != "*" and not re.fullmatch(r"https?://[a-z0-9.:\[\]-]+", origin):
             raise ConfigError(f'http.origins: expected "*", or pages like https://app.example, got {origin!r}')
@@ -630,7 +640,10 @@ def validate_network(network: NetworkConfig) -> None:
         if not low <= value <= high:
             raise ConfigError(f"network.{key}: expected {low:g} to {high:g}, got {value}")
     _validate_targets(network.adapter)
-    for key, address in (("federation", network.chain.federation), ("token", network.chain.token)):
+    chain = network.chain
+    addresses = [("federation", chain.federation), ("token", chain.token)]
+    addresses += [("serving_pool", chain.serving_pool)] if chain.serving_pool else []
+    for key, address in addresses:
         if not re.fullmatch(r"0x[0-9a-fA-F]{40}", address):
             raise ConfigError(f"network.chain.{key}: expected 0x and 40 hex digits, got {address!r}")
     limits = network.limits

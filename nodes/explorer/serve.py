@@ -1,6 +1,5 @@
 """From files and addresses to a running page."""
 
-import ipaddress
 import sys
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from nodes.homes import read_config, read_network
 from nodes.rewards.blobs import Blobs
 from p2pfm.config import NetworkConfig
 from p2pfm.errors import OperatorError
+from p2pfm.runtime.endpoints import make_url
 from p2pfm.runtime.http_server import serve_http
 from p2pfm.runtime.store import BLOB_FOLDER
 from p2pfm.runtime.web3_ledger import READ_ONLY_KEY, Web3Ledger
@@ -52,7 +52,7 @@ def find_networks(
         config = read_config(path)
         entry = found.setdefault(config.network.network_id(), Found(config.network))
         entry.rpcs.append((config.rpc, config.rpc_witness))
-        entry.nodes.append(f"http://{_in_url(config.http.host)}:{config.http.port}")
+        entry.nodes.append(make_url(config.http.host, config.http.port))
         entry.folder = entry.folder or Path(config.home) / BLOB_FOLDER
     if network_file:
         network = read_network(network_file)
@@ -87,18 +87,7 @@ async def _run(board: Board, host: str, port: int, host_names: Sequence[str]) ->
             nursery.start_soon(cancel_on_signal, nursery.cancel_scope)
             bound = await nursery.start(serve_http, app, host, port)
             nursery.start_soon(board.run)
-            sys.stdout.write(f"explorer  http://{_in_url(host)}:{bound}/   (Ctrl-C ends it)\n")
+            sys.stdout.write(f"explorer  {make_url(host, bound)}/   (Ctrl-C ends it)\n")
             sys.stdout.flush()
     except* OperatorError:
         raise OperatorError(f"cannot listen on {host}:{port}: choose another --port or --host") from None
-
-
-def _in_url(host: str) -> str:
-    """How to reach, in a URL, who listens on `host`."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host
-    if address.is_unspecified:
-        return "127.0.0.1" if address.version == 4 else "[::1]"
-    return host if address.version == 4 else f"[{host}]"

@@ -434,6 +434,7 @@ def _open_with_keys(config_file: Path, password_file: Path | None, nodes: list[s
 
 def _connect(config_file: Path, nodes: list[str] | None, key: bytes) -> World:
     from nodes.homes import read_config
+    from p2pfm.runtime.endpoints import make_url
     from p2pfm.runtime.store import BLOB_FOLDER
     from p2pfm.runtime.web3_ledger import Web3Ledger
 
@@ -441,7 +442,7 @@ def _connect(config_file: Path, nodes: list[str] | None, key: bytes) -> World:
     ledger = Web3Ledger(
         config.rpc, config.network.chain, key, confirmations=config.confirmations, witness_url=config.rpc_witness
     )
-    urls = [f"http://{config.http.host}:{config.http.port}", *(nodes or ())]
+    urls = [make_url(config.http.host, config.http.port), *(nodes or ())]
     return World(config, ledger, Blobs(Path(config.home) / BLOB_FOLDER, urls))
 
 

@@ -1,11 +1,23 @@
-"""Addresses of HTTP servers, as others may see them. Knows no server."""
+"""Addresses of HTTP servers: as one asks them, and as others may see them. Knows no server."""
 
+import ipaddress
 from urllib.parse import urlsplit
 
 SECRET_CHARS_MIN = 4
 """A shorter part of an address is no secret, and stands in too many words to be looked for."""
 HIDDEN = "..."
 NO_ENDPOINT = "an address that is none"
+
+
+def make_url(host: str, port: int) -> str:
+    """Where to ask who listens on `host` and `port`, from the same machine."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return f"http://{host}:{port}"
+    if address.is_unspecified:
+        host = "127.0.0.1" if address.version == 4 else "::1"
+    return f"http://{host}:{port}" if address.version == 4 else f"http://[{host}]:{port}"
 
 
 def name_endpoint(url: str) -> str:

@@ -17,7 +17,7 @@ from web3 import Web3
 from web3.exceptions import Web3Exception
 
 from p2pfm.config import ChainConfig, NodeConfig
-from p2pfm.errors import ChainError, Reverted
+from p2pfm.errors import ChainError, OperatorError, Reverted
 from p2pfm.runtime.chain_rpc import NoContract, Rpc
 from p2pfm.runtime.log_follower import LogFollower
 from p2pfm.settlement import bls, merkle
@@ -345,11 +345,13 @@ class Web3Ledger:
         self._send(self._federation.functions.restart())
 
     def transfer(self, account: str, amount: Wei) -> None:
-        """Give reward tokens to an account."""
+        """Give reward tokens to an account. Raises: OperatorError, if it is none."""
+        _refuse_no_address(account)
         self._send(self._token.functions.transfer(account, amount))
 
     def send_ether(self, account: str, amount_wei: int) -> None:
-        """Give an account ether for gas."""
+        """Give an account ether for gas. Raises: OperatorError, if it is none."""
+        _refuse_no_address(account)
         self.check()
         self._rpc.send({"to": account, "value": amount_wei, "data": b""})
 
@@ -638,6 +640,11 @@ class Web3Ledger:
         finally:
             with self._lock:
                 self._state = None
+
+
+def _refuse_no_address(account: str) -> None:
+    if not Web3.is_address(account):  # sent to "", ether would make a contract
+        raise OperatorError(f"expected an account, 0x and 40 hex digits, got {account!r}")
 
 
 def open_ledger(config: NodeConfig, private_key: bytes) -> Web3Ledger:
