@@ -31,7 +31,6 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.text import Text
 
 from nodes.explorer.command import explorer
 from nodes.logs import is_json, set_up_logging

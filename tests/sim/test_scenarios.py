@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from p2pfm.errors import ConfigError
 from sim.churn import ChurnModel, UpTime
+from sim.idle import find_idle
 from sim.library import list_names, load_scenario
 from sim.network import LinkClass, NetworkModel
 from sim.scenarios import (
@@ -19,7 +20,6 @@ from sim.scenarios import (
     compute_counts,
     compute_kinds,
     compute_stakes,
-    find_idle,
     validate_scenario,
 )
 
