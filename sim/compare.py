@@ -45,7 +45,10 @@ def compute_figures(report: SimReport) -> dict[str, float]:
     if not rounds:
         return {}
     num_peer_rounds = len(rounds) * len(report.peers)
-    figures = {"certified rounds, share": fmean(item.is_certified for item in rounds)}
+    figures = {
+        "certified rounds, share": fmean(item.is_certified for item in rounds),
+        "rounds on chain, share": fmean(item.is_settled for item in rounds),
+    }
     losses = [item.loss_nats for item in rounds if item.loss_nats is not None]
     if losses:
         figures["loss at the end, nats"] = losses[-1]

@@ -15,7 +15,7 @@ from rich.text import Text
 from p2pfm.config import WEI_PER_PFM
 from p2pfm.errors import ConfigError
 from p2pfm.settlement.memory_ledger import InMemoryLedger
-from p2pfm.types import NANO, PeerId
+from p2pfm.types import NANO, PeerId, Round
 from sim.breakdowns import telling_breakdowns
 from sim.recorder import HONEST, Record, Recorder, compute_gini
 from sim.scenarios import STAKE, Scenario, compute_kinds
@@ -40,6 +40,8 @@ class RoundReport(Record, frozen=True):
     """Why peers held it void, the most frequent reason first."""
     backdoor: float | None = None
     """Share of held-out inputs with a backdoor's trigger that its base answers as planted; None: nobody plants one."""
+    is_settled: bool = False
+    """It stands on chain at the end of the run: what is certified and not settled pays nobody."""
 
 
 class PeerReport(msgspec.Struct, frozen=True):
@@ -178,6 +180,7 @@ def make_report(world: World, recorder: Recorder, cpu_s: float, is_complete: boo
     """All figures of a world that is finished, or was stopped: then of its rounds so far."""
     rewards = recorder.compute_rewards()
     recorder.count_slashed()  # evidence of the last round comes when it is over
+    settled = {held.round for held in world.chain.ledger.get_rounds(Round(0))}
     return SimReport(
         scenario=world.scenario,
         is_complete=is_complete,
@@ -187,7 +190,7 @@ def make_report(world: World, recorder: Recorder, cpu_s: float, is_complete: boo
         num_departures=world.num_departures,
         num_bases=len({host.durable.base for host in world.hosts if host.peer is not None}),
         cpu_s=cpu_s,
-        rounds=tuple(_make_round(world, recorder, record) for record in recorder.records),
+        rounds=tuple(_make_round(world, recorder, record, settled) for record in recorder.records),
         peers=tuple(
             PeerReport(
                 host.me,
@@ -245,7 +248,7 @@ def describe_harm(harm: Harm) -> str:
     return f"loss {loss}, void rounds {harm.num_void:+d}, an honest peer's pay {pay}"
 
 
-def _make_round(world: World, recorder: Recorder, record: Record) -> RoundReport:
+def _make_round(world: World, recorder: Recorder, record: Record, settled: set[Round]) -> RoundReport:
     certificate = world.checks.certificates.get(record.round)
     loss = world.losses.get(record.round)
     return RoundReport(
@@ -256,6 +259,7 @@ def _make_round(world: World, recorder: Recorder, record: Record) -> RoundReport
         loss_nats=None if loss is None else loss / NANO,
         void_reasons=() if certificate else recorder.get_reasons(record.round),
         backdoor=world.workshop.get_backdoor(certificate.proposal.new_base) if certificate else None,
+        is_settled=record.round in settled,
     )
 
 
@@ -345,7 +349,7 @@ def _render_rounds(report: SimReport) -> RenderableType:
         if item is None
         else [
             str(item.round),
-            "yes" if item.is_certified else "[red]void",
+            "[red]void" if not item.is_certified else "yes" if item.is_settled else "[yellow]not on chain",
             "" if item.loss_nats is None else f"{item.loss_nats:.4f}",
             f"{item.sent.mean_bytes / 1000:.1f}",
             f"{item.gini:.3f}",
@@ -426,11 +430,13 @@ class _Fitting:
 
 def _render_totals(report: SimReport) -> Text:
     certified, num = sum(item.is_certified for item in report.rounds), len(report.rounds)
+    settled = sum(item.is_settled for item in report.rounds)
     optimum = "" if report.optimum_loss_nats is None else f"; optimum {report.optimum_loss_nats:.4f}"
     spent = f"; {sum(report.gas.values()):,} gas with set-up and claims" if report.gas else ""
     so_far = "" if report.is_complete else f"interrupted after {num} of {report.scenario.num_rounds} rounds; "
     return Text(
-        f"{so_far}{certified} of {num} rounds certified, {num - certified} void; {report.num_departures} departures; "
+        f"{so_far}{certified} of {num} rounds certified, {num - certified} void, {settled} on chain; "
+        f"{report.num_departures} departures; "
         f"{report.num_bases} base(s) held by who is up at the end{optimum}{spent}\n{report.num_steps} steps in "
         f"{report.cpu_s:.2f} CPU seconds ({report.cpu_s / max(1, num):.2f} a round); trace {report.trace[:16]}"
     )

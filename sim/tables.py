@@ -24,6 +24,7 @@ def make_round_rows(report: SimReport) -> list[Row]:
         {
             "round": item.round,
             "is_certified": item.is_certified,
+            "is_settled": item.is_settled,
             "num_updates": item.num_updates,
             "num_holders": item.num_holders,
             "availability": item.availability,

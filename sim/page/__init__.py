@@ -130,7 +130,11 @@ def _make_facts(report: SimReport) -> list[tuple[str, str]]:
             "Peers",
             f"{num_peers:,} · {num_adversaries:,} adversaries" if num_adversaries else f"{num_peers:,}, all honest",
         ),
-        ("Rounds certified", f"{sum(item.is_certified for item in rounds)} of {len(rounds)}"),
+        (
+            "Rounds certified",
+            f"{sum(item.is_certified for item in rounds)} of {len(rounds)} · "
+            f"{sum(item.is_settled for item in rounds)} on chain",
+        ),
         ("Learner", scenario.learner.kind),
     ]
     losses = [item.loss_nats for item in rounds if item.loss_nats is not None]

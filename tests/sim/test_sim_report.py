@@ -445,3 +445,19 @@ def test_lines_differ_for_all_kinds_of_colour_vision(theme: int) -> None:
         for one, other in combinations(lines, 2):
             distance = np.linalg.norm(to_lab(eyes @ to_light(one)) - to_lab(eyes @ to_light(other)))
             assert distance > 30, f"{one} and {other} to {kind} eyes"
+
+
+def test_what_is_certified_and_does_not_reach_the_chain_is_told() -> None:
+    """It pays nobody."""
+    scenario = Scenario(seed=2, num_peers=8, num_rounds=3, committee_size=4)
+    late_ms = compute_round_start(make_network(scenario), Round(2)) - make_network(scenario).genesis_ms
+    report = run_scenario(msgspec.structs.replace(scenario, outages=(Outage(late_ms, 10**9),)))
+    assert [item.is_certified for item in report.rounds] == [True, True, True]
+    assert [item.is_settled for item in report.rounds] == [True, True, False]
+    assert compute_figures(report)["rounds on chain, share"] == pytest.approx(2 / 3)
+    assert [row["is_settled"] for row in make_round_rows(report)] == [True, True, False]
+    console = Console(width=100, record=True, file=StringIO())
+    console.print(render(report))
+    told = console.export_text()
+    assert "not on chain" in told
+    assert "3 of 3 rounds certified, 0 void, 2 on chain" in " ".join(told.split())
