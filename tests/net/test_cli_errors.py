@@ -159,11 +159,14 @@ def test_init_refuses_a_file_that_holds_no_network(tmp_path: Path, network: Netw
 
 
 @pytest.mark.parametrize(("backbone", "serves"), [(LINEAR, False), ("tiny", True)])
-def test_init_makes_a_node_that_can_start(backbone: str, serves: bool, tmp_path: Path, network: NetworkConfig) -> None:
+def test_init_makes_a_node_that_can_start(
+    backbone: str, serves: bool, tmp_path: Path, network: NetworkConfig, shards
+) -> None:
     """A linear learner generates no text: a node that would serve it is refused."""
     rules = msgspec.structs.replace(network, backbone=backbone)
     write_network(tmp_path / "network.toml", rules)
-    options = ["--network", str(tmp_path / "network.toml"), "--data", str(tmp_path), "--rpc", "http://127.0.0.1:1"]
+    data = str(shards.peers[0])
+    options = ["--network", str(tmp_path / "network.toml"), "--data", data, "--rpc", "http://127.0.0.1:1"]
     done = CliRunner().invoke(app, ["init", str(tmp_path / "new"), *options])
     assert done.exit_code == 0
     assert read_config(tmp_path / "new" / CONFIG_NAME).serving.enabled == serves
