@@ -10,7 +10,8 @@ from pathlib import Path
 
 import msgspec
 
-from p2pfm.errors import OperatorError
+from p2pfm.config import validate_network
+from p2pfm.errors import ConfigError, OperatorError
 from p2pfm.protocol.events import Durable
 from p2pfm.protocol.log import LogHeader, LogRecord, digest_actions, read_log
 from p2pfm.protocol.peer import Peer
@@ -66,6 +67,10 @@ def replay(*parts: bytes) -> ReplayReport:
     if not read:
         raise OperatorError("expected at least one event log")
     header = read[0][0]
+    try:
+        validate_network(header.network)
+    except ConfigError as error:
+        raise OperatorError(f"the event log's header is damaged: {error}") from error
     _validate_parts([head for head, _ in read])
     return _replay_records(header, chain.from_iterable(records for _, records in read))
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from p2pfm.config import NetworkConfig, validate_network
-from p2pfm.errors import ConfigError, OperatorError
+from p2pfm.config import NetworkConfig
+from p2pfm.errors import OperatorError
 from p2pfm.protocol.events import AnyAction, AnyEvent, Durable
 from p2pfm.types import Digest, Millis, PeerId, compute_digest
 
@@ -75,10 +75,6 @@ def read_log(data: bytes) -> tuple[LogHeader, Iterator[LogRecord]]:
         raise OperatorError(f"not an event log of this version: {error}") from error
     if header.format != FORMAT:
         raise OperatorError(f"an event log of format {header.format}, expected {FORMAT}")
-    try:
-        validate_network(header.network)
-    except ConfigError as error:
-        raise OperatorError(f"the event log's header is damaged: {error}") from error
     return header, _records(frames)
 
 
