@@ -10,15 +10,12 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads slow two processes 10-fold
 
-import errno
 import io
 import json
 import logging
 import shutil
-import signal
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -36,6 +33,7 @@ from nodes.explorer.command import explorer
 from nodes.logs import is_json, set_up_logging
 from nodes.printable import make_printable
 from nodes.rewards.cli import app as rewards_app
+from nodes.signals import end_in_order, hear_interrupts
 from nodes.stakes import pool_app, stake_app
 from nodes.tied import describe_end, end_with_stdin
 from p2pfm import __version__
@@ -46,8 +44,6 @@ from sim.scenarios import Scenario
 from sim.world import World
 
 CONFIG_NAME = "node.toml"
-AGAIN_S = 0.05
-"""Until an interrupt that Python dropped comes again."""
 
 out = Console()
 err = Console(stderr=True)
@@ -113,9 +109,7 @@ Url = Annotated[str, typer.Option("--url", help="A node's HTTP address.")]
 
 def main() -> None:
     """Run the command line; one clear line for every error that is not a bug."""
-    # A shell that runs us in the background starts us with Ctrl-C ignored; what we started must end by it all the same.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.unraisablehook = _interrupt_again
+    hear_interrupts()
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows another, and all the rest
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -129,53 +123,6 @@ def main() -> None:
         _fail(OperatorError(f"{error.filename or 'the system'}: {error.strerror or error}"), Exit.OPERATOR)
     except KeyboardInterrupt:  # before a command began; later typer ends with the same code
         raise SystemExit(Exit.INTERRUPTED) from None
-
-
-def _interrupt_again(lost: "sys.UnraisableHookArgs") -> None:
-    """A signal within a destructor is dropped by Python (urllib3 closes sockets in one): it comes once more."""
-    if isinstance(lost.exc_value, KeyboardInterrupt):
-        number: int = signal.SIGINT
-    elif isinstance(lost.exc_value, _Ended):
-        number = lost.exc_value.number
-    else:
-        sys.__unraisablehook__(lost)
-        return
-    threading.Timer(AGAIN_S, os.kill, (os.getpid(), number)).start()
-
-
-class _Ended(SystemExit):
-    """By a signal, with its exit code."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(128 + number)
-        self.number = number
-
-
-def _end_in_order() -> None:
-    """From now on SIGTERM and SIGHUP end this process as Ctrl-C does: children ended, the cursor shown, files removed.
-
-    A node has its own way (nodes/run.py).
-    """
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup asked for that
-            signal.signal(number, _end)
-
-
-def _end(number: int, frame: object) -> None:
-    for descriptor in (1, 2):
-        if _is_hung_up(descriptor):  # what is still said on the way out would be an error
-            with open(os.devnull, "wb") as nothing:
-                os.dup2(nothing.fileno(), descriptor)
-    raise _Ended(number)
-
-
-def _is_hung_up(descriptor: int) -> bool:
-    """It was a terminal, and that was closed."""
-    try:
-        os.get_terminal_size(descriptor)
-    except OSError as error:
-        return error.errno == errno.EIO
-    return False
 
 
 def _fail(error: Exception, code: Exit) -> None:
@@ -216,7 +163,7 @@ def models_fetch(name: Annotated[str, typer.Argument(help="smollm2-135m or tiny"
 
     Example: `p2pfm models fetch smollm2-135m`
     """
-    _end_in_order()
+    end_in_order()
     from nodes.models import fetch
 
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=err) as progress:
@@ -428,7 +375,7 @@ def up_testnet(
 
     Example: `p2pfm testnet up --out net`
     """
-    _end_in_order()
+    end_in_order()
     from nodes.homes import write_network
     from nodes.localnet import create_network, get_preset
     from nodes.testnet import run_testnet
@@ -484,7 +431,7 @@ def localnet_up(
 
     Example: `p2pfm localnet up --peers 3 --model tiny`
     """
-    _end_in_order()
+    end_in_order()
     from nodes.demo_folder import MARK
     from nodes.localnet import Role, get_preset, localnet
     from nodes.screens import watch_localnet
@@ -594,7 +541,7 @@ def demo(
 
     Example: `p2pfm demo --json demo.json`
     """
-    _end_in_order()
+    end_in_order()
     kind = _get_chain(chain)
     from nodes.demo import run_demo
     from nodes.demo_folder import claim_demo_folder

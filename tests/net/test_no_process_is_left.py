@@ -152,6 +152,6 @@ def test_a_chain_that_dies_is_an_error_of_testnet_up(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_within_a_destructor_is_not_lost() -> None:
-    """urllib3 closes its sockets in one: without `cli._interrupt_again` one in some forty went on."""
+    """urllib3 closes its sockets in one: without `nodes.signals` one in some forty went on."""
     done = subprocess.run([sys.executable, "-c", LOSES_ITS_INTERRUPT], capture_output=True, text=True, timeout=GONE_S)
     assert (done.returncode, done.stderr) == (INTERRUPTED, "")
