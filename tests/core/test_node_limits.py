@@ -4,6 +4,7 @@ import re
 
 import msgspec
 import pytest
+from node_toml import NODE
 
 from nodes.homes import read_config, write_config
 from p2pfm.config import (
@@ -34,18 +35,6 @@ from p2pfm.messages import (
     encode,
 )
 from p2pfm.types import Contribution, Digest, MemberIndex, Millis, PeerId, Round, Weight
-
-NODE = f"""
-home = "."
-data = "d"
-rpc = "r"
-[network]
-name = "n"
-genesis_ms = 0
-backbone = "tiny"
-probe = "{"0" * 64}"
-chain = {{ chain_id = 1, federation = "0x{"0" * 40}", token = "0x{"0" * 40}" }}
-"""
 
 
 def test_what_is_not_named_keeps_its_default():

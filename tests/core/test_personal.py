@@ -6,6 +6,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from node_toml import NODE
 
 from p2pfm.config import AdapterConfig, ChainConfig, NetworkConfig, PersonalConfig, TrainingConfig, parse_node_config
 from p2pfm.errors import ConfigError, OperatorError, Reject
@@ -199,18 +200,6 @@ def test_a_private_adapter_of_other_shapes_rejects(engine: Engine) -> None:
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
-
-NODE = f"""
-home = "h"
-data = "d"
-rpc = "r"
-[network]
-name = "n"
-genesis_ms = 0
-backbone = "tiny"
-probe = "{"0" * 64}"
-chain = {{ chain_id = 1, federation = "0x{"0" * 40}", token = "0x{"0" * 40}" }}
-"""
 
 
 def test_personalisation_is_off_unless_asked_for() -> None:

@@ -13,6 +13,7 @@ from threading import Thread
 
 import msgspec
 import pytest
+from node_toml import NODE
 from page_status import make_status
 from typer.testing import CliRunner
 
@@ -29,18 +30,6 @@ from p2pfm.types import Millis
 
 NOWHERE = "0x" + "11" * 20
 NETWORK = NetworkConfig("n", Millis(0), "linear", "00" * 32, ChainConfig(1, NOWHERE, NOWHERE))
-
-NODE = f"""
-home = "."
-data = "d"
-rpc = "r"
-[network]
-name = "n"
-genesis_ms = 0
-backbone = "tiny"
-probe = "{"0" * 64}"
-chain = {{ chain_id = 1, federation = "{NOWHERE}", token = "{NOWHERE}" }}
-"""
 
 
 @contextmanager
@@ -123,7 +112,7 @@ def test_nothing_is_sent_to_what_is_no_account() -> None:
     ("old", "new", "says"),
     [
         ("token =", 'serving_pool = "xyz", token =', "network.chain.serving_pool"),
-        ('home = "."', 'home = "\\u0000"', "home: expected a path"),
+        ('home = "h"', 'home = "\\u0000"', "home: expected a path"),
         ('data = "d"', 'data = "\\u0000"', "data: expected a path"),
         ('data = "d"', 'data = "d"\nprobe = "a\\u0000"', "probe: expected a path"),
         ('data = "d"', 'data = "d"\nhttp.host = "\\u0000"', "http.host"),

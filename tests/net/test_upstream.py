@@ -14,6 +14,7 @@ import pytest
 import trio
 import trio.testing
 from llama_server import running_llama, write_gguf
+from node_toml import NODE
 from prometheus_client import CollectorRegistry
 from serving_world import QUICK, TINY, V1, Memory, make_adapter, no_blobs
 
@@ -40,17 +41,6 @@ from p2pfm.serving.session import UnknownVersion
 from p2pfm.types import Digest, Millis, PeerId, compute_digest
 
 SLOTS = 4
-NODE = f"""
-home = "h"
-data = "d"
-rpc = "r"
-[network]
-name = "n"
-genesis_ms = 0
-backbone = "tiny"
-probe = "{"0" * 64}"
-chain = {{ chain_id = 1, federation = "0x{"0" * 40}", token = "0x{"0" * 40}" }}
-"""
 
 
 @pytest.fixture(scope="module")
