@@ -3,11 +3,9 @@
 Knows files and the command line's environment; nothing of the network.
 """
 
-import contextlib
 import os
 import secrets
 import shutil
-import socket
 import tempfile
 import tomllib
 from pathlib import Path
@@ -28,8 +26,6 @@ CONFIG_NAME = "node.toml"
 KEYS_NAME = "keys"
 PASSWORD_NAME = "password"
 PASSWORD_VARIABLE = "P2PFM_PASSWORD"
-PORTS = range(20_000, 32_000)
-"""Below those that systems give to outgoing connections: one of these would be gone before its server binds it."""
 
 
 class Password(NamedTuple):
@@ -210,12 +206,3 @@ def _as_password(text: str, source: str) -> Password:
     if not text.strip():
         raise OperatorError(f"{source}: expected a password, got nothing; `openssl rand -base64 24` makes one")
     return Password(text.strip(), source)
-
-
-def get_free_port() -> int:
-    """A TCP port of this machine's loopback that is free now, and that no outgoing connection takes meanwhile."""
-    while True:
-        port = secrets.choice(PORTS)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port

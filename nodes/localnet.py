@@ -18,8 +18,9 @@ from typing import Any, Literal
 import httpx
 import msgspec
 
-from nodes.homes import CONFIG_NAME, create_home, get_free_port, read_config
+from nodes.homes import CONFIG_NAME, create_home, read_config
 from nodes.models import LINEAR, resolve
+from nodes.ports import get_free_port
 from nodes.testnet import Testnet, run_testnet
 from nodes.tied import describe_end, start_tied, stop
 from p2pfm.config import (

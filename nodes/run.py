@@ -1,6 +1,5 @@
 """Runs one node in this process: from its configuration to models, ledger and `runtime.node.Node`."""
 
-import socket
 import sqlite3
 from collections.abc import Sequence
 from functools import partial
@@ -13,6 +12,7 @@ from prometheus_client import disable_created_metrics
 from nodes.adversaries import Overpayer, corrupt
 from nodes.ending import cancel_on_signal
 from nodes.models import LINEAR
+from nodes.ports import try_to_listen
 from p2pfm.config import HttpConfig, NodeConfig
 from p2pfm.errors import OperatorError
 from p2pfm.lora.samples import Sample, read_samples
@@ -53,16 +53,10 @@ def _make_models(config: NodeConfig, samples: Sequence[Sample]) -> Models:
 
 def _refuse_port_in_use(http: HttpConfig) -> None:
     """Before the models are loaded: an operator should not wait for this."""
-    family = socket.AF_INET6 if ":" in http.host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((http.host, http.port))
-        except OSError as error:
-            raise OperatorError(
-                f"http.host, http.port: cannot listen on {http.host}:{http.port} ({error.strerror}). "
-                "Choose others in the TOML"
-            ) from error
+    if problem := try_to_listen(http.host, http.port):
+        raise OperatorError(
+            f"http.host, http.port: cannot listen on {http.host}:{http.port} ({problem}). Choose others in the TOML"
+        )
 
 
 async def _run_until_told(node: Node) -> None:

@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 from eth_account import Account
 
+from nodes.ports import try_to_listen
 from nodes.tied import end_with_stdin, start_tied, stop
 from p2pfm.errors import OperatorError
 
@@ -135,7 +135,8 @@ def run_testnet(port: int, is_anvil: bool = False, log: Path | None = None) -> I
 
 
 def _start(command: list[str], port: int, log: Path | None) -> Testnet:
-    _refuse_port_in_use(port)
+    if problem := try_to_listen("127.0.0.1", port):
+        raise OperatorError(f"port {port} is in use ({problem}); choose another --port")
     output: Any = log.open("ab") if log else subprocess.DEVNULL
     try:
         process = start_tied(command, output, cwd=CONTRACTS.parent)
@@ -152,15 +153,6 @@ def _start(command: list[str], port: int, log: Path | None) -> Testnet:
             raise OperatorError(f"the testnet on port {port} did not answer within {START_SECONDS_MAX:.0f} s")
         time.sleep(0.05)
     return testnet
-
-
-def _refuse_port_in_use(port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the servers do: or a port just left is taken
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise OperatorError(f"port {port} is in use ({error.strerror}); choose another --port") from error
 
 
 def _listens(pid: int, port: int) -> bool:

@@ -19,7 +19,7 @@ import pytest
 from eth.vm.forks.spurious_dragon import computation
 from eth_account import Account
 
-from nodes.homes import get_free_port
+from nodes.ports import get_free_port
 from nodes.testnet import account_keys, find_anvil, serve_embedded, start_anvil
 from p2pfm.config import ChainConfig
 from p2pfm.errors import Reverted

@@ -13,7 +13,8 @@ from ledger_worlds import ACCOUNTS, PARAMS, PEERS, World, chain_world, running_c
 from rewards_world import POOL_WEI, Settled, move_reward
 
 from nodes.cli import main
-from nodes.homes import CONFIG_NAME, create_home, get_free_port
+from nodes.homes import CONFIG_NAME, create_home
+from nodes.ports import get_free_port
 from p2pfm.config import HttpConfig, NodeConfig
 from p2pfm.runtime.web3_ledger import Web3Ledger
 from p2pfm.types import Digest, Round, Wei

@@ -10,7 +10,8 @@ import pytest
 import torch
 from peft import PeftModel
 
-from nodes.homes import CONFIG_NAME, create_home, get_free_port
+from nodes.homes import CONFIG_NAME, create_home
+from nodes.ports import get_free_port
 from p2pfm.config import AdapterConfig, ChainConfig, HttpConfig, NetworkConfig, NodeConfig
 from p2pfm.lora.delta import encode_tensors
 from p2pfm.lora.layers import build_peft, get_adapter_tensors, load_backbone, set_adapter_tensors

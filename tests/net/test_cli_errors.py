@@ -11,9 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from nodes.cli import app
-from nodes.homes import CONFIG_NAME, create_home, get_free_port, read_config, write_network
+from nodes.homes import CONFIG_NAME, create_home, read_config, write_network
 from nodes.localnet import PRESETS, create_network
 from nodes.models import LINEAR
+from nodes.ports import get_free_port
 from nodes.testnet import Testnet, run_testnet
 from p2pfm.config import ChainConfig, HttpConfig, NetworkConfig, NodeConfig
 from p2pfm.lora.corpus import build_shards

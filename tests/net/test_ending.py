@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from nodes.ending import END_S
-from nodes.homes import CONFIG_NAME, create_home, get_free_port
+from nodes.homes import CONFIG_NAME, create_home
 from nodes.models import LINEAR
+from nodes.ports import get_free_port
 from p2pfm.config import ChainConfig, HttpConfig, NetworkConfig, NodeConfig, ServingConfig
 from p2pfm.types import Millis
 

@@ -25,7 +25,8 @@ from nodes.explorer.app import STREAMS_MAX
 from nodes.explorer.evidence import judge
 from nodes.explorer.serve import find_networks, make_place
 from nodes.explorer.source import Place, Source
-from nodes.homes import get_free_port, write_config, write_network
+from nodes.homes import write_config, write_network
+from nodes.ports import get_free_port
 from nodes.testnet import run_testnet
 from p2pfm.config import HttpConfig, NodeConfig
 from p2pfm.errors import ChainError, OperatorError

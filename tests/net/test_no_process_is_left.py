@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nodes.homes import get_free_port
+from nodes.ports import get_free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 

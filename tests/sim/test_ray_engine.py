@@ -17,7 +17,7 @@ import pytest
 from test_sim_engine import SCENARIOS, get_findings
 from typer.testing import CliRunner
 
-from nodes.homes import get_free_port
+from nodes.ports import get_free_port
 from p2pfm.errors import ConfigError, OperatorError
 from sim.churn import ChurnModel
 from sim.cli import app
