@@ -17,6 +17,7 @@ from pathlib import Path
 import matplotlib
 from harness import Target, finish, make_parser, print_table, read_options
 from matplotlib import pyplot
+from matplotlib.ticker import LogLocator
 
 matplotlib.use("Agg")
 
@@ -104,13 +105,17 @@ def plot_growth(protocol: list[dict[str, float]], path: Path) -> None:
     sizes = [row["peers"] for row in protocol]
     unit = protocol[0]["round_cpu_s"] / (sizes[0] * math.log(sizes[0]))
     axes.loglog(sizes, [unit * size * math.log(size) for size in sizes], "--", color="#a0aec0", label="N log N")
-    axes.loglog(sizes, [row["round_cpu_s"] for row in protocol], "o-", color="#2b6cb0", label="the whole protocol")
+    costs = [row["round_cpu_s"] for row in protocol]
+    axes.loglog(sizes, costs, "o-", color="#2b6cb0", label="the whole protocol")
     for row in protocol:
         label = f"{row['round_cpu_s']:.2g} s, {row['memory_bytes'] / 1e9:.2g} GB"
         axes.annotate(label, (row["peers"], row["round_cpu_s"]), (8, -12), textcoords="offset points", fontsize="small")
     axes.set_xticks(sizes, [f"{size:,.0f}" for size in sizes], minor=False)
     axes.minorticks_off()
     axes.set_xlim(sizes[0] * 0.8, sizes[-1] * 2)
+    axes.set_ylim(min(costs) / 2, max(costs) * 2)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set(title="A simulated round without tensors", xlabel="peers", ylabel="CPU seconds, one core")
     axes.grid(alpha=0.3)
     axes.legend()
