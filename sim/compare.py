@@ -1,6 +1,6 @@
 """Runs side by side: each as a few figures; their means, standard errors and ratios. Knows SimReports only."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import sqrt
 from statistics import fmean, stdev
 
@@ -11,9 +11,6 @@ from rich.text import Text
 from sim.page.plots import format_value
 from sim.recorder import HONEST
 from sim.report import SimReport, compute_end_ginis, compute_harm, compute_kinds_report
-
-CAPTION = "mean ± standard error over seeds; (1 of 3): the other runs have no such figure"
-"""What stands below a table of spreads."""
 
 
 class Spread(msgspec.Struct, frozen=True):
@@ -109,7 +106,8 @@ def compare(left: Sequence[SimReport], right: Sequence[SimReport]) -> list[Line]
 
 def render_comparison(lines: Sequence[Line], left: str, right: str) -> Table:
     """For the screen: mean ± standard error of both sides."""
-    table = Table(title="Compared", title_justify="left", caption=CAPTION)
+    caption = make_caption(side for line in lines for side in (line.left, line.right))
+    table = Table(title="Compared", title_justify="left", caption=caption)
     table.add_column("figure")
     for name in (left, right, "ratio"):
         table.add_column(Text(name), justify="right")
@@ -117,6 +115,12 @@ def render_comparison(lines: Sequence[Line], left: str, right: str) -> Table:
         ratio = "" if line.ratio is None else format_value(line.ratio)
         table.add_row(Text(line.figure), format_spread(line.left), format_spread(line.right), ratio)
     return table
+
+
+def make_caption(spreads: Iterable[Spread | None]) -> str:
+    """What stands below a table of these."""
+    is_partial = any(spread.num < spread.num_runs for spread in spreads if spread)
+    return "mean ± standard error over seeds" + ("; (1 of 3): the other runs have no such figure" * is_partial)
 
 
 def format_spread(spread: Spread | None) -> str:

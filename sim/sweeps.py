@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from p2pfm.errors import ConfigError, OperatorError
-from sim.compare import CAPTION, compute_figures, compute_spreads, format_spread
+from sim.compare import compute_figures, compute_spreads, format_spread, make_caption
 from sim.estimate import get_free_bytes, validate_memory
 from sim.library import change_scenario, load_scenario
 from sim.report import SimReport
@@ -164,10 +164,11 @@ def make_rows(runs: Sequence[tuple[str, SimReport]]) -> list[Row]:
 
 def render_sweep(runs: Sequence[tuple[str, SimReport]]) -> Table:
     """The figures' means over seeds, a column a label."""
-    table = Table(title="Sweep", title_justify="left", caption=CAPTION)
-    table.add_column("figure")
     labels = list(dict.fromkeys(label for label, _ in runs))
     spreads = [compute_spreads([compute_figures(item) for name, item in runs if name == label]) for label in labels]
+    caption = make_caption(spread for one in spreads for spread in one.values())
+    table = Table(title="Sweep", title_justify="left", caption=caption)
+    table.add_column("figure")
     for label in labels:
         table.add_column(Text(label), justify="right")
     for figure in dict.fromkeys(name for one in spreads for name in one):
